@@ -1,0 +1,288 @@
+"""What AdamP and SGDP share as torch optimizers: groups and their checks, the step, state dicts."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
+
+from normwise.geometry import View, at_least_float32, computing_dtype
+from normwise.optim.projection import ViewOption
+
+# What schedulers and users write into groups beside an optimizer's own options.
+_ANNOTATIONS = frozenset({"params", "param_names", "name", "initial_lr", "lr_scale"})
+# Options of torch's optimizers that a checkpoint may bring and ours do not have.
+_FOREIGN = frozenset({"amsgrad", "fused", "decoupled_weight_decay"})
+
+
+class ProjectedOptimizer(Optimizer):
+    """Base of the optimizers whose groups have a ``view``. Not for direct use."""
+
+    # The tensors of a parameter's state, and names that other code bases give them.
+    _state_keys: tuple[str, ...]
+    _state_aliases: dict[str, str] = {}  # noqa: RUF012 -- never written to
+    # Whether weight_decay in a checkpoint of the torch optimizer of the same state is decoupled.
+    _torch_decay_is_decoupled: bool
+
+    def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its options are checked, and a key that the optimizer lacks is an error."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        known = _ANNOTATIONS | self.defaults.keys()
+        for key in param_group:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"Invalid option {key!r} in a parameter group of {type(self).__name__}{hint}"
+                )
+        group = {**self.defaults, **param_group}
+        group["view"] = as_view_option(group["view"])
+        self._check_group(group)
+        super().add_param_group(group)
+        try:
+            for p in group["params"]:
+                if isinstance(group["view"], View) and p.ndim > 1:
+                    group["view"].check(p.shape)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for an option that is out of its range."""
+        check_number("learning rate", group["lr"])
+        check_number("epsilon value", group["eps"])
+        check_number("weight_decay value", group["weight_decay"])
+        check_number("delta", group["delta"])
+        check_number("wd_ratio", group["wd_ratio"])
+        if group["foreach"] and group["differentiable"]:
+            raise ValueError("`foreach` and `differentiable` cannot be `True` together.")
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: reevaluates the model, computes the gradients and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or ``None``.
+
+        Raises:
+            RuntimeError: if a gradient is sparse.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for group in self.param_groups:
+                params = [p for p in group["params"] if p.grad is not None]
+                for p in params:
+                    if p.grad.is_sparse:
+                        raise RuntimeError(
+                            f"{type(self).__name__} does not support sparse gradients, but a "
+                            f"parameter of shape {tuple(p.shape)} has one; make it dense"
+                        )
+                    if not self.state[p]:
+                        self.state[p].update(self._init_state(p, group))
+                if params:
+                    self._update(group, params, [p.grad for p in params])
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with views written as strings, so that ``weights_only=True`` loads it."""
+        state_dict: dict[str, Any] = super().state_dict()
+        for group in state_dict["param_groups"]:
+            if isinstance(group["view"], View):
+                group["view"] = str(group["view"])
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this optimizer, of the official code, or of the torch optimizer.
+
+        Options that the checkpoint does not have, such as the views in one of ``torch.optim``,
+        keep the values that the groups have now.
+
+        Raises:
+            ValueError: if the state is of a run that this optimizer cannot continue.
+        """
+        saved_groups = state_dict["param_groups"]
+        groups = [
+            self._translated_group(saved, current)
+            for saved, current in zip(saved_groups, self.param_groups, strict=False)
+        ]
+        groups += saved_groups[len(groups) :]  # torch tells of a wrong number of groups
+        state = {key: self._translated_state(value) for key, value in state_dict["state"].items()}
+        pairs = list(zip(_flat(groups), _flat(self.param_groups), strict=False))
+        for saved_id, p in pairs:
+            for key in set(self._state_keys) - {"step"}:
+                value = state.get(saved_id, {}).get(key)
+                if value is not None and value.shape != p.shape:
+                    raise ValueError(
+                        f"{type(self).__name__} cannot continue this state dict: {key} of a "
+                        f"parameter of shape {tuple(p.shape)} has shape {tuple(value.shape)}"
+                    )
+        super().load_state_dict({**state_dict, "param_groups": groups, "state": state})
+
+        # torch casts state to the parameter's dtype; ours is float32 or better.
+        for saved_id, p in pairs:
+            if computing_dtype(p.dtype) != p.dtype:
+                for key in set(self._state_keys) - {"step"}:
+                    value = state.get(saved_id, {}).get(key)
+                    if value is not None:
+                        self.state[p][key] = value.to(p.device, computing_dtype(p.dtype))
+
+    def _translated_group(self, saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+        """A saved group with our options, and those that it lacks as they are now."""
+        if saved.get("amsgrad"):
+            raise ValueError(f"{type(self).__name__} cannot continue a run with amsgrad=True")
+        ours = "delta" in saved
+        decoupled = saved.get("decoupled_weight_decay", ours or self._torch_decay_is_decoupled)
+        if saved.get("weight_decay") and not decoupled:
+            warnings.warn(
+                f"the loaded weight_decay of {saved['weight_decay']} was added to the gradient "
+                f"(L2); {type(self).__name__} will apply it decoupled",
+                stacklevel=3,
+            )
+        kept = {key: value for key, value in saved.items() if key not in _FOREIGN}
+        return {**{key: current[key] for key in self.defaults}, **kept}
+
+    def _translated_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """One parameter's state under our names, without entries that hold nothing."""
+        renamed = {
+            self._state_aliases.get(key, key): value
+            for key, value in state.items()
+            if value is not None
+        }
+        if renamed and not renamed.keys() >= set(self._state_keys):
+            raise ValueError(
+                f"{type(self).__name__} cannot continue this state dict: a parameter's state has "
+                f"{sorted(renamed)}; must have {sorted(self._state_keys)}"
+            )
+        return renamed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            group["view"] = as_view_option(group["view"])
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                if "step" in state and not isinstance(state["step"], Tensor):
+                    state["step"] = new_step(p, group["capturable"]) + float(state["step"])
+
+
+def _flat(groups: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(group["params"] for group in groups)
+
+
+def as_view_option(value: object) -> ViewOption:
+    """A ``view`` option as users write it: ``"auto"``, a :class:`View` or its spelling, None."""
+    if value is None or isinstance(value, View):
+        return value
+    if value == "auto":
+        return "auto"
+    if isinstance(value, str):
+        return View.parse(value)
+    raise ValueError(f"Invalid view: {value!r}; must be 'auto', a normwise.View or None")
+
+
+def check_number(name: str, value: float | Tensor, below: float = math.inf) -> None:
+    """Raise ValueError unless 0 <= value < below. Of a tensor only the size is checked.
+
+    Intentionally no look at a tensor's value: that would wait for its device.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"Invalid {name}: a tensor of shape {tuple(value.shape)}; must have one element"
+            )
+    elif not 0 <= value < below:
+        limit = "finite and 0 or more" if below == math.inf else f"at least 0 and below {below:g}"
+        raise ValueError(f"Invalid {name}: {value}; must be {limit}")
+
+
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which a step's 0-dim factors are computed: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def new_step(p: Tensor, capturable: bool) -> Tensor:
+    """A step count of 0: on the host, where it costs nothing, or for CUDA graphs beside ``p``."""
+    return torch.zeros((), dtype=torch.float32, device=p.device if capturable else "cpu")
+
+
+def new_moment(p: Tensor) -> Tensor:
+    """A zero moment for ``p``: of its shape and strides, in float32 or better."""
+    return torch.zeros_like(p, dtype=computing_dtype(p.dtype), memory_format=torch.preserve_format)
+
+
+def use_foreach(foreach: bool | None, params: list[Tensor], differentiable: bool) -> bool:
+    """Whether to take the multi-tensor step: as asked for, else where torch would."""
+    if foreach is None:
+        return _default_to_fused_or_foreach(params, differentiable, use_fused=False)[1]
+    return foreach
+
+
+def working(t: Tensor) -> Tensor:
+    """``t`` as a real tensor in float32 or better: an alias, or a copy for half precision."""
+    return at_least_float32(torch.view_as_real(t) if torch.is_complex(t) else t)
+
+
+def write_back_(params: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Copy new values into those of ``params`` of which ``weights`` are not aliases."""
+    for p, w in zip(params, weights, strict=True):
+        if computing_dtype(p.dtype) != p.dtype:
+            p.copy_(w)
+
+
+def decay_factors(
+    projected: Sequence[Tensor | bool],
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    wd_ratio: float,
+) -> list[float | Tensor]:
+    """1 − lr·wd·ratio for each weight, where ratio is ``wd_ratio`` if it was projected, else 1."""
+    gates = [gate for gate in projected if isinstance(gate, Tensor)]
+    gated: Iterator[Tensor] = iter(())
+    if gates:
+        open_ = torch.stack(gates).to(scalar_dtype(gates[0].device))
+        gated = iter((1 - lr * weight_decay * (1 + (wd_ratio - 1) * open_)).unbind())
+    return [
+        next(gated)
+        if isinstance(gate, Tensor)
+        else 1 - lr * weight_decay * (wd_ratio if gate else 1)
+        for gate in projected
+    ]
+
+
+def by_device_and_dtype(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """Split parallel lists of tensors by the device and dtype of those in the first."""
+    grouped = Optimizer._group_tensors_by_device_and_dtype([list(tensors) for tensors in lists])
+    for same, _ in grouped.values():
+        yield [[t for t in tensors if t is not None] for tensors in same]
+
+
+def foreach_scale_(weights: Sequence[Tensor], factors: Sequence[float | Tensor]) -> None:
+    """Multiply each weight by its factor."""
+    numbers = {i: factor for i, factor in enumerate(factors) if not isinstance(factor, Tensor)}
+    tensors = {i: factor for i, factor in enumerate(factors) if isinstance(factor, Tensor)}
+    if numbers:
+        torch._foreach_mul_([weights[i] for i in numbers], list(numbers.values()))
+    if tensors:
+        torch._foreach_mul_([weights[i] for i in tensors], list(tensors.values()))

@@ -1,0 +1,129 @@
+"""The cosine gate and the projection of AdamP and SGDP (arXiv 2006.08217, Algorithms 1 and 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from normwise.geometry import View, dot, unit
+
+ViewOption = View | Literal["auto"] | None
+
+_CHANNEL = View.channel()
+
+
+def project_(
+    updates: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    views: Sequence[ViewOption],
+    *,
+    delta: float,
+    eps: float,
+) -> list[Tensor | bool]:
+    """Remove, in place, the radial part of each update that its view asks for.
+
+    Tensors that share a view and a shape are handled in one batch, and no value is read back to the
+    host: the gate of ``"auto"`` stays a tensor.
+
+    Args:
+        updates: the steps about to be taken, real, in float32 or better.
+        weights: the weights, of the same shapes and dtypes.
+        grads: the raw gradients, likewise; only ``"auto"`` looks at them.
+        views: for each weight ``"auto"``, a :class:`View`, or ``None`` (left alone).
+        delta: the gate's threshold, see :func:`gated_radial`.
+        eps: the guard of the official implementation; used by ``"auto"`` alone.
+
+    Returns:
+        For each weight whether it was projected: a bool, or in ``"auto"`` a 0-dim bool tensor.
+    """
+    projected: list[Tensor | bool] = [view is not None for view in views]
+    buckets: dict[tuple[View | str, torch.Size], list[int]] = {}
+    for i, view in enumerate(views):
+        if view is not None and weights[i].numel() > 0:
+            buckets.setdefault((view, weights[i].shape), []).append(i)
+    for (shared, _), members in buckets.items():
+        view = shared if isinstance(shared, View) else _CHANNEL
+        u, w = (_batch(tensors, members, view) for tensors in (updates, weights))
+        if shared != "auto":
+            direction, _ = unit(w, 2)
+            u.sub_(direction * dot(direction, u, 2))
+        else:
+            part, open_ = gated_radial(u, w, _batch(grads, members, view), delta=delta, eps=eps)
+            u.sub_(part)
+            for i, was_projected in zip(members, open_.unbind(), strict=True):
+                projected[i] = was_projected
+        if len(members) > 1 or torch.is_grad_enabled():
+            for i, result in zip(members, u.unbind(), strict=True):
+                view.slices(updates[i]).copy_(result)
+    return projected
+
+
+def _batch(tensors: Sequence[Tensor], members: list[int], view: View) -> Tensor:
+    """Shape (members, slices, ...): a copy, or for a single member an alias.
+
+    Autograd is given copies: it must not see what it saved change in place.
+    """
+    if len(members) == 1 and not torch.is_grad_enabled():
+        return view.slices(tensors[members[0]]).unsqueeze(0)
+    return torch.stack([view.slices(tensors[i]) for i in members])
+
+
+def gated_radial(
+    u: Tensor, w: Tensor, g: Tensor, *, delta: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The radial part that the papers' cosine gate lets AdamP and SGDP remove.
+
+    The gate compares the raw gradient with the weight, slice by slice: it opens for the channel
+    view if max |cos(g, w)| < delta/√(entries of a channel), else for the layer view if
+    |cos(g, w)| < delta/√(entries of the weight). It stays shut where the gradient is zero
+    everywhere, which is evidence of nothing; a zero slice among others is passed over.
+
+    ``eps`` stands where the official code has it, max(‖·‖, eps) in the cosines and ‖w‖ + eps in the
+    projection, so that the results are the official ones to rounding.
+
+    Args:
+        u, w, g: updates, weights, gradients in the channel view, shape (weights, channels, ...).
+        delta: the threshold of the gate, a cosine times √entries.
+        eps: the guard against zero norms.
+
+    Returns:
+        The radial part of ``u``, zero where the gate is shut, and whether it is open, of shape
+        (weights,).
+    """
+    direction, w_norm = unit(w, 2)
+    _, g_norm = unit(g, 2)
+    g_radial, u_radial = dot(direction, g, 2), dot(direction, u, 2)
+
+    # The layer's values come from the channels': norms of norms, and inner products with
+    # w/‖w‖ = (channel directions) · (channel norms)/‖w‖.
+    share, w_total = unit(w_norm)
+    _, g_total = unit(g_norm)
+
+    channel_cosine = _guarded_cosine(g_radial, w_norm, g_norm, eps)
+    layer_cosine = _guarded_cosine(dot(share, g_radial), w_total, g_total, eps)
+    entries = math.prod(w.shape[2:])
+    evidence = g_total > 0
+    channel_open = evidence & (channel_cosine.amax(1, keepdim=True) < delta / math.sqrt(entries))
+    layer_open = evidence & (layer_cosine < delta / math.sqrt(entries * w.shape[1]))
+
+    by_channel = u_radial * (w_norm / (w_norm + eps).clamp_min(_tiny(w))).square()
+    by_layer = (
+        dot(share, u_radial) * share * (w_total / (w_total + eps).clamp_min(_tiny(w))).square()
+    )
+    coefficient = torch.where(channel_open, by_channel, torch.where(layer_open, by_layer, 0))
+    return direction * coefficient, (channel_open | layer_open).flatten()
+
+
+def _guarded_cosine(radial: Tensor, w_norm: Tensor, g_norm: Tensor, eps: float) -> Tensor:
+    """|⟨g, w⟩| / (max(‖w‖, eps)·max(‖g‖, eps)) from ⟨g, ŵ⟩; 0 where a norm is."""
+    guard = max(eps, _tiny(w_norm))
+    return (radial / g_norm.clamp_min(guard) * (w_norm / w_norm.clamp_min(guard))).abs()
+
+
+def _tiny(t: Tensor) -> float:
+    return torch.finfo(t.dtype).tiny

@@ -1,0 +1,253 @@
+"""SGDP (Heo et al., arXiv 2006.08217, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from normwise.optim._base import (
+    ProjectedOptimizer,
+    by_device_and_dtype,
+    check_number,
+    decay_factors,
+    foreach_scale_,
+    new_moment,
+    use_foreach,
+    working,
+    write_back_,
+)
+from normwise.optim.projection import ViewOption, project_
+
+__all__ = ["SGDP", "sgdp"]
+
+
+class SGDP(ProjectedOptimizer):
+    r"""SGD with momentum, without the growth of the norm of scale-invariant weights.
+
+    With p the momentum buffer, μ the momentum and ŵ the slices' directions, a step is
+
+    .. math::
+        p \leftarrow \mu p + (1 - \text{dampening})\, g, \qquad
+        w \leftarrow \Bigl(1 - \frac{\eta\lambda\rho}{1 - \mu}\Bigr) w
+            - \eta\,(p - \hat w \langle \hat w, p \rangle)
+
+    where the projection is on and ρ = ``wd_ratio``; elsewhere it is SGD with the same decoupled
+    decay and ρ = 1. The buffer is never projected: the official code without Nesterov does so by
+    aliasing, the paper does not. Dampening counts from the first step on. Weights with fewer than
+    two dimensions are never projected. A complex weight counts as a real one with a last dimension
+    of 2, as in torch.optim.
+
+    Args:
+        params: parameters, named parameters, or groups of either.
+        lr: learning rate η, a number or a one-element tensor (default: 1e-3).
+        momentum: μ, at least 0 and below 1 (default: 0).
+        dampening: what the gradient is dampened by on its way into the buffer (default: 0).
+        weight_decay: decoupled decay λ, times lr/(1 − μ): what L2 of the same λ comes to over the
+            life of a gradient in the buffer (default: 0).
+        nesterov: use Nesterov momentum; needs momentum and no dampening (default: False).
+        eps: in ``"auto"`` the guard of the official code's cosines and norms (default: 1e-8).
+        delta: threshold of the ``"auto"`` gate (default: 0.1).
+        wd_ratio: ρ, the factor on the decay of projected weights (default: 0.1).
+        view: an option of parameter groups: ``"auto"`` (the paper's gate), a
+            :class:`normwise.View` or its spelling, or ``None``: SGDW. See
+            :class:`normwise.AdamP` (default: ``"auto"``).
+        foreach: use the multi-tensor step (default: where torch would).
+        maximize: ascend instead of descend (default: False).
+        differentiable: let autograd pass through the step; the gate itself is a constant
+            (default: False).
+
+    Raises:
+        ValueError: for an option out of its range, an unknown option of a group, or a view that
+            does not fit a weight.
+        RuntimeError: in :meth:`step`, for a sparse gradient.
+    """
+
+    _state_keys = ("momentum_buffer",)
+    _state_aliases = {"momentum": "momentum_buffer"}  # noqa: RUF012 -- never written to
+    _torch_decay_is_decoupled = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
+        nesterov: bool = False,
+        eps: float = 1e-8,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        *,
+        view: ViewOption | str = "auto",
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "eps": eps,
+            "delta": delta,
+            "wd_ratio": wd_ratio,
+            "view": view,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_number("momentum value", group["momentum"], below=1)
+        check_number("dampening value", group["dampening"])
+        if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {"momentum_buffer": new_moment(p)} if group["momentum"] != 0 else {}
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        sgdp(
+            params,
+            grads,
+            [self.state[p]["momentum_buffer"] if group["momentum"] else None for p in params],
+            foreach=use_foreach(group["foreach"], params, group["differentiable"]),
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            eps=group["eps"],
+            delta=group["delta"],
+            wd_ratio=group["wd_ratio"],
+            view=group["view"],
+            maximize=group["maximize"],
+        )
+
+
+def sgdp(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    *,
+    foreach: bool,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float | Tensor,
+    nesterov: bool,
+    eps: float,
+    delta: float,
+    wd_ratio: float,
+    view: ViewOption,
+    maximize: bool,
+) -> None:
+    """Functional form of one step of :class:`SGDP`, in place on parameters and buffers.
+
+    A buffer of ``None`` stands for a momentum of 0.
+    """
+    step = _multi_tensor_sgdp if foreach else _single_tensor_sgdp
+    step(
+        params,
+        grads,
+        momentum_buffers,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        eps=eps,
+        delta=delta,
+        wd_ratio=wd_ratio,
+        view=view,
+        maximize=maximize,
+    )
+
+
+def _single_tensor_sgdp(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float | Tensor,
+    nesterov: bool,
+    eps: float,
+    delta: float,
+    wd_ratio: float,
+    view: ViewOption,
+    maximize: bool,
+) -> None:
+    for param, raw_grad, momentum_buffer in zip(params, grads, momentum_buffers, strict=True):
+        weight, grad = working(param), working(raw_grad)
+        if maximize:
+            grad = -grad
+
+        if momentum_buffer is None:
+            update = grad * (1 - dampening)
+        else:
+            buffer = working(momentum_buffer)
+            buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
+            update = grad + momentum * buffer if nesterov else buffer.clone()
+
+        projected = project_(
+            [update], [weight], [grad], [view if param.ndim > 1 else None], delta=delta, eps=eps
+        )
+        if isinstance(weight_decay, Tensor) or weight_decay != 0:
+            decay_lr = lr / (1 - momentum)
+            weight.mul_(decay_factors(projected, decay_lr, weight_decay, wd_ratio)[0])
+        weight.sub_(update * lr)
+        write_back_([param], [weight])
+
+
+def _multi_tensor_sgdp(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float | Tensor,
+    nesterov: bool,
+    eps: float,
+    delta: float,
+    wd_ratio: float,
+    view: ViewOption,
+    maximize: bool,
+) -> None:
+    buffered = [buffer for buffer in momentum_buffers if buffer is not None]
+    for group in by_device_and_dtype(params, grads, *([buffered] if buffered else [])):
+        weights, gs, *rest = ([working(t) for t in tensors] for tensors in group)
+        if maximize:
+            gs = list(torch._foreach_neg(gs))
+
+        updates: Sequence[Tensor]
+        if not rest:
+            updates = torch._foreach_mul(gs, 1 - dampening)
+        else:
+            (buffers,) = rest
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, gs, alpha=1 - dampening)
+            if nesterov:
+                updates = torch._foreach_add(gs, buffers, alpha=momentum)
+            else:
+                updates = [buffer.clone() for buffer in buffers]
+
+        views = [view if p.ndim > 1 else None for p in group[0]]
+        projected = project_(updates, weights, gs, views, delta=delta, eps=eps)
+        if isinstance(weight_decay, Tensor) or weight_decay != 0:
+            decay_lr = lr / (1 - momentum)
+            foreach_scale_(weights, decay_factors(projected, decay_lr, weight_decay, wd_ratio))
+        torch._foreach_mul_(updates, lr)
+        torch._foreach_sub_(weights, updates)
+        write_back_(group[0], weights)
