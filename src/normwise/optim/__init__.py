@@ -2,5 +2,7 @@
 
 from normwise.optim.adamp import AdamP
 from normwise.optim.sgdp import SGDP
+from normwise.optim.sgdw import SGDW
+from normwise.optim.tangential import tangential
 
-__all__ = ["SGDP", "AdamP"]
+__all__ = ["SGDP", "SGDW", "AdamP", "tangential"]

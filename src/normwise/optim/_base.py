@@ -1,4 +1,4 @@
-"""What AdamP and SGDP share as torch optimizers: groups and their checks, the step, state dicts."""
+"""What the optimizers share: groups and their checks, the step's frame, state dicts, arithmetic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
 
 from normwise.geometry import View, at_least_float32, computing_dtype
-from normwise.optim.projection import ViewOption
+from normwise.optim.projection import ViewOption, norms_by_slice, project_, retract_
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 # What schedulers and users write into groups beside an optimizer's own options.
 _ANNOTATIONS = frozenset({"params", "param_names", "name", "initial_lr", "lr_scale"})
@@ -22,8 +24,8 @@ _ANNOTATIONS = frozenset({"params", "param_names", "name", "initial_lr", "lr_sca
 _FOREIGN = frozenset({"amsgrad", "fused", "decoupled_weight_decay"})
 
 
-class ProjectedOptimizer(Optimizer):
-    """Base of the optimizers whose groups have a ``view``. Not for direct use."""
+class NormwiseOptimizer(Optimizer):
+    """Base of :class:`AdamP`, :class:`SGDP` and :class:`SGDW`. Not for direct use."""
 
     # The tensors of a parameter's state, and names that other code bases give them.
     _state_keys: tuple[str, ...]
@@ -50,12 +52,13 @@ class ProjectedOptimizer(Optimizer):
                     f"Invalid option {key!r} in a parameter group of {type(self).__name__}{hint}"
                 )
         group = {**self.defaults, **param_group}
-        group["view"] = as_view_option(group["view"])
+        if "view" in group:
+            group["view"] = as_view_option(group["view"])
         self._check_group(group)
         super().add_param_group(group)
         try:
             for p in group["params"]:
-                if isinstance(group["view"], View) and p.ndim > 1:
+                if isinstance(group.get("view"), View) and p.ndim > 1:
                     group["view"].check(p.shape)
         except ValueError:
             self.param_groups.pop()
@@ -63,11 +66,19 @@ class ProjectedOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for an option that is out of its range."""
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError(
+                f"Tensor lr must be 1-element, but has shape {list(group['lr'].shape)}"
+            )
         check_number("learning rate", group["lr"])
-        check_number("epsilon value", group["eps"])
         check_number("weight_decay value", group["weight_decay"])
-        check_number("delta", group["delta"])
-        check_number("wd_ratio", group["wd_ratio"])
+        for option in ("delta", "wd_ratio"):
+            if option in group:
+                check_number(option, group[option])
+        if "eps" in group:
+            check_number("epsilon value", group["eps"])
+        if "norm" in group:
+            check_norm_option(group["norm"], group["view"])
         if group["foreach"] and group["differentiable"]:
             raise ValueError("`foreach` and `differentiable` cannot be `True` together.")
 
@@ -100,14 +111,15 @@ class ProjectedOptimizer(Optimizer):
                     if not self.state[p]:
                         self.state[p].update(self._init_state(p, group))
                 if params:
-                    self._update(group, params, [p.grad for p in params])
+                    scheduled = {key: _scheduled(group[key]) for key in ("lr", "weight_decay")}
+                    self._update({**group, **scheduled}, params, [p.grad for p in params])
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with views written as strings, so that ``weights_only=True`` loads it."""
         state_dict: dict[str, Any] = super().state_dict()
         for group in state_dict["param_groups"]:
-            if isinstance(group["view"], View):
+            if isinstance(group.get("view"), View):
                 group["view"] = str(group["view"])
         return state_dict
 
@@ -127,6 +139,8 @@ class ProjectedOptimizer(Optimizer):
         ]
         groups += saved_groups[len(groups) :]  # torch tells of a wrong number of groups
         state = {key: self._translated_state(value) for key, value in state_dict["state"].items()}
+        for group in saved_groups:
+            self._adapt_state(group, [state[key] for key in group["params"] if key in state])
         pairs = list(zip(_flat(groups), _flat(self.param_groups), strict=False))
         for saved_id, p in pairs:
             for key in set(self._state_keys) - {"step"}:
@@ -150,7 +164,7 @@ class ProjectedOptimizer(Optimizer):
         """A saved group with our options, and those that it lacks as they are now."""
         if saved.get("amsgrad"):
             raise ValueError(f"{type(self).__name__} cannot continue a run with amsgrad=True")
-        ours = "delta" in saved
+        ours = "delta" in saved or "variant" in saved
         decoupled = saved.get("decoupled_weight_decay", ours or self._torch_decay_is_decoupled)
         if saved.get("weight_decay") and not decoupled:
             warnings.warn(
@@ -175,20 +189,38 @@ class ProjectedOptimizer(Optimizer):
             )
         return renamed
 
+    def _adapt_state(self, saved: dict[str, Any], states: list[dict[str, Any]]) -> None:
+        """Convert the states of a saved group, where its options say that they mean another."""
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-            group["view"] = as_view_option(group["view"])
+            if "view" in group:
+                group["view"] = as_view_option(group["view"])
             for p in group["params"]:
-                state = self.state.get(p, {})
-                if "step" in state and not isinstance(state["step"], Tensor):
-                    state["step"] = new_step(p, group["capturable"]) + float(state["step"])
+                p_state = self.state.get(p, {})
+                if "step" in p_state and not isinstance(p_state["step"], Tensor):
+                    step = float(p_state["step"])
+                    p_state["step"] = new_step(p, group["capturable"]).fill_(step)
 
 
 def _flat(groups: Sequence[dict[str, Any]]) -> Iterator[Any]:
     return chain.from_iterable(group["params"] for group in groups)
+
+
+def _scheduled(value: float | Tensor) -> float | Tensor:
+    """An option that changes from step to step, in the form that arithmetic wants: 0-dim.
+
+    Compilers are handed a tensor: torch's inductor keeps the first value of a Python float that it
+    has made dynamic in fused foreach kernels (pytorch#194976 is one such report).
+    """
+    if isinstance(value, Tensor):
+        return value.squeeze()
+    if torch.compiler.is_compiling() and value != 0:
+        return torch.full((), value, dtype=torch.float64)
+    return value
 
 
 def as_view_option(value: object) -> ViewOption:
@@ -202,10 +234,18 @@ def as_view_option(value: object) -> ViewOption:
     raise ValueError(f"Invalid view: {value!r}; must be 'auto', a normwise.View or None")
 
 
-def check_number(name: str, value: float | Tensor, below: float = math.inf) -> None:
-    """Raise ValueError unless 0 <= value < below. Of a tensor only the size is checked.
+def check_norm_option(norm: object, view: object) -> None:
+    """Raise ValueError unless ``norm`` is "free", or "fixed" in a view that says whose norm."""
+    if norm not in ("free", "fixed"):
+        raise ValueError(f"Invalid norm: {norm!r}; must be 'free' or 'fixed'")
+    if norm == "fixed" and not isinstance(view, View):
+        raise ValueError(f"norm='fixed' needs a view that says which norms, but view is {view!r}")
 
-    Intentionally no look at a tensor's value: that would wait for its device.
+
+def check_number(name: str, value: float | Tensor, below: float = math.inf) -> None:
+    """Raise ValueError unless 0 <= value < below.
+
+    Intentionally no look at the value of a tensor: that would wait for its device.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -215,6 +255,14 @@ def check_number(name: str, value: float | Tensor, below: float = math.inf) -> N
     elif not 0 <= value < below:
         limit = "finite and 0 or more" if below == math.inf else f"at least 0 and below {below:g}"
         raise ValueError(f"Invalid {name}: {value}; must be {limit}")
+
+
+def check_momentum(group: dict[str, Any]) -> None:
+    """Raise ValueError for a momentum or dampening out of range, or Nesterov without momentum."""
+    check_number("momentum value", group["momentum"], below=1)
+    check_number("dampening value", group["dampening"])
+    if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
@@ -232,23 +280,93 @@ def new_moment(p: Tensor) -> Tensor:
     return torch.zeros_like(p, dtype=computing_dtype(p.dtype), memory_format=torch.preserve_format)
 
 
-def use_foreach(foreach: bool | None, params: list[Tensor], differentiable: bool) -> bool:
+def use_foreach(group: dict[str, Any], params: list[Tensor]) -> bool:
     """Whether to take the multi-tensor step: as asked for, else where torch would."""
-    if foreach is None:
-        return _default_to_fused_or_foreach(params, differentiable, use_fused=False)[1]
-    return foreach
+    if group["foreach"] is None:
+        return _default_to_fused_or_foreach(params, group["differentiable"], use_fused=False)[1]
+    return bool(group["foreach"])
+
+
+def real_alias(t: Tensor) -> Tensor:
+    """``t`` itself, or for a complex tensor its real and imaginary parts in a last dimension."""
+    return torch.view_as_real(t) if torch.is_complex(t) else t
 
 
 def working(t: Tensor) -> Tensor:
     """``t`` as a real tensor in float32 or better: an alias, or a copy for half precision."""
-    return at_least_float32(torch.view_as_real(t) if torch.is_complex(t) else t)
+    return at_least_float32(real_alias(t))
 
 
-def write_back_(params: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """Copy new values into those of ``params`` of which ``weights`` are not aliases."""
-    for p, w in zip(params, weights, strict=True):
+def sgd_updates(
+    grads: Tensors,
+    buffers: Tensors | None,
+    *,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    foreach: bool,
+) -> Tensors:
+    """Put gradients into momentum buffers; return the directions, which alias no buffer.
+
+    Dampening counts from the first step on. Without buffers the momentum is 0.
+    """
+    if not foreach:
+        if buffers is None:
+            return [grad * (1 - dampening) for grad in grads]
+        for grad, buffer in zip(grads, buffers, strict=True):
+            buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
+        if nesterov:
+            return [g + momentum * buffer for g, buffer in zip(grads, buffers, strict=True)]
+        return [buffer.clone() for buffer in buffers]
+    if buffers is None:
+        return torch._foreach_mul(list(grads), 1 - dampening)
+    torch._foreach_mul_(buffers, momentum)
+    torch._foreach_add_(buffers, grads, alpha=1 - dampening)
+    if nesterov:
+        return torch._foreach_add(grads, buffers, alpha=momentum)
+    return [buffer.clone() for buffer in buffers]
+
+
+def take_step_(
+    params: Tensors,
+    weights: Tensors,
+    updates: Tensors,
+    grads: Tensors,
+    step_sizes: Sequence[float | Tensor],
+    *,
+    view: ViewOption,
+    delta: float,
+    eps: float,
+    decay_lr: float | Tensor,
+    weight_decay: float | Tensor,
+    wd_ratio: float,
+    norm: str,
+    stochastic_rounding: bool,
+    foreach: bool,
+) -> None:
+    """Project the updates, decay the weights, subtract, retract: where every optimizer ends.
+
+    ``weights`` and ``grads`` are ``params`` and their gradients as :func:`working` gives them;
+    ``updates`` are overwritten. The decay is 1 − decay_lr·weight_decay, times ``wd_ratio`` where
+    projected. A weight whose norm is fixed is not decayed: it would only turn the step size up.
+    """
+    views = [view if p.ndim > 1 else None for p in params]
+    fixed = norms_by_slice(weights, views) if norm == "fixed" else None
+    projected = project_(updates, weights, grads, views, delta=delta, eps=eps)
+    if is_nonzero(weight_decay):
+        ratio = wd_ratio if fixed is None else 0.0
+        scale_(weights, decay_factors(projected, decay_lr, weight_decay, ratio), foreach)
+    scale_(updates, step_sizes, foreach)
+    if foreach:
+        torch._foreach_sub_(weights, updates)
+    else:
+        for weight, update in zip(weights, updates, strict=True):
+            weight.sub_(update)
+    if fixed is not None:
+        retract_(weights, views, fixed)
+    for p, weight in zip(params, weights, strict=True):
         if computing_dtype(p.dtype) != p.dtype:
-            p.copy_(w)
+            p.copy_(round_stochastically(weight, p.dtype) if stochastic_rounding else weight)
 
 
 def decay_factors(
@@ -271,18 +389,45 @@ def decay_factors(
     ]
 
 
+def scale_(tensors: Sequence[Tensor], factors: Sequence[float | Tensor], foreach: bool) -> None:
+    """Multiply each tensor by its factor."""
+    if not foreach:
+        for t, factor in zip(tensors, factors, strict=True):
+            t.mul_(factor)
+        return
+    numbers = {i: factor for i, factor in enumerate(factors) if not isinstance(factor, Tensor)}
+    scalars = {i: factor for i, factor in enumerate(factors) if isinstance(factor, Tensor)}
+    if numbers:
+        torch._foreach_mul_([tensors[i] for i in numbers], list(numbers.values()))
+    if scalars:
+        torch._foreach_mul_([tensors[i] for i in scalars], list(scalars.values()))
+
+
+def round_stochastically(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 up or down to bfloat16 or float16, so that the expectation is ``w``.
+
+    A random number below the last bit that is kept is added to the bits that are dropped. The
+    subnormal numbers of float16 have a fixed spacing of 2⁻²⁴ and are rounded to its multiples.
+    """
+    kept = 10 if dtype == torch.float16 else 7
+    dropped = 23 - kept
+    bits = w.view(torch.int32)
+    noise = torch.randint_like(bits, 1 << dropped)
+    rounded = ((bits + noise) & -(1 << dropped)).view(torch.float32)
+    if dtype == torch.float16:
+        spacing = 2.0**-24
+        subnormal = torch.floor(w / spacing + torch.rand_like(w)) * spacing
+        rounded = torch.where(w.abs() < torch.finfo(dtype).tiny, subnormal, rounded)
+    return torch.where(torch.isfinite(w), rounded, w).to(dtype)
+
+
+def is_nonzero(value: float | Tensor) -> bool:
+    """Whether an option does anything; of a tensor that is taken for granted, not looked up."""
+    return isinstance(value, Tensor) or value != 0
+
+
 def by_device_and_dtype(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
     """Split parallel lists of tensors by the device and dtype of those in the first."""
     grouped = Optimizer._group_tensors_by_device_and_dtype([list(tensors) for tensors in lists])
     for same, _ in grouped.values():
         yield [[t for t in tensors if t is not None] for tensors in same]
-
-
-def foreach_scale_(weights: Sequence[Tensor], factors: Sequence[float | Tensor]) -> None:
-    """Multiply each weight by its factor."""
-    numbers = {i: factor for i, factor in enumerate(factors) if not isinstance(factor, Tensor)}
-    tensors = {i: factor for i, factor in enumerate(factors) if isinstance(factor, Tensor)}
-    if numbers:
-        torch._foreach_mul_([weights[i] for i in numbers], list(numbers.values()))
-    if tensors:
-        torch._foreach_mul_([weights[i] for i in tensors], list(tensors.values()))

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from normwise.optim._base import (
-    ProjectedOptimizer,
+    NormwiseOptimizer,
     by_device_and_dtype,
     check_number,
-    decay_factors,
-    foreach_scale_,
     new_moment,
     new_step,
     scalar_dtype,
+    take_step_,
     use_foreach,
     working,
-    write_back_,
 )
-from normwise.optim.projection import ViewOption, project_
+from normwise.optim.projection import ViewOption
 
 __all__ = ["AdamP", "adamp"]
 
 
-class AdamP(ProjectedOptimizer):
+class AdamP(NormwiseOptimizer):
     r"""AdamW without the growth of the norm of scale-invariant weights.
 
     With u the bias-corrected direction of Adam and ŵ the slices' directions, a step is
@@ -54,6 +52,11 @@ class AdamP(ProjectedOptimizer):
             first, then layer view. A :class:`normwise.View`, or its spelling such as
             ``"blocks(8)"``, always projects in that view. ``None`` never projects: AdamW
             (default: ``"auto"``).
+        norm: an option of parameter groups. ``"fixed"`` puts each slice back on the norm it had
+            before the step, so that only directions are trained; it needs a :class:`normwise.View`
+            and takes the place of decay (default: ``"free"``).
+        stochastic_rounding: round bfloat16 and float16 weights up or down at random, so that small
+            steps count on average; arithmetic and state are float32 in any case (default: False).
         foreach: use the multi-tensor step (default: where torch would).
         maximize: ascend instead of descend (default: False).
         capturable: keep the step count on the parameter's device, for CUDA graphs
@@ -82,6 +85,8 @@ class AdamP(ProjectedOptimizer):
         nesterov: bool = False,
         *,
         view: ViewOption | str = "auto",
+        norm: Literal["free", "fixed"] = "free",
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
@@ -96,6 +101,8 @@ class AdamP(ProjectedOptimizer):
             "wd_ratio": wd_ratio,
             "nesterov": nesterov,
             "view": view,
+            "norm": norm,
+            "stochastic_rounding": stochastic_rounding,
             "foreach": foreach,
             "maximize": maximize,
             "capturable": capturable,
@@ -123,7 +130,7 @@ class AdamP(ProjectedOptimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
-            foreach=use_foreach(group["foreach"], params, group["differentiable"]),
+            foreach=use_foreach(group, params),
             lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -133,6 +140,8 @@ class AdamP(ProjectedOptimizer):
             wd_ratio=group["wd_ratio"],
             nesterov=group["nesterov"],
             view=group["view"],
+            norm=group["norm"],
+            stochastic_rounding=group["stochastic_rounding"],
             maximize=group["maximize"],
         )
 
@@ -154,7 +163,9 @@ def adamp(
     wd_ratio: float,
     nesterov: bool,
     view: ViewOption,
-    maximize: bool,
+    norm: str = "free",
+    stochastic_rounding: bool = False,
+    maximize: bool = False,
 ) -> None:
     """Functional form of one step of :class:`AdamP`, in place on parameters and state."""
     step = _multi_tensor_adamp if foreach else _single_tensor_adamp
@@ -173,6 +184,8 @@ def adamp(
         wd_ratio=wd_ratio,
         nesterov=nesterov,
         view=view,
+        norm=norm,
+        stochastic_rounding=stochastic_rounding,
         maximize=maximize,
     )
 
@@ -193,7 +206,9 @@ def _single_tensor_adamp(
     wd_ratio: float,
     nesterov: bool,
     view: ViewOption,
-    maximize: bool,
+    norm: str = "free",
+    stochastic_rounding: bool = False,
+    maximize: bool = False,
 ) -> None:
     for param, raw_grad, exp_avg, exp_avg_sq, step_t in zip(
         params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True
@@ -213,13 +228,22 @@ def _single_tensor_adamp(
         denom = (v.sqrt() / bias_correction2.sqrt()).add_(eps)
         update = (m.lerp(grad, 1 - beta1) if nesterov else m.clone()) / denom
 
-        projected = project_(
-            [update], [weight], [grad], [view if param.ndim > 1 else None], delta=delta, eps=eps
+        take_step_(
+            [param],
+            [weight],
+            [update],
+            [grad],
+            [lr / bias_correction1],
+            view=view,
+            delta=delta,
+            eps=eps,
+            decay_lr=lr,
+            weight_decay=weight_decay,
+            wd_ratio=wd_ratio,
+            norm=norm,
+            stochastic_rounding=stochastic_rounding,
+            foreach=False,
         )
-        if isinstance(weight_decay, Tensor) or weight_decay != 0:
-            weight.mul_(decay_factors(projected, lr, weight_decay, wd_ratio)[0])
-        weight.sub_(update * (lr / bias_correction1))
-        write_back_([param], [weight])
 
 
 def _multi_tensor_adamp(
@@ -238,7 +262,9 @@ def _multi_tensor_adamp(
     wd_ratio: float,
     nesterov: bool,
     view: ViewOption,
-    maximize: bool,
+    norm: str = "free",
+    stochastic_rounding: bool = False,
+    maximize: bool = False,
 ) -> None:
     lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
     for group in by_device_and_dtype(*lists):
@@ -263,10 +289,19 @@ def _multi_tensor_adamp(
         updates = torch._foreach_div(directions, denoms)
         del denoms, directions
 
-        views = [view if p.ndim > 1 else None for p in group[0]]
-        projected = project_(updates, weights, gs, views, delta=delta, eps=eps)
-        if isinstance(weight_decay, Tensor) or weight_decay != 0:
-            foreach_scale_(weights, decay_factors(projected, lr, weight_decay, wd_ratio))
-        torch._foreach_mul_(updates, (lr / bias_correction1).unbind())
-        torch._foreach_sub_(weights, updates)
-        write_back_(group[0], weights)
+        take_step_(
+            group[0],
+            weights,
+            updates,
+            gs,
+            (lr / bias_correction1).unbind(),
+            view=view,
+            delta=delta,
+            eps=eps,
+            decay_lr=lr,
+            weight_decay=weight_decay,
+            wd_ratio=wd_ratio,
+            norm=norm,
+            stochastic_rounding=stochastic_rounding,
+            foreach=True,
+        )

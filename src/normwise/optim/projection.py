@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -14,6 +14,8 @@ from normwise.geometry import View, dot, unit
 ViewOption = View | Literal["auto"] | None
 
 _CHANNEL = View.channel()
+# Weights beyond this many entries are large enough to be handled alone, without a copy.
+_BATCHED_ENTRIES = 1 << 18
 
 
 def project_(
@@ -27,8 +29,8 @@ def project_(
 ) -> list[Tensor | bool]:
     """Remove, in place, the radial part of each update that its view asks for.
 
-    Tensors that share a view and a shape are handled in one batch, and no value is read back to the
-    host: the gate of ``"auto"`` stays a tensor.
+    Small tensors that share a view and a shape are handled in one batch, and no value is read back
+    to the host: the gate of ``"auto"`` stays a tensor.
 
     Args:
         updates: the steps about to be taken, real, in float32 or better.
@@ -42,25 +44,58 @@ def project_(
         For each weight whether it was projected: a bool, or in ``"auto"`` a 0-dim bool tensor.
     """
     projected: list[Tensor | bool] = [view is not None for view in views]
-    buckets: dict[tuple[View | str, torch.Size], list[int]] = {}
-    for i, view in enumerate(views):
-        if view is not None and weights[i].numel() > 0:
-            buckets.setdefault((view, weights[i].shape), []).append(i)
-    for (shared, _), members in buckets.items():
-        view = shared if isinstance(shared, View) else _CHANNEL
-        u, w = (_batch(tensors, members, view) for tensors in (updates, weights))
-        if shared != "auto":
+    for view, members in _buckets(views, weights):
+        slicing = view if isinstance(view, View) else _CHANNEL
+        u, w = (_batch(tensors, members, slicing) for tensors in (updates, weights))
+        if isinstance(view, View):
             direction, _ = unit(w, 2)
             u.sub_(direction * dot(direction, u, 2))
         else:
-            part, open_ = gated_radial(u, w, _batch(grads, members, view), delta=delta, eps=eps)
+            g = _batch(grads, members, slicing)
+            part, open_ = gated_radial(u, w, g, delta=delta, eps=eps)
             u.sub_(part)
-            for i, was_projected in zip(members, open_.unbind(), strict=True):
-                projected[i] = was_projected
-        if len(members) > 1 or torch.is_grad_enabled():
-            for i, result in zip(members, u.unbind(), strict=True):
-                view.slices(updates[i]).copy_(result)
+            for i, gate in zip(members, open_.unbind(), strict=True):
+                projected[i] = gate
+        _unbatch_(updates, members, slicing, u)
     return projected
+
+
+def norms_by_slice(weights: Sequence[Tensor], views: Sequence[ViewOption]) -> list[Tensor]:
+    """The norms of the slices of weights that have a :class:`View`, for :func:`retract_`."""
+    return [
+        unit(_batch(weights, members, view), 2)[1]
+        for view, members in _buckets(views, weights)
+        if isinstance(view, View)
+    ]
+
+
+def retract_(
+    weights: Sequence[Tensor], views: Sequence[ViewOption], norms: Sequence[Tensor]
+) -> None:
+    """Rescale each slice to the norm it had when :func:`norms_by_slice` was asked.
+
+    A slice that had or has norm 0 is set to 0.
+    """
+    remaining = iter(norms)
+    for view, members in _buckets(views, weights):
+        if isinstance(view, View):
+            w = _batch(weights, members, view)
+            direction, _ = unit(w, 2)
+            w.copy_(direction * next(remaining))
+            _unbatch_(weights, members, view, w)
+
+
+def _buckets(
+    views: Sequence[ViewOption], weights: Sequence[Tensor]
+) -> Iterator[tuple[View | Literal["auto"], list[int]]]:
+    """The indices of weights to handle together: one view and shape each, in a fixed order."""
+    buckets: dict[tuple[View | Literal["auto"], torch.Size, int], list[int]] = {}
+    for i, (view, w) in enumerate(zip(views, weights, strict=True)):
+        if view is not None and w.numel() > 0:
+            alone = i if w.numel() > _BATCHED_ENTRIES else -1
+            buckets.setdefault((view, w.shape, alone), []).append(i)
+    for (view, _, _), members in buckets.items():
+        yield view, members
 
 
 def _batch(tensors: Sequence[Tensor], members: list[int], view: View) -> Tensor:
@@ -71,6 +106,13 @@ def _batch(tensors: Sequence[Tensor], members: list[int], view: View) -> Tensor:
     if len(members) == 1 and not torch.is_grad_enabled():
         return view.slices(tensors[members[0]]).unsqueeze(0)
     return torch.stack([view.slices(tensors[i]) for i in members])
+
+
+def _unbatch_(tensors: Sequence[Tensor], members: list[int], view: View, batch: Tensor) -> None:
+    """Copy a batch back into its tensors, unless it is an alias of the only one."""
+    if len(members) > 1 or torch.is_grad_enabled():
+        for i, result in zip(members, batch.unbind(), strict=True):
+            view.slices(tensors[i]).copy_(result)
 
 
 def gated_radial(
@@ -111,19 +153,18 @@ def gated_radial(
     channel_open = evidence & (channel_cosine.amax(1, keepdim=True) < delta / math.sqrt(entries))
     layer_open = evidence & (layer_cosine < delta / math.sqrt(entries * w.shape[1]))
 
-    by_channel = u_radial * (w_norm / (w_norm + eps).clamp_min(_tiny(w))).square()
-    by_layer = (
-        dot(share, u_radial) * share * (w_total / (w_total + eps).clamp_min(_tiny(w))).square()
-    )
+    by_channel = u_radial * _shrinkage(w_norm, eps)
+    by_layer = dot(share, u_radial) * share * _shrinkage(w_total, eps)
     coefficient = torch.where(channel_open, by_channel, torch.where(layer_open, by_layer, 0))
     return direction * coefficient, (channel_open | layer_open).flatten()
 
 
 def _guarded_cosine(radial: Tensor, w_norm: Tensor, g_norm: Tensor, eps: float) -> Tensor:
     """|⟨g, w⟩| / (max(‖w‖, eps)·max(‖g‖, eps)) from ⟨g, ŵ⟩; 0 where a norm is."""
-    guard = max(eps, _tiny(w_norm))
+    guard = max(eps, torch.finfo(w_norm.dtype).tiny)
     return (radial / g_norm.clamp_min(guard) * (w_norm / w_norm.clamp_min(guard))).abs()
 
 
-def _tiny(t: Tensor) -> float:
-    return torch.finfo(t.dtype).tiny
+def _shrinkage(norm: Tensor, eps: float) -> Tensor:
+    """What the official ‖w‖ + eps leaves of a projection: (‖w‖/(‖w‖ + eps))²."""
+    return (norm / (norm + eps).clamp_min(torch.finfo(norm.dtype).tiny)).square()

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from normwise.optim._base import (
-    ProjectedOptimizer,
+    NormwiseOptimizer,
     by_device_and_dtype,
-    check_number,
-    decay_factors,
-    foreach_scale_,
+    check_momentum,
     new_moment,
+    sgd_updates,
+    take_step_,
     use_foreach,
     working,
-    write_back_,
 )
-from normwise.optim.projection import ViewOption, project_
+from normwise.optim.projection import ViewOption
 
 __all__ = ["SGDP", "sgdp"]
 
 
-class SGDP(ProjectedOptimizer):
+class SGDP(NormwiseOptimizer):
     r"""SGD with momentum, without the growth of the norm of scale-invariant weights.
 
     With p the momentum buffer, μ the momentum and ŵ the slices' directions, a step is
@@ -55,6 +53,11 @@ class SGDP(ProjectedOptimizer):
         view: an option of parameter groups: ``"auto"`` (the paper's gate), a
             :class:`normwise.View` or its spelling, or ``None``: SGDW. See
             :class:`normwise.AdamP` (default: ``"auto"``).
+        norm: an option of parameter groups. ``"fixed"`` puts each slice back on the norm it had
+            before the step, so that only directions are trained; it needs a :class:`normwise.View`
+            and takes the place of decay (default: ``"free"``).
+        stochastic_rounding: round bfloat16 and float16 weights up or down at random, so that small
+            steps count on average; arithmetic and state are float32 in any case (default: False).
         foreach: use the multi-tensor step (default: where torch would).
         maximize: ascend instead of descend (default: False).
         differentiable: let autograd pass through the step; the gate itself is a constant
@@ -83,6 +86,8 @@ class SGDP(ProjectedOptimizer):
         wd_ratio: float = 0.1,
         *,
         view: ViewOption | str = "auto",
+        norm: Literal["free", "fixed"] = "free",
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
@@ -97,6 +102,8 @@ class SGDP(ProjectedOptimizer):
             "delta": delta,
             "wd_ratio": wd_ratio,
             "view": view,
+            "norm": norm,
+            "stochastic_rounding": stochastic_rounding,
             "foreach": foreach,
             "maximize": maximize,
             "differentiable": differentiable,
@@ -105,10 +112,7 @@ class SGDP(ProjectedOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_number("momentum value", group["momentum"], below=1)
-        check_number("dampening value", group["dampening"])
-        if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        check_momentum(group)
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"momentum_buffer": new_moment(p)} if group["momentum"] != 0 else {}
@@ -118,7 +122,7 @@ class SGDP(ProjectedOptimizer):
             params,
             grads,
             [self.state[p]["momentum_buffer"] if group["momentum"] else None for p in params],
-            foreach=use_foreach(group["foreach"], params, group["differentiable"]),
+            foreach=use_foreach(group, params),
             lr=group["lr"],
             momentum=group["momentum"],
             dampening=group["dampening"],
@@ -128,6 +132,8 @@ class SGDP(ProjectedOptimizer):
             delta=group["delta"],
             wd_ratio=group["wd_ratio"],
             view=group["view"],
+            norm=group["norm"],
+            stochastic_rounding=group["stochastic_rounding"],
             maximize=group["maximize"],
         )
 
@@ -147,7 +153,9 @@ def sgdp(
     delta: float,
     wd_ratio: float,
     view: ViewOption,
-    maximize: bool,
+    norm: str = "free",
+    stochastic_rounding: bool = False,
+    maximize: bool = False,
 ) -> None:
     """Functional form of one step of :class:`SGDP`, in place on parameters and buffers.
 
@@ -167,6 +175,8 @@ def sgdp(
         delta=delta,
         wd_ratio=wd_ratio,
         view=view,
+        norm=norm,
+        stochastic_rounding=stochastic_rounding,
         maximize=maximize,
     )
 
@@ -185,28 +195,39 @@ def _single_tensor_sgdp(
     delta: float,
     wd_ratio: float,
     view: ViewOption,
-    maximize: bool,
+    norm: str = "free",
+    stochastic_rounding: bool = False,
+    maximize: bool = False,
 ) -> None:
     for param, raw_grad, momentum_buffer in zip(params, grads, momentum_buffers, strict=True):
         weight, grad = working(param), working(raw_grad)
         if maximize:
             grad = -grad
 
-        if momentum_buffer is None:
-            update = grad * (1 - dampening)
-        else:
-            buffer = working(momentum_buffer)
-            buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
-            update = grad + momentum * buffer if nesterov else buffer.clone()
-
-        projected = project_(
-            [update], [weight], [grad], [view if param.ndim > 1 else None], delta=delta, eps=eps
+        updates = sgd_updates(
+            [grad],
+            None if momentum_buffer is None else [working(momentum_buffer)],
+            momentum=momentum,
+            dampening=dampening,
+            nesterov=nesterov,
+            foreach=False,
         )
-        if isinstance(weight_decay, Tensor) or weight_decay != 0:
-            decay_lr = lr / (1 - momentum)
-            weight.mul_(decay_factors(projected, decay_lr, weight_decay, wd_ratio)[0])
-        weight.sub_(update * lr)
-        write_back_([param], [weight])
+        take_step_(
+            [param],
+            [weight],
+            updates,
+            [grad],
+            [lr],
+            view=view,
+            delta=delta,
+            eps=eps,
+            decay_lr=lr / (1 - momentum),
+            weight_decay=weight_decay,
+            wd_ratio=wd_ratio,
+            norm=norm,
+            stochastic_rounding=stochastic_rounding,
+            foreach=False,
+        )
 
 
 def _multi_tensor_sgdp(
@@ -223,31 +244,37 @@ def _multi_tensor_sgdp(
     delta: float,
     wd_ratio: float,
     view: ViewOption,
-    maximize: bool,
+    norm: str = "free",
+    stochastic_rounding: bool = False,
+    maximize: bool = False,
 ) -> None:
     buffered = [buffer for buffer in momentum_buffers if buffer is not None]
     for group in by_device_and_dtype(params, grads, *([buffered] if buffered else [])):
-        weights, gs, *rest = ([working(t) for t in tensors] for tensors in group)
+        weights, gs, *buffers = ([working(t) for t in tensors] for tensors in group)
         if maximize:
             gs = list(torch._foreach_neg(gs))
 
-        updates: Sequence[Tensor]
-        if not rest:
-            updates = torch._foreach_mul(gs, 1 - dampening)
-        else:
-            (buffers,) = rest
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, gs, alpha=1 - dampening)
-            if nesterov:
-                updates = torch._foreach_add(gs, buffers, alpha=momentum)
-            else:
-                updates = [buffer.clone() for buffer in buffers]
-
-        views = [view if p.ndim > 1 else None for p in group[0]]
-        projected = project_(updates, weights, gs, views, delta=delta, eps=eps)
-        if isinstance(weight_decay, Tensor) or weight_decay != 0:
-            decay_lr = lr / (1 - momentum)
-            foreach_scale_(weights, decay_factors(projected, decay_lr, weight_decay, wd_ratio))
-        torch._foreach_mul_(updates, lr)
-        torch._foreach_sub_(weights, updates)
-        write_back_(group[0], weights)
+        updates = sgd_updates(
+            gs,
+            buffers[0] if buffers else None,
+            momentum=momentum,
+            dampening=dampening,
+            nesterov=nesterov,
+            foreach=True,
+        )
+        take_step_(
+            group[0],
+            weights,
+            updates,
+            gs,
+            [lr] * len(updates),
+            view=view,
+            delta=delta,
+            eps=eps,
+            decay_lr=lr / (1 - momentum),
+            weight_decay=weight_decay,
+            wd_ratio=wd_ratio,
+            norm=norm,
+            stochastic_rounding=stochastic_rounding,
+            foreach=True,
+        )

@@ -1,0 +1,246 @@
+"""The remedy of AdamP and SGDP around any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from normwise.geometry import View
+from normwise.optim._base import (
+    as_view_option,
+    check_norm_option,
+    check_number,
+    real_alias,
+    take_step_,
+    working,
+)
+
+__all__ = ["Tangential", "tangential"]
+
+
+class _HasViews(Protocol):
+    def views(self) -> Mapping[Any, View]: ...
+
+
+Views = View | str | Mapping[Any, View | str] | _HasViews
+
+
+class Tangential(Optimizer):
+    r"""An optimizer whose steps have lost their radial part, made by :func:`tangential`.
+
+    It shares groups, state and defaults with the optimizer that it wraps, so schedulers, gradient
+    scalers and checkpoints see the wrapped one: ``state_dict()`` is that one's.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        views: Mapping[Tensor, View],
+        *,
+        wd_ratio: float,
+        norm: Literal["free", "fixed"],
+    ) -> None:
+        # Intentionally no call of Optimizer.__init__, which would make groups of its own.
+        self.optimizer = optimizer
+        self._views = dict(views)
+        self._wd_ratio = wd_ratio
+        self._norm = norm
+        self.__setstate__({})
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override] -- shared, not a copy
+        return self.optimizer.defaults
+
+    @property
+    def state(self) -> Any:  # type: ignore[override] -- shared, not a copy
+        return self.optimizer.state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override] -- shared
+        return self.optimizer.param_groups
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("optimizer", "_views", "_wd_ratio", "_norm")
+        return {name: self.__dict__[name] for name in names}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer; its parameters have no view and are not projected."""
+        self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the wrapped optimizer does it."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the wrapped optimizer."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Let the wrapped optimizer step, then take the radial part out of what it did.
+
+        Weights without a gradient are left alone, whatever the wrapped optimizer does to them.
+
+        Args:
+            closure: reevaluates the model, computes the gradients and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or ``None``.
+        """
+        with torch.no_grad():
+            before = {p: p.detach().clone() for p in self._views}
+        with self._without_decay():
+            loss = self.optimizer.step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                self._remove_radial_part_(group, before)
+        return loss
+
+    def _remove_radial_part_(self, group: dict[str, Any], before: dict[Tensor, Tensor]) -> None:
+        by_view: dict[tuple[View, torch.dtype], list[Tensor]] = {}
+        for p in group["params"]:
+            if p in before and p.grad is not None:
+                by_view.setdefault((self._views[p], p.dtype), []).append(p)
+        for (view, _), params in by_view.items():
+            after = [working(p) for p in params]
+            weights = [working(before[p]) for p in params]
+            steps = torch._foreach_sub(weights, after)
+            take_step_(
+                params,
+                weights,
+                steps,
+                steps,
+                [1.0] * len(params),
+                view=view,
+                delta=0.0,
+                eps=0.0,
+                decay_lr=self._decay_lr(group),
+                weight_decay=group.get("weight_decay", 0.0),
+                wd_ratio=self._wd_ratio,
+                norm=self._norm,
+                stochastic_rounding=False,
+                foreach=True,
+            )
+            torch._foreach_copy_([real_alias(p) for p in params], weights)
+
+    def _decay_lr(self, group: dict[str, Any]) -> float | Tensor:
+        """What λ is multiplied by: η, or for SGD the η/(1 − μ) that L2 through its buffer is."""
+        lr: float | Tensor = group["lr"]
+        if isinstance(self.optimizer, torch.optim.SGD):
+            return lr / (1 - group["momentum"])
+        return lr
+
+    @contextmanager
+    def _without_decay(self) -> Iterator[None]:
+        """For one step, keep the wrapped optimizer from decaying the weights that have a view.
+
+        Its groups are split in two for that long. State belongs to parameters and stays; what the
+        optimizer writes into a group is carried over.
+        """
+        groups = self.optimizer.param_groups
+        parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for group in groups:
+            ours = [p for p in group["params"] if p in self._views]
+            if not ours or "weight_decay" not in group:
+                parts.append((group, group))
+                continue
+            theirs = [p for p in group["params"] if p not in self._views]
+            parts.append((group, {**group, "params": ours, "weight_decay": 0.0}))
+            if theirs:
+                parts.append((group, {**group, "params": theirs}))
+        self.optimizer.param_groups = [part for _, part in parts]
+        try:
+            yield
+        finally:
+            self.optimizer.param_groups = groups
+            for group, part in parts:
+                for key in part.keys() - {"params", "weight_decay", "param_names"}:
+                    group[key] = part[key]
+
+
+def tangential(
+    optimizer: Optimizer,
+    views: Views,
+    *,
+    wd_ratio: float = 1.0,
+    norm: Literal["free", "fixed"] = "free",
+) -> Tangential:
+    r"""Remove the radial part from every step of any torch optimizer.
+
+    After the wrapped optimizer has moved a weight from w to w + Δ, the weight is put to
+
+    .. math::
+        (1 - \eta\lambda\rho)\, w + \Delta - \hat w \langle \hat w, \Delta \rangle
+
+    slice by slice, as AdamP and SGDP do (arXiv 2006.08217, Algorithms 1 and 2). The decay is set
+    apart: the wrapped optimizer does not see the ``weight_decay`` of weights that have a view, and
+    it is applied decoupled, with ρ = ``wd_ratio``. For ``torch.optim.SGD``, whose L2 passes
+    through the momentum buffer, it is ηλρ/(1 − μ), as in SGDP. So ``tangential(SGD)`` is SGDP with
+    an explicit view, and ``tangential(AdamW)`` is AdamP with ``wd_ratio=1``.
+
+    The wrapped optimizer's own multi-tensor or fused step is used. The cost in memory, for the time
+    of a step, is two copies of the weights that have a view.
+
+    Args:
+        optimizer: any torch optimizer; the result shares its groups and its state.
+        views: a :class:`normwise.View`, or its spelling, for all weights of two dimensions or more;
+            or a mapping from parameters to views; or from names, if ``optimizer`` was made from
+            named parameters; or an object whose method ``views()`` returns such a mapping.
+        wd_ratio: ρ, the factor on the decay of weights that have a view (default: 1).
+        norm: ``"fixed"`` puts each slice back on the norm it had before the step, in place of
+            decay (default: ``"free"``).
+
+    Returns:
+        An optimizer to use instead of the wrapped one, with schedulers and scalers too.
+
+    Raises:
+        ValueError: if a view does not fit its weight, if a weight is not one of the optimizer's or
+            has fewer than two dimensions, or if no weight is left to project.
+    """
+    check_number("wd_ratio", wd_ratio)
+    resolved = _resolved(optimizer, views)
+    for p, view in resolved.items():
+        view.check(p.shape)
+        check_norm_option(norm, view)
+    if not resolved:
+        raise ValueError("no weight of two dimensions or more has a view: nothing to project")
+    return Tangential(optimizer, resolved, wd_ratio=wd_ratio, norm=norm)
+
+
+def _resolved(optimizer: Optimizer, views: Views) -> dict[Tensor, View]:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(views, View | str):
+        return {p: _as_view(views) for p in params if p.ndim > 1}
+    mapping = views if isinstance(views, Mapping) else views.views()
+    by_name: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        by_name.update(zip(group.get("param_names", ()), group["params"], strict=False))
+    known, resolved = set(params), {}
+    for key, view in mapping.items():
+        p = by_name.get(key) if isinstance(key, str) else key
+        if p not in known:
+            hint = "" if by_name else "; make it from model.named_parameters() to use names"
+            label = repr(key) if isinstance(key, str) else f"of shape {tuple(key.shape)}"
+            raise ValueError(f"parameter {label} is not one of the optimizer's{hint}")
+        if p.ndim < 2:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} cannot be projected: it has fewer than two "
+                "dimensions"
+            )
+        resolved[p] = _as_view(view)
+    return resolved
+
+
+def _as_view(value: View | str) -> View:
+    view = as_view_option(value)
+    if not isinstance(view, View):
+        raise ValueError(f"Invalid view: {value!r}; tangential needs a normwise.View")
+    return view
