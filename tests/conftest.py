@@ -6,6 +6,9 @@ import torch
 hypothesis.settings.register_profile("normwise", deadline=None)
 hypothesis.settings.load_profile("normwise")
 
+# The suite runs in as many processes as there are cores.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed():

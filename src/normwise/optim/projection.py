@@ -49,14 +49,16 @@ def project_(
         u, w = (_batch(tensors, members, slicing) for tensors in (updates, weights))
         if isinstance(view, View):
             direction, _ = unit(w, 2)
-            u.sub_(direction * dot(direction, u, 2))
+            part = direction * dot(direction, u, 2)
         else:
             g = _batch(grads, members, slicing)
             part, open_ = gated_radial(u, w, g, delta=delta, eps=eps)
-            u.sub_(part)
             for i, gate in zip(members, open_.unbind(), strict=True):
                 projected[i] = gate
-        _unbatch_(updates, members, slicing, u)
+        if _is_alias(members):
+            u.sub_(part)
+        else:
+            _unbatch_(updates, members, slicing, u - part)
     return projected
 
 
@@ -81,8 +83,7 @@ def retract_(
         if isinstance(view, View):
             w = _batch(weights, members, view)
             direction, _ = unit(w, 2)
-            w.copy_(direction * next(remaining))
-            _unbatch_(weights, members, view, w)
+            _unbatch_(weights, members, view, direction * next(remaining))
 
 
 def _buckets(
@@ -98,21 +99,23 @@ def _buckets(
         yield view, members
 
 
-def _batch(tensors: Sequence[Tensor], members: list[int], view: View) -> Tensor:
-    """Shape (members, slices, ...): a copy, or for a single member an alias.
+def _is_alias(members: list[int]) -> bool:
+    """Whether a batch of these is an alias: of one member, and out of the sight of autograd,
+    which must not see what it saved change in place."""
+    return len(members) == 1 and not torch.is_grad_enabled()
 
-    Autograd is given copies: it must not see what it saved change in place.
-    """
-    if len(members) == 1 and not torch.is_grad_enabled():
+
+def _batch(tensors: Sequence[Tensor], members: list[int], view: View) -> Tensor:
+    """The slices of some tensors, shape (members, slices, ...): an alias or a copy."""
+    if _is_alias(members):
         return view.slices(tensors[members[0]]).unsqueeze(0)
     return torch.stack([view.slices(tensors[i]) for i in members])
 
 
 def _unbatch_(tensors: Sequence[Tensor], members: list[int], view: View, batch: Tensor) -> None:
-    """Copy a batch back into its tensors, unless it is an alias of the only one."""
-    if len(members) > 1 or torch.is_grad_enabled():
-        for i, result in zip(members, batch.unbind(), strict=True):
-            view.slices(tensors[i]).copy_(result)
+    """Copy a batch into the tensors that it was made of."""
+    for i, result in zip(members, batch.unbind(), strict=True):
+        view.slices(tensors[i]).copy_(result)
 
 
 def gated_radial(

@@ -53,15 +53,15 @@ class Tangential(Optimizer):
         self.__setstate__({})
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override] -- shared, not a copy
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # shared, not a copy
         return self.optimizer.defaults
 
     @property
-    def state(self) -> Any:  # type: ignore[override] -- shared, not a copy
+    def state(self) -> Any:  # type: ignore[override]  # shared, not a copy
         return self.optimizer.state
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override] -- shared
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # shared
         return self.optimizer.param_groups
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Tangential(Optimizer):
         return {name: self.__dict__[name] for name in names}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer; its parameters have no view and are not projected."""
+        """Add a group to the wrapped optimizer. It has no view, so it is not projected."""
         self.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -135,7 +135,7 @@ class Tangential(Optimizer):
         """What λ is multiplied by: η, or for SGD the η/(1 − μ) that L2 through its buffer is."""
         lr: float | Tensor = group["lr"]
         if isinstance(self.optimizer, torch.optim.SGD):
-            return lr / (1 - group["momentum"])
+            lr = lr / (1 - group["momentum"])
         return lr
 
     @contextmanager
@@ -223,10 +223,11 @@ def _resolved(optimizer: Optimizer, views: Views) -> dict[Tensor, View]:
     by_name: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         by_name.update(zip(group.get("param_names", ()), group["params"], strict=False))
-    known, resolved = set(params), {}
+    known = set(params)
+    resolved: dict[Tensor, View] = {}
     for key, view in mapping.items():
         p = by_name.get(key) if isinstance(key, str) else key
-        if p not in known:
+        if p is None or p not in known:
             hint = "" if by_name else "; make it from model.named_parameters() to use names"
             label = repr(key) if isinstance(key, str) else f"of shape {tuple(key.shape)}"
             raise ValueError(f"parameter {label} is not one of the optimizer's{hint}")

@@ -1,0 +1,7 @@
+"""``python -m normwise``."""
+
+import sys
+
+from normwise.cli import main
+
+sys.exit(main())

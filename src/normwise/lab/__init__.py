@@ -1,0 +1,1 @@
+"""The lab: the papers' comparisons on real data, side by side."""

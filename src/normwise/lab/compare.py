@@ -1,0 +1,236 @@
+"""The comparison: every optimizer on every seed, into one folder."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import normwise
+from normwise.lab.contenders import CONTENDERS
+from normwise.lab.errors import UsageError
+from normwise.lab.settings import Settings
+from normwise.lab.store import RunFolder
+from normwise.lab.summary import summarize
+from normwise.lab.tasks import TASKS, Data
+from normwise.lab.train import Diverged, train
+
+__all__ = ["Outcome", "compare", "default_folder"]
+
+Record = dict[str, Any]
+Observer = Callable[[Record], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a comparison.
+
+    Args:
+        folder: where its files are.
+        run: the content of ``run.json``.
+        records: the content of ``metrics.jsonl``.
+        summary: the content of ``summary.json``.
+    """
+
+    folder: Path
+    run: dict[str, Any]
+    records: list[Record]
+    summary: dict[str, Any]
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the user stopped it."""
+        return bool(self.run["status"] == "interrupted")
+
+    @property
+    def failures(self) -> list[Record]:
+        """The records of the runs that diverged."""
+        return [record for record in self.records if record["status"] == "failed"]
+
+
+def default_folder() -> Path:
+    """``runs/compare-<local time>``, with a number after it if that is taken."""
+    base = Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
+    folder, number = base, 1
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder
+
+
+def compare(settings: Settings, folder: Path, observe: Observer = lambda record: None) -> Outcome:
+    """Train every optimizer on every seed, one after the other, and report.
+
+    The outcome depends on the settings alone, and not on the number of cores: it computes in one
+    thread. Ctrl-C ends the training and not the report: what has been finished is kept and marked
+    as interrupted. A run that diverges is recorded as failed, and the next one goes on.
+
+    Args:
+        settings: what to train.
+        folder: where to; absent or empty.
+        observe: called with every record, as soon as it is written.
+
+    Raises:
+        UsageError: if the folder or the batch size is not usable.
+    """
+    data = _load(settings)
+    store = RunFolder(folder)
+    begin = time.monotonic()
+    run: dict[str, Any] = {
+        "schema": 1,
+        "status": "running",
+        "started": _now(),
+        "command": settings.command(),
+        "settings": {
+            **asdict(settings),
+            "decay_on_biases_and_norms": 0.0,
+            "view": "auto",
+            "nesterov": False,
+            "drop_epochs": settings.drop_epochs(),
+        },
+        "task": {
+            "title": TASKS[settings.task].title,
+            "source": TASKS[settings.task].source,
+            "train_examples": len(data.train_targets),
+            "test_examples": len(data.test_targets),
+            "steps_per_epoch": len(data.train_targets) // settings.batch_size,
+        },
+        "environment": environment(),
+    }
+    records: list[Record] = []
+
+    def keep(record: Record) -> None:
+        store.append_metrics(record)
+        records.append(record)
+        observe(record)
+
+    def finish(status: str) -> Outcome:
+        run.update(status=status, ended=_now(), seconds=round(time.monotonic() - begin, 1))
+        return _finish(store, run, records, settings)
+
+    try:
+        store.write_json("run.json", run)
+        try:
+            with _one_thread():
+                _train_all(settings, data, keep)
+        except KeyboardInterrupt:
+            return finish("interrupted")
+        finished = any(r["status"] == "ok" and r["epoch"] == settings.epochs for r in records)
+        return finish("complete" if finished else "failed")
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            run.update(status="interrupted", ended=_now())
+        else:
+            run.update(status="failed", ended=_now(), error=f"{type(error).__name__}: {error}")
+        store.write_json("run.json", run)
+        raise
+    finally:
+        store.close()
+
+
+def _load(settings: Settings) -> Data:
+    """The data, if a batch fits into them."""
+    data = TASKS[settings.task].load()
+    examples = len(data.train_targets)
+    if settings.batch_size > examples:
+        raise UsageError(
+            f"--batch-size {settings.batch_size} is not allowed: task {settings.task!r} has "
+            f"{examples} training examples"
+        )
+    return data
+
+
+def _train_all(settings: Settings, data: Data, keep: Observer) -> None:
+    """Seed by seed, so that an interrupted comparison has whole seeds of every optimizer."""
+    for seed in range(settings.seeds):
+        for name in settings.optimizers:
+            _train_one(settings, data, name, seed, keep)
+
+
+def _train_one(settings: Settings, data: Data, name: str, seed: int, keep: Observer) -> None:
+    try:
+        for record in train(TASKS[settings.task], data, CONTENDERS[name], settings, seed):
+            keep({"status": "ok", **asdict(record)})
+    except Diverged as error:
+        keep(
+            {
+                "status": "failed",
+                "optimizer": name,
+                "seed": seed,
+                "epoch": error.epoch,
+                "step": error.step,
+                "error": str(error),
+            }
+        )
+
+
+def _finish(
+    store: RunFolder, run: dict[str, Any], records: list[Record], settings: Settings
+) -> Outcome:
+    """Write all that is made from the metrics, and the final ``run.json`` last."""
+    from normwise.lab.plots import PLOTS
+    from normwise.lab.report import render
+
+    summary = {
+        "schema": 1,
+        "status": run["status"],
+        **summarize(records, settings.optimizers, settings.epochs, run["task"]["test_examples"]),
+    }
+    store.write_json("summary.json", summary)
+    for name, plot in PLOTS.items():
+        store.write_bytes(name, plot(records, settings, run["status"]))
+    store.write_text("report.html", render(run, records, settings))
+    store.write_json("run.json", run)
+    return Outcome(store.path, run, records, summary)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in one thread: small networks gain nothing from more, and sums keep their order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as far as they bear on the numbers; nothing that names a person."""
+    packages = ("torch", "numpy", "scikit-learn", "matplotlib")
+    return {
+        "versions": {
+            "normwise": normwise.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "device": "cpu",
+        "threads": 1,
+    }
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "not known"
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,412 @@
+"""From metrics to the numbers that are reported: means, spreads, curves, findings."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from statistics import fmean, median, stdev
+from typing import Any
+
+from normwise.lab.contenders import CONTENDERS
+
+__all__ = [
+    "Curve",
+    "Finding",
+    "Row",
+    "Spread",
+    "Verdict",
+    "curve",
+    "example_half_width",
+    "findings",
+    "headline",
+    "rows",
+    "seed_half_width",
+    "summarize",
+]
+
+Record = Mapping[str, Any]
+
+# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom; the last serves for more,
+# where it errs on the side of caution.
+_T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+# Two norms that differ by less than this factor are called equal in words.
+_SAME_NORM = 1.05
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values over seeds: their mean and standard deviation (n − 1); none for one value."""
+
+    mean: float
+    sd: float | None
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Mean and standard deviation of one or more values."""
+        sd = stdev(values) if len(values) > 1 else None
+        return cls(fmean(values), sd, tuple(values))
+
+
+@dataclass(frozen=True)
+class Row:
+    """The end of one optimizer's runs.
+
+    The numbers are those after the last epoch of the finished seeds. Where no seed has finished
+    but some were interrupted, they are those after the last epoch that all of these reached.
+
+    Args:
+        name: the optimizer.
+        label: as a reader sees it.
+        epoch: the epoch that the numbers are from.
+        finished: seeds that trained to the end.
+        unfinished: seeds that were interrupted.
+        failed: seeds whose training diverged, with the reason.
+        numbers: a :class:`Spread` for each quantity; empty if there is nothing to show.
+        step_ms: median over epochs and seeds of a whole step's time, in milliseconds.
+        optimizer_ms: the same of the optimizer's part.
+    """
+
+    name: str
+    label: str
+    epoch: int
+    finished: tuple[int, ...]
+    unfinished: tuple[int, ...]
+    failed: dict[int, str]
+    numbers: dict[str, Spread]
+    step_ms: float | None
+    optimizer_ms: float | None
+
+
+_QUANTITIES = (
+    "test_accuracy",
+    "train_loss",
+    "norm_growth",
+    "effective_lr",
+    "relative_effective_lr",
+    "angular_update",
+)
+
+
+def rows(records: Sequence[Record], optimizers: Sequence[str], epochs: int) -> list[Row]:
+    """One row for each optimizer, in the order given."""
+    return [_row(records, name, epochs) for name in optimizers]
+
+
+def _row(records: Sequence[Record], name: str, epochs: int) -> Row:
+    own = [r for r in records if r["optimizer"] == name]
+    failed = {r["seed"]: r["error"] for r in own if r["status"] == "failed"}
+    seeds = _shown(own, epochs)
+    last = {seed: max(r["epoch"] for r in own if r["seed"] == seed) for seed in seeds}
+    epoch = min(last.values(), default=0)
+    end = [r for r in own if r["seed"] in seeds and r["epoch"] == epoch]
+    numbers = {}
+    for quantity in _QUANTITIES:
+        values = [r[quantity] for r in end if r[quantity] is not None]
+        if values:
+            numbers[quantity] = Spread.of(values)
+
+    def typical(key: str) -> float | None:
+        times = [r[key] for r in own if r["status"] == "ok" and r[key] is not None]
+        return median(times) if times else None
+
+    started = {r["seed"] for r in own}
+    finished = {r["seed"] for r in own if r["status"] == "ok" and r["epoch"] == epochs}
+    return Row(
+        name=name,
+        label=CONTENDERS[name].label,
+        epoch=epoch,
+        finished=tuple(sorted(finished)),
+        unfinished=tuple(sorted(started - finished - failed.keys())),
+        failed=failed,
+        numbers=numbers,
+        step_ms=typical("step_ms"),
+        optimizer_ms=typical("optimizer_ms"),
+    )
+
+
+def _shown(own: Sequence[Record], epochs: int) -> list[int]:
+    """The seeds of one optimizer whose numbers count: the finished, or else the interrupted."""
+    failed = {r["seed"] for r in own if r["status"] == "failed"}
+    finished = {r["seed"] for r in own if r["status"] == "ok" and r["epoch"] == epochs}
+    return sorted(finished or {r["seed"] for r in own} - failed)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity over the epochs: the mean over seeds, with the least and the greatest value."""
+
+    epochs: tuple[int, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    seeds: int
+
+
+def curve(records: Sequence[Record], name: str, quantity: str, epochs: int) -> Curve:
+    """The curve of ``quantity`` under one optimizer, over the seeds that count in its row."""
+    own = [r for r in records if r["optimizer"] == name]
+    seeds = _shown(own, epochs)
+    by_epoch: dict[int, list[float]] = {}
+    for r in own:
+        if r["seed"] in seeds and r["status"] == "ok" and r[quantity] is not None:
+            by_epoch.setdefault(r["epoch"], []).append(r[quantity])
+    # An epoch that not every seed has reached would make the mean jump.
+    reached = sorted(epoch for epoch, values in by_epoch.items() if len(values) == len(seeds))
+    return Curve(
+        epochs=tuple(reached),
+        mean=tuple(fmean(by_epoch[e]) for e in reached),
+        low=tuple(min(by_epoch[e]) for e in reached),
+        high=tuple(max(by_epoch[e]) for e in reached),
+        seeds=len(seeds),
+    )
+
+
+class Verdict(Enum):
+    """What the seeds and the test examples allow to say about a difference in accuracy."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    WITHIN_SPREAD = "within the spread of seeds and test examples"
+    ONE_SEED = "one seed, so nothing can be said"
+
+
+def seed_half_width(differences: Sequence[float]) -> float | None:
+    """Half of the 95% interval (Student's t) of the mean of ``differences``, one a seed."""
+    n = len(differences)
+    if n < 2:
+        return None
+    return _T95[min(n - 1, len(_T95)) - 1] * stdev(differences) / math.sqrt(n)
+
+
+def example_half_width(
+    errors: Sequence[Iterable[int]], baseline_errors: Sequence[Iterable[int]], examples: int
+) -> float:
+    """Half of the 95% interval of a difference in accuracy, as far as the test examples decide it.
+
+    For each example, the share of seeds that classify it wrongly without the projection, minus
+    the share that does with it; the interval is that of the mean of these differences, taking the
+    examples as drawn at random.
+
+    Args:
+        errors: for each seed, which examples are classified wrongly with the projection.
+        baseline_errors: the same without.
+        examples: how many there are in the test set.
+    """
+    total: Counter[int] = Counter()
+    for mine, theirs in zip(errors, baseline_errors, strict=True):
+        total.update(theirs)
+        total.subtract(mine)
+    seeds = len(errors)
+    mean = sum(total.values()) / seeds / examples
+    square = sum((d / seeds) ** 2 for d in total.values()) / examples
+    return 1.96 * math.sqrt(max(square - mean**2, 0.0) / max(examples - 1, 1))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the projection changed, between two optimizers that differ in nothing else.
+
+    Args:
+        projected: label of the optimizer with the projection.
+        baseline: label of the one without.
+        growth: factor on the norm, with the projection.
+        baseline_growth: without.
+        slowdown: factor on the effective learning rate, schedule aside, with the projection.
+        baseline_slowdown: without.
+        accuracy: mean test accuracy with the projection, from 0 to 1.
+        baseline_accuracy: without.
+        difference: mean over common seeds of accuracy with minus without.
+        half_width: of the 95% interval of ``difference`` over seeds and test examples, the
+            variances of both added; none for one seed.
+        seeds: the number of common seeds.
+    """
+
+    projected: str
+    baseline: str
+    growth: float
+    baseline_growth: float
+    slowdown: float
+    baseline_slowdown: float
+    accuracy: float
+    baseline_accuracy: float
+    difference: float
+    half_width: float | None
+    seeds: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """Better or worse only where the 95% interval of the difference leaves out zero."""
+        if self.half_width is None:
+            return Verdict.ONE_SEED
+        if abs(self.difference) <= self.half_width or self.difference == 0:
+            return Verdict.WITHIN_SPREAD
+        return Verdict.BETTER if self.difference > 0 else Verdict.WORSE
+
+    @property
+    def norms_kept_smaller(self) -> bool | None:
+        """Whether the projection left smaller norms; none where they are about equal."""
+        ratio = self.baseline_growth / self.growth
+        if 1 / _SAME_NORM < ratio < _SAME_NORM:
+            return None
+        return ratio > 1
+
+    def sentences(self) -> str:
+        """The finding in plain words."""
+        p, b = self.projected, self.baseline
+        norms = (
+            f"The norm of the scale-invariant weights was multiplied by {self.baseline_growth:.2f} "
+            f"under {b} and by {self.growth:.2f} under {p}. Leaving the schedule aside, that alone "
+            f"multiplied the effective learning rate by {self.baseline_slowdown:.2f} under {b} and "
+            f"by {self.slowdown:.2f} under {p}."
+        )
+        accuracy = (
+            f"Test accuracy: {p} {100 * self.accuracy:.2f}%, {b} "
+            f"{100 * self.baseline_accuracy:.2f}%, a difference of {_points(self.difference)} "
+            "percentage points"
+        )
+        if self.half_width is None:
+            return f"{norms} {accuracy}; with one seed there is no telling whether it is chance."
+        low, high = self.difference - self.half_width, self.difference + self.half_width
+        interval = f"95% interval {_points(low)} to {_points(high)}, {self.seeds} paired seeds"
+        meaning = {
+            Verdict.BETTER: f"{p} is better than {b} by more than chance explains.",
+            Verdict.WORSE: f"{p} is worse than {b} by more than chance explains.",
+        }.get(self.verdict, "chance in the seeds and in the test images can explain that.")
+        return f"{norms} {accuracy} ({interval}): {meaning}"
+
+
+def _points(share: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{100 * share:+.2f}".replace("-", "−")
+
+
+def findings(
+    records: Sequence[Record], optimizers: Sequence[str], epochs: int, test_examples: int
+) -> list[Finding]:
+    """A finding for every pair, with and without the projection, that finished a common seed."""
+    end = {
+        (r["optimizer"], r["seed"]): r
+        for r in records
+        if r["status"] == "ok" and r["epoch"] == epochs
+    }
+    found = []
+    for name in optimizers:
+        baseline = CONTENDERS[name].baseline
+        if baseline not in optimizers or baseline is None:
+            continue
+        seeds = sorted(s for o, s in end if o == name and (baseline, s) in end)
+        if not seeds:
+            continue
+        mine, theirs = [end[name, s] for s in seeds], [end[baseline, s] for s in seeds]
+        differences = [
+            a["test_accuracy"] - b["test_accuracy"] for a, b in zip(mine, theirs, strict=True)
+        ]
+        by_seed = seed_half_width(differences)
+        by_example = example_half_width(
+            [r["test_errors"] for r in mine], [r["test_errors"] for r in theirs], test_examples
+        )
+        found.append(
+            Finding(
+                projected=CONTENDERS[name].label,
+                baseline=CONTENDERS[baseline].label,
+                growth=fmean(r["norm_growth"] for r in mine),
+                baseline_growth=fmean(r["norm_growth"] for r in theirs),
+                slowdown=fmean(r["relative_effective_lr"] for r in mine),
+                baseline_slowdown=fmean(r["relative_effective_lr"] for r in theirs),
+                accuracy=fmean(r["test_accuracy"] for r in mine),
+                baseline_accuracy=fmean(r["test_accuracy"] for r in theirs),
+                difference=fmean(differences),
+                half_width=None if by_seed is None else math.hypot(by_seed, by_example),
+                seeds=len(seeds),
+            )
+        )
+    return found
+
+
+def headline(found: Sequence[Finding], table: Sequence[Row]) -> str:
+    """The comparison in one sentence, as good or bad as the data make it."""
+    if not found:
+        ends = [
+            f"×{row.numbers['norm_growth'].mean:.2f} under {row.label}"
+            for row in table
+            if "norm_growth" in row.numbers and row.epoch > 0
+        ]
+        if not ends:
+            return "No run came far enough to say anything"
+        return f"The norm of the scale-invariant weights changed by {_listed(ends)}"
+    return f"{_norm_clause(found)}; {_accuracy_clause(found)}"
+
+
+def _norm_clause(found: Sequence[Finding]) -> str:
+    kept = [f for f in found if f.norms_kept_smaller is True]
+    grown = [f for f in found if f.norms_kept_smaller is False]
+    same = [f for f in found if f.norms_kept_smaller is None]
+    parts = []
+    if kept:
+        parts.append(
+            f"{_listed([f.projected for f in kept])} kept the norms smaller than "
+            f"{_listed([f.baseline for f in kept])}"
+        )
+    if grown:
+        parts.append(
+            f"{_listed([f.projected for f in grown])} left larger norms than "
+            f"{_listed([f.baseline for f in grown])}"
+        )
+    if same:
+        pairs = _listed([f"{f.projected} and {f.baseline}" for f in same])
+        parts.append(f"norms ended about equal under {pairs}")
+    text = ", ".join(parts)
+    return text[0].upper() + text[1:]
+
+
+def _accuracy_clause(found: Sequence[Finding]) -> str:
+    said: dict[Verdict, list[str]] = {}
+    for f in found:
+        said.setdefault(f.verdict, []).append(f.projected)
+    if set(said) == {Verdict.WITHIN_SPREAD}:
+        return "test accuracies differ by no more than chance explains"
+    parts = []
+    if Verdict.BETTER in said:
+        parts.append(f"{_listed(said[Verdict.BETTER])} ended more accurate")
+    if Verdict.WORSE in said:
+        parts.append(f"{_listed(said[Verdict.WORSE])} ended less accurate")
+    if Verdict.WITHIN_SPREAD in said:
+        parts.append(f"{_listed(said[Verdict.WITHIN_SPREAD])} within chance")
+    if Verdict.ONE_SEED in said:
+        parts.append("one seed is too few to compare accuracies")
+    return ", ".join(parts)
+
+
+def _listed(items: Sequence[str]) -> str:
+    """``a``, ``a and b``, or ``a, b and c``."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def summarize(
+    records: Sequence[Record], optimizers: Sequence[str], epochs: int, test_examples: int
+) -> dict[str, Any]:
+    """What ``summary.json`` holds beside the run's identity: rows, findings and the headline."""
+    table = rows(records, optimizers, epochs)
+    found = findings(records, optimizers, epochs, test_examples)
+    return {
+        "headline": headline(found, table),
+        "optimizers": [
+            {
+                **asdict(row),
+                "failed": [{"seed": s, "error": error} for s, error in sorted(row.failed.items())],
+            }
+            for row in table
+        ],
+        "findings": [
+            {**asdict(f), "verdict": f.verdict.value, "text": f.sentences()} for f in found
+        ],
+    }

@@ -1,0 +1,82 @@
+"""Metrics made by hand, for tests that need no training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def record() -> Make:
+    """Makes a record of metrics; what matters to a test is given, the rest is plausible."""
+
+    def make(optimizer: str, seed: int = 0, epoch: int = 1, **given: Any) -> dict[str, Any]:
+        growth = given.get("norm_growth", 1.0)
+        power = 2 if optimizer in ("sgd", "sgdp") else 1
+        return {
+            "status": "ok",
+            "optimizer": optimizer,
+            "seed": seed,
+            "epoch": epoch,
+            "step": 10 * epoch,
+            "lr": 0.1,
+            "train_loss": None if epoch == 0 else 0.5,
+            "test_accuracy": 0.9,
+            "test_errors": [],
+            "norm": growth,
+            "norm_growth": growth,
+            "effective_lr": 0.1 / growth**power,
+            "relative_effective_lr": 1 / growth**power,
+            "angular_update": None if epoch == 0 else 0.01,
+            "step_ms": None if epoch == 0 else 2.0,
+            "optimizer_ms": None if epoch == 0 else 0.5,
+            **given,
+        }
+
+    return make
+
+
+@pytest.fixture
+def failure() -> Make:
+    """Makes the record of a run that diverged."""
+
+    def make(optimizer: str, seed: int = 0, epoch: int = 1) -> dict[str, Any]:
+        return {
+            "status": "failed",
+            "optimizer": optimizer,
+            "seed": seed,
+            "epoch": epoch,
+            "step": 7,
+            "error": "the training loss became nan",
+        }
+
+    return make
+
+
+@pytest.fixture
+def run() -> dict[str, Any]:
+    """The content of a ``run.json``."""
+    return {
+        "schema": 1,
+        "status": "complete",
+        "started": "2026-01-02T03:04:05+00:00",
+        "seconds": 1.5,
+        "task": {
+            "title": "handwritten digits",
+            "source": "a book",
+            "train_examples": 898,
+            "test_examples": 899,
+            "steps_per_epoch": 14,
+        },
+        "environment": {
+            "versions": {"normwise": "0.1.0"},
+            "system": "Linux",
+            "processor": "a processor",
+            "cores": 2,
+            "threads": 1,
+        },
+    }
