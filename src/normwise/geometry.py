@@ -131,29 +131,36 @@ class View:
         return s if s.ndim > 1 else s.unsqueeze(1)
 
 
-def unit(slices: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Directions and norms of the slices of an alias made by :meth:`View.slices`.
+def slice_norms(slices: Tensor, dim: int = 1) -> Tensor:
+    """Norms of the slices of an alias made by :meth:`View.slices`.
 
     Each slice is scaled by its largest entry before it is squared, so norms from 1e-30 to 1e30
-    neither overflow nor underflow in float32. The direction of a zero slice is zero.
+    neither overflow nor underflow in float32.
 
     Args:
         slices: shape ``(slices, ...)``, or with more leading dimensions.
         dim: the number of leading dimensions that tell the slices apart (default: 1).
 
     Returns:
-        The directions, of the shape of ``slices``, and the norms, with every dimension from ``dim``
-        on reduced to 1.
+        The norms, with every dimension from ``dim`` on reduced to 1.
     """
     inner = tuple(range(dim, slices.ndim))
     if slices.numel() == 0:
-        return slices, slices.new_zeros(*slices.shape[:dim], *(1 for _ in inner))
-    # The scale cancels in every result, so no gradient need pass through it.
-    largest = torch.linalg.vector_norm(slices.detach(), ord=float("inf"), dim=inner, keepdim=True)
+        return slices.new_zeros(*slices.shape[:dim], *(1 for _ in inner))
+    # The scale cancels in the result, so no gradient need pass through it.
+    largest = slices.detach().abs().amax(inner, keepdim=True)
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
-    scaled = slices / scale
-    length = torch.linalg.vector_norm(scaled, dim=inner, keepdim=True)
-    return scaled / torch.where(length > 0, length, 1), scale * length
+    length: Tensor = torch.linalg.vector_norm(slices / scale, dim=inner, keepdim=True)
+    return scale * length
+
+
+def unit(slices: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Directions and norms of slices; the direction of a zero slice is zero.
+
+    Arguments and norms are those of :func:`slice_norms`; directions have the shape of ``slices``.
+    """
+    norm = slice_norms(slices, dim)
+    return slices / torch.where(norm > 0, norm, 1), norm
 
 
 def dot(a: Tensor, b: Tensor, dim: int = 1) -> Tensor:
@@ -163,7 +170,7 @@ def dot(a: Tensor, b: Tensor, dim: int = 1) -> Tensor:
 
 def norms(w: Tensor, view: View) -> Tensor:
     """The Euclidean norm of each slice of ``w``, shape ``(slices,)``, in float32 or better."""
-    return unit(view.slices(at_least_float32(w)))[1].flatten()
+    return slice_norms(view.slices(at_least_float32(w))).flatten()
 
 
 def cosine(a: Tensor, b: Tensor, view: View) -> Tensor:

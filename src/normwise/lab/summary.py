@@ -10,6 +10,8 @@ from enum import Enum
 from statistics import fmean, median, stdev
 from typing import Any
 
+from scipy.stats import t as student_t
+
 from normwise.lab.contenders import CONTENDERS
 
 __all__ = [
@@ -28,14 +30,6 @@ __all__ = [
 ]
 
 Record = Mapping[str, Any]
-
-# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom; the last serves for more,
-# where it errs on the side of caution.
-_T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 
 # Two norms that differ by less than this factor are called equal in words.
 _SAME_NORM = 1.05
@@ -184,7 +178,7 @@ def seed_half_width(differences: Sequence[float]) -> float | None:
     n = len(differences)
     if n < 2:
         return None
-    return _T95[min(n - 1, len(_T95)) - 1] * stdev(differences) / math.sqrt(n)
+    return float(student_t.ppf(0.975, n - 1)) * stdev(differences) / math.sqrt(n)
 
 
 def example_half_width(

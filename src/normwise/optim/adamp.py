@@ -226,7 +226,9 @@ def _single_tensor_adamp(
         m.lerp_(grad, 1 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denom = (v.sqrt() / bias_correction2.sqrt()).add_(eps)
-        update = (m.lerp(grad, 1 - beta1) if nesterov else m.clone()) / denom
+        # Autograd is given a copy: it must not see the moment change in the next step.
+        direction = m.clone() if torch.is_grad_enabled() else m
+        update = (m.lerp(grad, 1 - beta1) if nesterov else direction) / denom
 
         take_step_(
             [param],

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from normwise.geometry import View, dot, unit
+from normwise.geometry import View, dot, slice_norms, unit
 
 ViewOption = View | Literal["auto"] | None
 
@@ -49,23 +49,23 @@ def project_(
         u, w = (_batch(tensors, members, slicing) for tensors in (updates, weights))
         if isinstance(view, View):
             direction, _ = unit(w, 2)
-            part = direction * dot(direction, u, 2)
+            radial = dot(direction, u, 2)
         else:
             g = _batch(grads, members, slicing)
-            part, open_ = gated_radial(u, w, g, delta=delta, eps=eps)
+            direction, radial, open_ = gated_radial(u, w, g, delta=delta, eps=eps)
             for i, gate in zip(members, open_.unbind(), strict=True):
                 projected[i] = gate
         if _is_alias(members):
-            u.sub_(part)
+            u.addcmul_(direction, radial, value=-1)
         else:
-            _unbatch_(updates, members, slicing, u - part)
+            _unbatch_(updates, members, slicing, u - direction * radial)
     return projected
 
 
 def norms_by_slice(weights: Sequence[Tensor], views: Sequence[ViewOption]) -> list[Tensor]:
     """The norms of the slices of weights that have a :class:`View`, for :func:`retract_`."""
     return [
-        unit(_batch(weights, members, view), 2)[1]
+        slice_norms(_batch(weights, members, view), 2)
         for view, members in _buckets(views, weights)
         if isinstance(view, View)
     ]
@@ -120,7 +120,7 @@ def _unbatch_(tensors: Sequence[Tensor], members: list[int], view: View, batch: 
 
 def gated_radial(
     u: Tensor, w: Tensor, g: Tensor, *, delta: float, eps: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The radial part that the papers' cosine gate lets AdamP and SGDP remove.
 
     The gate compares the raw gradient with the weight, slice by slice: it opens for the channel
@@ -137,17 +137,17 @@ def gated_radial(
         eps: the guard against zero norms.
 
     Returns:
-        The radial part of ``u``, zero where the gate is shut, and whether it is open, of shape
-        (weights,).
+        The directions of the slices of ``w``; how much of each to subtract from ``u``, zero where
+        the gate is shut; and whether it is open, of shape (weights,).
     """
     direction, w_norm = unit(w, 2)
-    _, g_norm = unit(g, 2)
+    g_norm = slice_norms(g, 2)
     g_radial, u_radial = dot(direction, g, 2), dot(direction, u, 2)
 
     # The layer's values come from the channels': norms of norms, and inner products with
     # w/‖w‖ = (channel directions) · (channel norms)/‖w‖.
     share, w_total = unit(w_norm)
-    _, g_total = unit(g_norm)
+    g_total = slice_norms(g_norm)
 
     channel_cosine = _guarded_cosine(g_radial, w_norm, g_norm, eps)
     layer_cosine = _guarded_cosine(dot(share, g_radial), w_total, g_total, eps)
@@ -159,7 +159,7 @@ def gated_radial(
     by_channel = u_radial * _shrinkage(w_norm, eps)
     by_layer = dot(share, u_radial) * share * _shrinkage(w_total, eps)
     coefficient = torch.where(channel_open, by_channel, torch.where(layer_open, by_layer, 0))
-    return direction * coefficient, (channel_open | layer_open).flatten()
+    return direction, coefficient, (channel_open | layer_open).flatten()
 
 
 def _guarded_cosine(radial: Tensor, w_norm: Tensor, g_norm: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,73 @@
+"""Every code block of the README and of the docs runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normwise import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, *languages):
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [code for language, code in found if language in languages]
+
+
+def commands():
+    for page in PAGES:
+        for block in blocks(page, "bash", "console"):
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    yield pytest.param(words, id=f"{page.name}: {' '.join(words)}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_code_block_has_a_language_that_is_run(page):
+    languages = {language for language, _ in BLOCK.findall(page.read_text(encoding="utf-8"))}
+    assert languages <= {"python", "bash", "console"}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "docs"}
+    for code in blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("words", list(commands()))
+def test_commands_exist_and_take_their_arguments(words, tmp_path, monkeypatch, capsys):
+    """Quick ones run; the others are parsed, or gone through dry."""
+    if words[0] == "make":
+        subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True)
+    elif words[0] == "pip":
+        assert words[1] == "install"
+        extras = re.findall(r"\[(\w+)\]", words[2])
+        assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
+    else:
+        assert words[0] == "normwise"
+        words = words[: words.index(">")] if ">" in words else words
+        cli._parser().parse_args(words[1:])
+        if words[1] == "compare" and "--epochs" not in words:
+            return
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(words[1:]) == 0
+        assert capsys.readouterr().out
+
+
+def test_importing_normwise_imports_nothing_heavy_but_torch():
+    heavy = ["numba", "triton", "matplotlib", "sklearn", "scipy", "rich", "lightning", "ray"]
+    code = (
+        "import sys, torch; before = set(sys.modules); import normwise; "
+        f"print([m for m in {heavy} if m in set(sys.modules) - before])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert result.stdout.decode().strip() == "[]"
