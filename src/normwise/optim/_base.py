@@ -24,6 +24,13 @@ _ANNOTATIONS = frozenset({"params", "param_names", "name", "initial_lr", "lr_sca
 _FOREIGN = frozenset({"amsgrad", "fused", "decoupled_weight_decay"})
 
 
+# Tells of a CUDA graph captured without capturable=True. Newer versions of torch have renamed it.
+_check_capture: Callable[[Optimizer], None] = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
+    or Optimizer._cuda_graph_capture_health_check
+)
+
+
 class NormwiseOptimizer(Optimizer):
     """Base of :class:`AdamP`, :class:`SGDP` and :class:`SGDW`. Not for direct use."""
 
@@ -94,7 +101,8 @@ class NormwiseOptimizer(Optimizer):
         Raises:
             RuntimeError: if a gradient is sparse.
         """
-        self._accelerator_graph_capture_health_check()
+        if "capturable" in self.defaults:
+            _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
