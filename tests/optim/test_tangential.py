@@ -132,14 +132,20 @@ def test_views_by_parameter_by_name_and_from_a_report():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
 
     class Report:
-        def views(self):
-            return {"1.weight": View.layer()}
+        def __init__(self, net):
+            self.net = net
+
+        def parameter_views(self):
+            return {self.net[1].weight: View.layer(), self.net[1].bias: View.layer()}
 
     results = []
-    for views in (Report(), {"1.weight": "layer"}, {model[1].weight: View.layer()}):
+    for kind in ("report", "names", "parameters"):
         net = copy.deepcopy(model)
-        if isinstance(views, dict) and not isinstance(next(iter(views)), str):
-            views = {net[1].weight: View.layer()}
+        views = {
+            "report": Report(net),
+            "names": {"1.weight": "layer"},
+            "parameters": {net[1].weight: View.layer()},
+        }[kind]
         optimizer = normwise.tangential(torch.optim.SGD(net.named_parameters(), lr=0.1), views)
         results.append(run(optimizer, list(net.parameters()), steps=3))
     for other in results[1:]:

@@ -23,11 +23,11 @@ from normwise.optim._base import (
 __all__ = ["Tangential", "tangential"]
 
 
-class _HasViews(Protocol):
-    def views(self) -> Mapping[Any, View]: ...
+class _Report(Protocol):
+    def parameter_views(self) -> Mapping[Any, View]: ...
 
 
-Views = View | str | Mapping[Any, View | str] | _HasViews
+Views = View | str | Mapping[Any, View | str] | _Report
 
 
 class Tangential(Optimizer):
@@ -193,7 +193,8 @@ def tangential(
         optimizer: any torch optimizer; the result shares its groups and its state.
         views: a :class:`normwise.View`, or its spelling, for all weights of two dimensions or more;
             or a mapping from parameters to views; or from names, if ``optimizer`` was made from
-            named parameters; or an object whose method ``views()`` returns such a mapping.
+            named parameters; or a report of :func:`normwise.analyze`, of which weights with fewer
+            than two dimensions are passed over.
         wd_ratio: ρ, the factor on the decay of weights that have a view (default: 1).
         norm: ``"fixed"`` puts each slice back on the norm it had before the step, in place of
             decay (default: ``"free"``).
@@ -219,7 +220,7 @@ def _resolved(optimizer: Optimizer, views: Views) -> dict[Tensor, View]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if isinstance(views, View | str):
         return {p: _as_view(views) for p in params if p.ndim > 1}
-    mapping = views if isinstance(views, Mapping) else views.views()
+    mapping = views if isinstance(views, Mapping) else _matrices(views.parameter_views())
     by_name: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         by_name.update(zip(group.get("param_names", ()), group["params"], strict=False))
@@ -238,6 +239,10 @@ def _resolved(optimizer: Optimizer, views: Views) -> dict[Tensor, View]:
             )
         resolved[p] = _as_view(view)
     return resolved
+
+
+def _matrices(views: Mapping[Tensor, View]) -> dict[Tensor, View]:
+    return {p: view for p, view in views.items() if p.ndim > 1}
 
 
 def _as_view(value: View | str) -> View:
