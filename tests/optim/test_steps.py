@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._inductor.exc import InductorError
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -154,6 +155,11 @@ def test_a_step_compiles_whole_and_once_for_a_whole_schedule(name, options, fore
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(
+    raises=InductorError,
+    strict=False,
+    reason="pytorch#196570: the CPU code generator crashes on some weights of 3 and more dimensions",
+)
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.*:UserWarning")
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize(("name", "options"), COMPILED)

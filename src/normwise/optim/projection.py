@@ -100,22 +100,25 @@ def _buckets(
 
 
 def _is_alias(members: list[int]) -> bool:
-    """Whether a batch of these is an alias: of one member, and out of the sight of autograd,
-    which must not see what it saved change in place."""
+    """Whether a batch of these is an alias: of one member, changed in place.
+
+    Not in the sight of autograd, which must not see what it saved change.
+    """
     return len(members) == 1 and not torch.is_grad_enabled()
 
 
 def _batch(tensors: Sequence[Tensor], members: list[int], view: View) -> Tensor:
-    """The slices of some tensors, shape (members, slices, ...): an alias or a copy."""
+    """The slices of some tensors: an alias (1, slices, ...), or a copy (members, slices, entries)."""
     if _is_alias(members):
         return view.slices(tensors[members[0]]).unsqueeze(0)
-    return torch.stack([view.slices(tensors[i]) for i in members])
+    return torch.stack([view.slices(tensors[i]) for i in members]).flatten(2)
 
 
 def _unbatch_(tensors: Sequence[Tensor], members: list[int], view: View, batch: Tensor) -> None:
     """Copy a batch into the tensors that it was made of."""
     for i, result in zip(members, batch.unbind(), strict=True):
-        view.slices(tensors[i]).copy_(result)
+        slices = view.slices(tensors[i])
+        slices.copy_(result.view(slices.shape))
 
 
 def gated_radial(
