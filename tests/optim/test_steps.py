@@ -158,7 +158,7 @@ def test_a_step_compiles_whole_and_once_for_a_whole_schedule(name, options, fore
 @pytest.mark.xfail(
     raises=InductorError,
     strict=False,
-    reason="pytorch#196570: the CPU code generator crashes on some weights of 3 and more dimensions",
+    reason="pytorch#196570: the CPU code generator crashes on some weights of 3 or more dimensions",
 )
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.*:UserWarning")
 @pytest.mark.parametrize("foreach", [False, True])

@@ -108,7 +108,7 @@ def _is_alias(members: list[int]) -> bool:
 
 
 def _batch(tensors: Sequence[Tensor], members: list[int], view: View) -> Tensor:
-    """The slices of some tensors: an alias (1, slices, ...), or a copy (members, slices, entries)."""
+    """Slices of some tensors: an alias (1, slices, ...), or a copy (members, slices, entries)."""
     if _is_alias(members):
         return view.slices(tensors[members[0]]).unsqueeze(0)
     return torch.stack([view.slices(tensors[i]) for i in members]).flatten(2)
