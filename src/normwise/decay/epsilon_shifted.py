@@ -349,8 +349,8 @@ class _Hook:
         closure = kwargs.get("closure", args[0] if args else None)
         if closure is not None:
             raise RuntimeError(
-                "EpsilonShiftedL2 is attached to an optimizer that is stepped with a closure, which "
-                "would recompute the gradients; add reg.penalty() to the loss instead"
+                "EpsilonShiftedL2 is attached to an optimizer that is stepped with a closure, "
+                "which would recompute the gradients; add reg.penalty() to the loss instead"
             )
         self.regularizer._apply(optimizer, self.coupling)
 
