@@ -50,7 +50,7 @@ def normalized(net):
 
 
 def angles(one, other):
-    """The largest angle between the slices of two runs' weights; small ones without cancellation."""
+    """The largest angle between the slices of two runs; small ones without cancellation."""
     found = []
     for a, b in zip(one, other, strict=True):
         a = a.detach().flatten(1)

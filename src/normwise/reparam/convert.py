@@ -21,6 +21,7 @@ from normwise.reparam.parametrizations import (
     originals,
     stacks,
 )
+from normwise.reparam.recurrent import ReleaseFlatWeights
 
 __all__ = [
     "Conversion",
@@ -225,8 +226,10 @@ def reparametrize(
         raise ValueError(f"{method.__name__} finds no weight to convert:\n{report}")
     for module, name, parametrization in todo:
         parametrization.siblings = tuple(module._parameters)
+        if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
+            module.register_forward_hook(ReleaseFlatWeights())
         parametrize.register_parametrization(module, name, parametrization)
-        module.register_load_state_dict_pre_hook(LoadOtherFormats(name))  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(LoadOtherFormats(name))
     return report
 
 

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from normwise.reparam.checkpoint import LoadOtherFormats
 from normwise.reparam.parametrizations import originals, owner, stacks
+from normwise.reparam.recurrent import ReleaseFlatWeights
 
 __all__ = ["fold"]
 
@@ -49,6 +50,9 @@ def fold(model: nn.Module) -> nn.Module:
         order = max((o.siblings for o in owners), key=len)
         for name in names:
             _fold_one(module, name)
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, ReleaseFlatWeights):
+                del module._forward_hooks[key]
         for name in order:
             if name in module._parameters:
                 module._parameters[name] = module._parameters.pop(name)
@@ -61,11 +65,11 @@ def _fold_one(module: nn.Module, name: str) -> None:
         effective = stack().clone()
     requires_grad = any(p.requires_grad for p in originals(stack))
 
-    del cast(nn.ModuleDict, module.parametrizations)[name]
     # torch makes one class for a parametrized module and its deep copies, with the tensor as a
     # property. It must not be changed here: a copy may still use it.
     parametrized_class = type(module)
     plain_class = parametrize.type_before_parametrizations(module)
+    del cast(nn.ModuleDict, module.parametrizations)[name]
     if stacks(module):
         rest = {
             key: value
