@@ -346,7 +346,7 @@ class _Hook:
         self.regularizer, self.coupling = regularizer, coupling
 
     def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        closure = kwargs.get("closure", args[0] if args else None)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is self
         if closure is not None:
             raise RuntimeError(
                 "EpsilonShiftedL2 is attached to an optimizer that is stepped with a closure, "
