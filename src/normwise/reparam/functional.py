@@ -4,8 +4,8 @@ Each acts on every slice of a view and takes the square root of ``mean square + 
 paper divides by a root mean square. So value and gradient stay finite when a slice is zero or
 constant; an ``eps`` added outside of the root leaves ``1/std`` in the gradient ([ES] Eq. 24).
 
-[ES] is arXiv 1911.05920; weight normalization is arXiv 1602.07868, its centered form 1710.02338,
-weight standardization 1903.10520.
+[ES] is arXiv 1911.05920; weight normalization is arXiv 1602.07868, its centered form Huang et al.,
+ICCV 2017, and weight standardization arXiv 1903.10520.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class WeightNorm(WeightParametrization):
 
 
 class CenteredWeightNorm(WeightParametrization):
-    """W' = g·(W − W̄)/‖W − W̄‖ (arXiv 1710.02338), with a gain by default."""
+    """W' = g·(W − W̄)/‖W − W̄‖ (Huang et al., ICCV 2017), with a gain by default."""
 
     divides_by = Divisor.NORM
     centered = True
