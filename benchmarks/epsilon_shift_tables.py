@@ -119,14 +119,18 @@ def normalized_weights(model: nn.Module) -> list[tuple[Tensor, bool]]:
 
 
 @torch.no_grad()
-def largest_inverse(model: nn.Module) -> float:
-    """The largest 1/‖W‖, or 1/std, of a slice. In float64: this must not underflow first."""
-    smallest = math.inf
+def sizes(model: nn.Module) -> tuple[float, float]:
+    """The largest 1/‖W‖, or 1/std, of a slice, and the median of 1/‖W‖² over the slices.
+
+    In float64, which must not underflow before the network does.
+    """
+    divided, norms = [], []
     for w, is_std in normalized_weights(model):
         rows = w.double().flatten(1)
-        size = rows.std(1, correction=0) if is_std else rows.norm(dim=1)
-        smallest = min(smallest, float(size.min()))
-    return math.inf if smallest == 0 else 1 / smallest
+        norms.append(rows.norm(dim=1))
+        divided.append(rows.std(1, correction=0) if is_std else norms[-1])
+    smallest = float(torch.cat(divided).min())
+    return math.inf if smallest == 0 else 1 / smallest, float(torch.cat(norms).median() ** -2)
 
 
 def train(run: Run) -> dict[str, object]:
@@ -163,7 +167,7 @@ def train(run: Run) -> dict[str, object]:
         loss = F.cross_entropy(model(x), labels[index])
         losses.append(float(loss.detach()))
         if step % 25 == 0:
-            history.append((step, largest_inverse(model)))
+            history.append((step, *sizes(model), scheduler.get_last_lr()[0]))
         if not math.isfinite(losses[-1]):
             failed = step
             break
@@ -171,13 +175,13 @@ def train(run: Run) -> dict[str, object]:
         loss.backward()
         optimizer.step()
         scheduler.step()
-    history.append((len(losses), largest_inverse(model)))
+    history.append((len(losses), *sizes(model), scheduler.get_last_lr()[0]))
     return {
         **asdict(run),
         "failed_at": failed,
         "accuracy": None if failed is not None else accuracy(model),
         "loss": sum(losses[-200:]) / len(losses[-200:]),
-        "largest": max((v for _, v in history if not math.isnan(v)), default=math.nan),
+        "largest": max((v for _, v, *_ in history if not math.isnan(v)), default=math.nan),
         "history": history,
         "seconds": time.perf_counter() - start,
     }
@@ -231,7 +235,7 @@ def show(results: list[dict], figures: Path | None) -> None:
 
 
 def draw(results: list[dict], figures: Path) -> None:
-    """Figures 6 and 7: the largest 1/‖W‖ over the steps, plain and shifted."""
+    """Figures 6 and 7, the largest 1/‖W‖ over the steps, and 2, the effective learning rate."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -244,7 +248,7 @@ def draw(results: list[dict], figures: Path) -> None:
             for r in results:
                 if (r["method"], r["optimizer"]) != (method, optimizer) or r["decay"] == "guarded":
                     continue
-                points = [(s, v) for s, v in r["history"] if math.isfinite(v)]
+                points = [(s, v) for s, v, *_ in r["history"] if math.isfinite(v)]
                 failed = "" if r["failed_at"] is None else ", fails"
                 axis.semilogy(
                     *zip(*points, strict=True),
@@ -256,6 +260,18 @@ def draw(results: list[dict], figures: Path) -> None:
         axes[0].set_ylabel("largest 1/std" if method == "WS" else "largest 1/‖W‖")
         figure.savefig(figures / f"epsilon_shift_{method}.png", dpi=120, bbox_inches="tight")
         pyplot.close(figure)
+
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    for r in results:
+        if (r["optimizer"], r["decay"]) == ("SGD", "bare") and r["weight_decay"] <= 1e-3:
+            points = [(s, lr * inverse) for s, _, inverse, lr in r["history"]]
+            axis.semilogy(
+                *zip(*points, strict=True), label=f"{r['method']}, λ = {r['weight_decay']:g}"
+            )
+    axis.set(xlabel="step", ylabel="median η/‖W‖²", title="effective learning rate, SGD")
+    axis.legend(fontsize=7)
+    figure.savefig(figures / "effective_learning_rate.png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
 
 
 def main() -> None:

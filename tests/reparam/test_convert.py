@@ -140,6 +140,11 @@ def test_shared_and_foreign_and_unknown_weights_are_left_alone():
     assert "1 entries a slice are too few" in report.left_alone["point.weight"]
 
 
+def test_an_invalid_eps_is_told_at_once():
+    with pytest.raises(ValueError, match=r"^Invalid eps: -1"):
+        weight_normalize(Zoo(), eps=-1)
+
+
 def test_the_one_function_behind_them_takes_any_of_the_parametrizations():
     model = Zoo()
     reparametrize(model, CenteredWeightNorm, gain=False, eps=1e-6)

@@ -172,8 +172,9 @@ def reparametrize(
         What was done with each weight.
 
     Raises:
-        ValueError: if a name matches no module, nothing is left to convert, or a weight to convert
-            already has a parametrization of this library. The model is then as it was.
+        ValueError: for an invalid ``eps``, a name that matches no module, a model with nothing to
+            convert, or a weight to convert that already has a parametrization of this library.
+            The model is then as it was.
     """
     chosen = None if only is None else _matching(model, only, "only")
     skipped = _matching(model, skip, "skip")
@@ -182,42 +183,54 @@ def reparametrize(
     )
     shared = _shared_weights(model)
 
+    def decide(
+        full_name: str, module: nn.Module, name: str, w: Tensor, owner: nn.Module | None
+    ) -> WeightParametrization | str:
+        """The parametrization that a weight is to get, or the reason why it gets none."""
+        if module in skipped:
+            return "named in skip"
+        if chosen is not None and module not in chosen:
+            return "not named in only"
+        if isinstance(owner, WeightParametrization):
+            raise ValueError(
+                f"{full_name} already has a {type(owner).__name__}; "
+                "fold(model) first, or name the module in skip"
+            )
+        reason = _why_not(module, name, w, owner)
+        if reason is None and w in shared:
+            reason = f"shared by {' and '.join(shared[w])}"
+        if reason is None and chosen is None:
+            reason = _rule(module, module is classifier)
+        if reason is not None:
+            return reason
+        view, groups = _slices(module)
+        parametrization = method(view, groups=groups, gain=gain, eps=eps)
+        try:
+            parametrization.right_inverse(w.detach())
+        except ValueError as error:
+            return str(error)
+        return parametrization
+
     todo: list[tuple[nn.Module, str, WeightParametrization]] = []
     weights: list[ConvertedWeight] = []
     for module_name, module in model.named_modules():
         for name, w, owner in _weights(module):
             full_name = f"{module_name}.{name}" if module_name else name
-            view, groups = _slices(module)
-            reason: str | None
-            if module in skipped:
-                reason = "named in skip"
-            elif chosen is not None and module not in chosen:
-                reason = "not named in only"
-            elif isinstance(owner, WeightParametrization):
-                raise ValueError(
-                    f"{full_name} already has a {type(owner).__name__}; "
-                    "converting it twice would not do what it says: fold(model) first, or skip it"
-                )
+            decision = decide(full_name, module, name, w, owner)
+            view = reason = None
+            if isinstance(decision, str):
+                reason = decision
             else:
-                reason = _why_not(module, name, w, owner)
-                if reason is None and id(w) in shared:
-                    reason = f"shared by {' and '.join(shared[id(w)])}"
-                if reason is None and chosen is None:
-                    reason = _rule(module, w, module is classifier)
-                if reason is None:
-                    try:
-                        parametrization = method(view, groups=groups, gain=gain, eps=eps)
-                        parametrization.right_inverse(w.detach())
-                    except ValueError as error:
-                        reason = str(error)
-                    else:
-                        todo.append((module, name, parametrization))
+                todo.append((module, name, decision))
+                view = str(decision.view)
+                if decision.groups > 1:
+                    view += f" in each of {decision.groups} groups"
             weights.append(
                 ConvertedWeight(
                     full_name,
                     parametrize.type_before_parametrizations(module).__name__,
                     () if is_lazy(w) else tuple(w.shape),
-                    str(view) if reason is None else None,
+                    view,
                     reason,
                 )
             )
@@ -267,7 +280,7 @@ def _why_not(module: nn.Module, name: str, w: Tensor, owner: nn.Module | None) -
     return None
 
 
-def _rule(module: nn.Module, w: Tensor, is_classifier: bool) -> str | None:
+def _rule(module: nn.Module, is_classifier: bool) -> str | None:
     """Why a weight is left alone unless the user names it."""
     if isinstance(module, _EMBEDDINGS):
         return "embedding; name it in only"
@@ -306,14 +319,11 @@ def _matching(model: nn.Module, named: Iterable[str | nn.Module], argument: str)
     return found
 
 
-def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    """The names of each parameter that more than one module holds, by its identity.
-
-    The model keeps the parameters alive, so identities do not come back for another tensor.
-    """
-    names: dict[int, list[str]] = {}
+def _shared_weights(model: nn.Module) -> dict[Tensor, list[str]]:
+    """The names of each parameter that more than one module holds."""
+    names: dict[Tensor, list[str]] = {}
     for module_name, module in model.named_modules():
         for name, p in module._parameters.items():
             if p is not None:
-                names.setdefault(id(p), []).append(f"{module_name}.{name}")
-    return {key: value for key, value in names.items() if len(value) > 1}
+                names.setdefault(p, []).append(f"{module_name}.{name}")
+    return {p: of_p for p, of_p in names.items() if len(of_p) > 1}
