@@ -150,7 +150,8 @@ def train(run: Run) -> dict[str, object]:
     else:
         optimizer = torch.optim.Adam(groups, lr=1e-3)
     if run.decay == "shifted":
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # ε above the start of small runs' scale
             reg = EpsilonShiftedL2(model, weight_decay=run.weight_decay, eps=run.eps)
         reg.attach(optimizer)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [run.steps * 9 // 10])

@@ -43,7 +43,7 @@ def data_dependent_start(model: nn.Module, *batch: Any, **options: Any) -> list[
 
     Raises:
         ValueError: if no linear or convolutional module with a gain was called, or if a layer's
-            output is not finite.
+            output is not finite (layers before it are set then).
     """
     done: dict[nn.Module, str] = {}
     handles = []
