@@ -106,6 +106,14 @@ def test_an_error_inside_passes_and_nothing_is_held_after():
     assert all(owner.held is None for owner in owners)
 
 
+def test_a_copy_made_inside_is_outside():
+    model = converted()
+    with computed_once(model):
+        other = copy.deepcopy(model)
+    assert other.layer.parametrizations.weight[0].held is None
+    assert model.layer.parametrizations.weight[0].held is None
+
+
 def test_entering_twice_or_in_vain_is_an_error():
     model = converted()
     with computed_once(model), pytest.raises(RuntimeError, match="already entered"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,10 @@ class WeightParametrization(nn.Module):
         self.held: Tensor | None = None
         # The host's own parameters in their order before it was converted; `fold` restores it.
         self.siblings: tuple[str, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside of `computed_once` is not in the context, and holds nothing.
+        return {**self.__dict__, "held": None}
 
     @property
     def normalized(self) -> str:
