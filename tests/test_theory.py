@@ -21,14 +21,6 @@ from normwise.theory import (
 STEPS = 150
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny
-    yield
-    torch.set_num_threads(threads)
-
-
 def schedule(steps, lr):
     """Warm-up, then a cosine, as people train."""
     return [

@@ -1,8 +1,22 @@
 """See and control the norms of neural-network weights."""
 
+from normwise.decay import EpsilonShiftedL2
 from normwise.geometry import View
 from normwise.optim import SGDP, SGDW, AdamP, tangential
+from normwise.reparam import center_weight_normalize, fold, weight_normalize, weight_standardize
 
 __version__ = "0.1.0"
 
-__all__ = ["SGDP", "SGDW", "AdamP", "View", "__version__", "tangential"]
+__all__ = [
+    "SGDP",
+    "SGDW",
+    "AdamP",
+    "EpsilonShiftedL2",
+    "View",
+    "__version__",
+    "center_weight_normalize",
+    "fold",
+    "tangential",
+    "weight_normalize",
+    "weight_standardize",
+]
