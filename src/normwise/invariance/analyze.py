@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normwise.geometry import View
 from normwise.invariance.euler import Evidence, Finding, chance_of_error, euler_products
 from normwise.invariance.explain import Explainer
-from normwise.invariance.joint import null_space, sparse_basis
+from normwise.invariance.joint import null_space, sparse_basis, unit_pairs
 from normwise.invariance.report import JointSet, Kind, ParameterReport, Report
 from normwise.invariance.specimen import TOLERANCE, Specimen
 
@@ -85,24 +85,26 @@ def analyze(
 
     views, relations, notes = _confirmed(specimen, findings, relations)
     explainer = Explainer(specimen)
-    sets = tuple(
-        JointSet(exponents, _why_joint(explainer, exponents, seed)) for exponents in relations
-    )
+    sets = _explained_sets(explainer, relations)
+    kinds = {
+        name: _kind(name, finding, views.get(name), sets, evidence[name])
+        for name, finding in findings.items()
+    }
+    absorbers = _absorbers(explainer, views, kinds)
     aliases = _aliases(model)
     rows = []
     for name, finding in findings.items():
         view = views.get(name)
-        kind = _kind(name, finding, view, sets, evidence[name])
         rows.append(
             ParameterReport(
                 name=name,
                 shape=tuple(specimen.params[name].shape),
-                kind=kind,
+                kind=kinds[name],
                 view=view,
                 residual=finding.residual,
                 residual_with_eps=with_eps[name].residual_in(view) if view else math.nan,
                 chance=chance_of_error(finding.entries, draws) if view else 1.0,
-                why=_why(explainer, name, finding, view, kind),
+                why=_why(explainer, name, finding, view, kinds[name], absorbers.get(name)),
                 frozen=not specimen.source[name].requires_grad,
                 aliases=aliases.get(name, ()),
             )
@@ -178,32 +180,35 @@ def _relations(
     specimen: Specimen, names: list[str], evidence: dict[str, Evidence], draws: int
 ) -> list[dict[str, float]]:
     """The joint symmetries of these parameters."""
+    names = specimen.in_order_of_use(names)
     rows = [torch.tensor([evidence[name].totals for name in names], dtype=torch.float64).T]
+    known = unit_pairs(rows[0]) if draws > 1 else []
+    # A pair leaves one of its two tensors to look for, in the rest of the symmetries.
+    left = [t for t in range(len(names)) if t not in {int(a.nonzero()[-1]) for a in known}]
     point = draws
     while True:
-        missing = len(names) + 4 - sum(map(len, rows))
+        missing = len(left) + 4 - sum(map(len, rows))
         if missing > 0:
             rows.append(_products(specimen, names, point, missing))
             point += 1
             continue
         products = torch.cat(rows)
-        null = null_space(products)
-        if null.shape[1] == 0:
-            return []
+        found = null_space(products[:, left])
         # One forward gives no more independent draws than it has outputs. Another point tells
         # whether what is left is a symmetry or only unseen.
         fresh = _products(specimen, names, point, 1)
         point += 1
-        left = (fresh @ null).abs()
-        if bool((left <= TOLERANCE * (fresh.abs() @ null.abs())).all()):
+        error, size = (fresh[:, left] @ found).abs(), fresh[:, left].abs() @ found.abs()
+        if bool((error <= TOLERANCE * size).all()):
+            null = torch.zeros(len(names), found.shape[1], dtype=torch.float64)
+            null[left] = found
             break
-        rows += [fresh, _products(specimen, names, point, null.shape[1])]
+        rows += [fresh, _products(specimen, names, point, found.shape[1])]
         point += 1
     generator = torch.Generator().manual_seed(specimen.seed)
-    basis = sparse_basis(products, null, generator)
+    basis = sparse_basis(products, null, known, generator)
     return [
-        {name: float(a) for name, a in zip(names, relation, strict=True) if a}
-        for relation in basis
+        {name: float(a) for name, a in zip(names, relation, strict=True) if a} for relation in basis
     ]
 
 
@@ -299,48 +304,89 @@ def _kind(
     return "balanced" if mine else "none"
 
 
-def _why(
-    explainer: Explainer, name: str, finding: Finding, view: View | None, kind: Kind
-) -> str:
+def _absorbers(
+    explainer: Explainer, views: dict[str, View], kinds: dict[str, Kind]
+) -> dict[str, str]:
+    """A module that absorbs the scale of each invariant or ineffective parameter."""
     specimen = explainer.specimen
+    generator = torch.Generator().manual_seed(specimen.seed + 2)
+    scaled = {
+        name: random_factors(specimen.params[name], view, generator) for name, view in views.items()
+    }
+    without_effect = {name: 1.5 for name, kind in kinds.items() if kind == "no effect"}
+    absorbers = {}
+    # Apart, since a weight and the bias beside it reach the same modules.
+    for family in (scaled, without_effect):
+        claims = [{name: factor} for name, factor in family.items()]
+        for name, module in zip(family, explainer.one_absorber(claims), strict=True):
+            if module is not None:
+                absorbers[name] = module
+    return absorbers
+
+
+def _why(
+    explainer: Explainer,
+    name: str,
+    finding: Finding,
+    view: View | None,
+    kind: Kind,
+    absorber: str | None,
+) -> str:
+    shape = explainer.specimen.params[name].shape
     words = []
-    if view is not None:
-        generator = torch.Generator().manual_seed(specimen.seed + 2)
-        factors = {name: random_factors(specimen.params[name], view, generator)}
-        absorbers = explainer.absorbers(factors, first=True)
-        if absorbers:
-            sentence = explainer.sentence(name, absorbers[0])
-            if view.kind == "blocks":
-                size = specimen.params[name].shape[view.dim] // view.count
-                where = "rows" if view.dim == 0 else f"channels of dimension {view.dim}"
-                sentence = f"each block of {size} {where}: {sentence}"
-            words.append(sentence)
+    if view is not None and absorber is not None:
+        sentence = explainer.sentence(name, absorber)
+        if view.kind == "blocks":
+            sentence = f"each block of {shape[view.dim] // view.count} {_rows(view.dim)} {sentence}"
+        words.append(sentence)
     elif kind == "no effect":
-        absorbers = explainer.absorbers({name: 1.5}, first=True)
         words.append("zero gradient")
-        if absorbers:
-            words.append(f"its change is removed by {explainer.described(absorbers[0])}")
+        if absorber is not None:
+            words.append(f"its change is removed by {explainer.described(absorber)}")
     elif kind == "unused":
         words.append("not used by the forward")
     elif finding.part is not None:
         dim, size, channels = finding.part
-        where = "rows" if dim == 0 else f"channels of dimension {dim}:"
-        words.append(f"{where} {_ranges(channels)} alone are invariant, in blocks of {size}")
+        words.append(f"only {_rows(dim)} {_ranges(channels)} are invariant, in blocks of {size}")
     if finding.dead and finding.has_gradient:
-        channels = specimen.params[name].shape[0]
-        words.append(f"{finding.dead} of {channels} rows have zero gradient")
+        words.append(f"{finding.dead} of {shape[0]} rows have zero gradient")
     return "; ".join(words)
 
 
-def _why_joint(explainer: Explainer, exponents: dict[str, float], seed: int) -> str:
-    absorbers = explainer.absorbers({n: 1.5**a for n, a in exponents.items()}, first=False)
-    owned = [name for name in absorbers if explainer.contains(name, exponents)]
-    outside = [name for name in absorbers if name not in owned]
-    shown = outside or owned[:1]
-    if not shown:
-        return ""
-    text = ", ".join(f"`{name or 'the model'}`" for name in shown[:4])
-    return f"absorbed by {text}" + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
+def _rows(dim: int) -> str:
+    return "rows" if dim == 0 else "columns" if dim == 1 else f"channels of dimension {dim}"
+
+
+def _explained_sets(
+    explainer: Explainer, relations: list[dict[str, float]]
+) -> tuple[JointSet, ...]:
+    claims = [{name: 1.5**a for name, a in exponents.items()} for exponents in relations]
+    # A gain and its bias are absorbed at one place, other sets at many.
+    pairs = [i for i, a in enumerate(relations) if len(a) == 2 and JointSet(a).is_scale]
+    found = dict(zip(pairs, explainer.one_absorber([claims[i] for i in pairs]), strict=True))
+    sets = []
+    for i, exponents in enumerate(relations):
+        one = found.get(i)
+        modules = explainer.absorbers(claims[i]) if one is None else [one]
+        # A module that owns some of a set gives back what it took: there the factors cancel. A
+        # module around it does so too, but says less.
+        owners = [module for module in modules if explainer.contains(module, exponents)]
+        inner = [m for m in owners if not any(_is_inside(other, m) for other in owners)]
+        outside = [module for module in modules if module not in owners]
+        words = [f"absorbed by {_listed(outside)}"] if outside else []
+        if inner and not JointSet(exponents).is_scale:
+            words.append(f"cancels inside {_listed(inner)}")
+        sets.append(JointSet(exponents, "; ".join(words)))
+    return tuple(sets)
+
+
+def _is_inside(module: str, outer: str) -> bool:
+    return module != outer and (not outer or module.startswith(outer + "."))
+
+
+def _listed(modules: list[str]) -> str:
+    text = ", ".join(f"`{name or 'the model'}`" for name in modules[:4])
+    return text + (f" and {len(modules) - 4} more" if len(modules) > 4 else "")
 
 
 def _ranges(channels: list[int]) -> str:

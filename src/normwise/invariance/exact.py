@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["SHRINK", "Exact", "wide"]
@@ -86,6 +86,8 @@ class Exact(TorchFunctionMode):
     def __init__(self, shrink: float = SHRINK) -> None:
         super().__init__()
         self.shrink = shrink
+        #: The ids of the parameters that the forward used, in the order of their first use.
+        self.used: dict[int, None] = {}
 
     def __torch_function__(
         self,
@@ -105,6 +107,9 @@ class Exact(TorchFunctionMode):
         else:
             args = wide(args)
         kwargs = {key: value if key == "out" else wide(value) for key, value in kwargs.items()}
+        for t in _tensors((*args, *kwargs.values())):
+            if isinstance(t, nn.Parameter):
+                self.used.setdefault(id(t))
         if self.shrink == 1:
             return func(*args, **kwargs)
         args, kwargs = self._shrunk(func, name, args, kwargs)

@@ -7,8 +7,7 @@ a run showed; where no module absorbs, nothing is said.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +20,28 @@ from normwise.invariance.specimen import TOLERANCE, Specimen, floating_tensors
 __all__ = ["Explainer"]
 
 
+Factors = Mapping[str, Tensor | float]
+
+
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module: its name, and fingerprints of what it took and returned."""
+    """One call of a module: its name, and fingerprints of what it took and returned.
+
+    Two calls are told apart by norms and sums, since activations would take too much memory.
+    """
 
     module: str
     taken: list[Tensor]
     returned: list[Tensor]
 
 
-class _Absorbed(BaseException):
-    """Ends a forward once the absorbing module is known; no ``except Exception`` stops it."""
+@dataclass(frozen=True)
+class _Run:
+    """What a run with the claims of ``scaled`` changed, call by call."""
+
+    scaled: frozenset[int]
+    taken: list[bool]
+    returned: list[bool]
 
 
 class Explainer:
@@ -47,36 +57,62 @@ class Explainer:
         self._inside = {
             name: {id(p) for p in module.parameters()} for module, name in self.names.items()
         }
-        self._before: list[_Call] = []
-        with self._watching(self._before):
-            specimen.run()
+        self._before = self._calls()
 
-    def absorbers(self, factors: Mapping[str, Tensor | float], *, first: bool) -> list[str]:
-        """Names of the modules that absorb these factors, in the order in which they return.
+    def absorbers(self, claim: Factors) -> list[str]:
+        """The modules that absorb a claim, in the order in which they return.
 
         Args:
-            factors: what to multiply parameters by, by name.
-            first: end at the first one.
+            claim: what to multiply parameters by, by name, without a change of the outputs.
         """
-        scaled = {id(self.specimen.params[name]) for name in factors}
-        after: list[_Call] = []
-        found: dict[str, None] = {}
+        run = self._run([claim], frozenset({0}))
+        return self._absorbing(0, claim, [run]) if run else []
 
-        def look() -> None:
-            before, now = self._before[len(after) - 1], after[-1]
-            if before.module != now.module or _changed(before.returned, now.returned):
-                return
-            if scaled & self._inside[now.module] or _changed(before.taken, now.taken):
-                found.setdefault(now.module)
-                if first:
-                    raise _Absorbed
+    def one_absorber(self, claims: Sequence[Factors]) -> list[str | None]:
+        """For each claim a module that absorbs it, or None.
 
-        with self.specimen.scaled(factors), self._watching(after, look):
-            try:
-                self.specimen.run()
-            except _Absorbed:
-                pass
-        return list(found)
+        Many claims are told apart in few runs: each of 2·log₂(claims) runs scales half of them. A
+        claim does not reach what some run with it left unchanged; it does reach what a run changed
+        in which no other claim reaches it. A claim that this does not settle gets a run of its own.
+        """
+        runs = [run for half in _halves(len(claims)) if (run := self._run(claims, half))]
+        found = []
+        for i, claim in enumerate(claims):
+            names = self._absorbing(i, claim, runs) or self.absorbers(claim)
+            found.append(names[0] if names else None)
+        return found
+
+    def _absorbing(self, i: int, claim: Factors, runs: list[_Run]) -> list[str]:
+        """The modules of which the runs show that they absorb claim ``i``."""
+        own = {id(self.specimen.params[name]) for name in claim}
+        mine = [run for run in runs if i in run.scaled]
+        names: dict[str, None] = {}
+        for at, call in enumerate(self._before):
+            # What returns nothing that depends on a parameter (positions, masks) absorbs nothing.
+            if not call.returned or all(run.returned[at] for run in mine):
+                continue
+            innocent = {j for run in runs if not run.taken[at] for j in run.scaled}
+            reached = any(run.scaled - innocent == {i} for run in mine)
+            if reached or own & self._inside[call.module]:
+                names.setdefault(call.module)
+        return list(names)
+
+    def _run(self, claims: Sequence[Factors], scaled: frozenset[int]) -> _Run | None:
+        """A run with some claims scaled; None if it called other modules than the first one."""
+        factors: dict[str, Tensor | float] = {}
+        for i in scaled:
+            for name, factor in claims[i].items():
+                factors[name] = factors.get(name, 1.0) * factor
+        with self.specimen.scaled(factors):
+            after = self._calls()
+        if [call.module for call in after] != [call.module for call in self._before]:
+            return None
+        both = list(zip(self._before, after, strict=True))
+        return _Run(
+            scaled,
+            [_changed(old.taken, new.taken) for old, new in both],
+            [_changed(old.returned, new.returned) for old, new in both],
+        )
 
     def contains(self, module_name: str, parameters: Iterable[str]) -> bool:
         """Whether a module or what is in it owns one of the parameters."""
@@ -99,48 +135,65 @@ class Explainer:
             return f"normalized inside {self.described(absorber)}"
         return f"normalized within the forward of {self.described(absorber)}"
 
-    @contextmanager
-    def _watching(self, calls: list[_Call], look: Any = None) -> Iterator[None]:
-        """Record the calls of all modules while the specimen runs."""
+    def _calls(self) -> list[_Call]:
+        """Run the specimen and list the calls of its modules, in the order of their return."""
+        calls: list[_Call] = []
         pending: list[list[Tensor]] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             pending.append(_fingerprints((args, kwargs)))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            calls.append(_Call(self.names[module], pending.pop(), _fingerprints(output)))
-            if look is not None and len(calls) <= len(self._before):
-                look()
+            returned = _fingerprints(output, differentiable=True)
+            calls.append(_Call(self.names[module], pending.pop(), returned))
 
         handles = []
         for module in self.names:
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
         try:
-            yield
+            self.specimen.run()
         finally:
             for handle in handles:
                 handle.remove()
+        return calls
 
 
-def _fingerprints(tree: Any) -> list[Tensor]:
+def _halves(claims: int) -> list[frozenset[int]]:
+    """For each binary digit of their numbers the claims that have it set, and those that do not.
+
+    Few claims are taken one by one.
+    """
+    digits = max(claims - 1, 0).bit_length()
+    if claims <= 2 * digits:
+        return [frozenset({i}) for i in range(claims)]
+    return [
+        frozenset(i for i in range(claims) if (i >> digit) % 2 == value)
+        for digit in range(digits)
+        for value in (0, 1)
+    ]
+
+
+def _fingerprints(tree: Any, *, differentiable: bool = False) -> list[Tensor]:
+    """Norm and sum of every floating tensor, or only of those that depend on a parameter."""
     with torch._C.DisableTorchFunction(), torch.no_grad():
-        return [_fingerprint(t.detach()) for t in floating_tensors(tree)]
+        return [
+            _fingerprint(t.detach())
+            for t in floating_tensors(tree)
+            if t.requires_grad or not differentiable
+        ]
 
 
 def _fingerprint(t: Tensor) -> Tensor:
-    """The norm of a tensor and its inner product with a ramp of about unit norm."""
     flat = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).flatten().double()
-    flat = flat.masked_fill(~flat.isfinite(), 0)
-    ramp = torch.linspace(-1, 1, max(flat.numel(), 1), dtype=flat.dtype, device=flat.device)
-    ramp = ramp[: flat.numel()] * (3 / max(flat.numel(), 1)) ** 0.5
-    return torch.stack([torch.linalg.vector_norm(flat), flat @ ramp])
+    flat = flat.nan_to_num(0.0, 0.0, 0.0)
+    return torch.stack([torch.linalg.vector_norm(flat), flat.sum() / max(flat.numel(), 1) ** 0.5])
 
 
 def _changed(before: list[Tensor], after: list[Tensor]) -> bool:
     if len(before) != len(after):
         return True
-    for old, new in zip(before, after, strict=True):
-        if bool(((old - new).abs() > TOLERANCE * torch.maximum(old[0], new[0])).any()):
-            return True
-    return False
+    return any(
+        bool(((old - new).abs() > TOLERANCE * torch.maximum(old[0], new[0])).any())
+        for old, new in zip(before, after, strict=True)
+    )

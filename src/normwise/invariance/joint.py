@@ -12,11 +12,37 @@ from torch import Tensor
 
 from normwise.invariance.specimen import TOLERANCE
 
-__all__ = ["null_space", "sparse_basis"]
+__all__ = ["null_space", "sparse_basis", "unit_pairs"]
 
 # Exponents are small rationals. Values this near to one are taken for it, and the relation is then
 # tested with the rounded exponents.
 _SNAP = 1e-4
+
+
+def unit_pairs(products: Tensor) -> list[Tensor]:
+    """Disjoint relations of two tensors with exponents (1, ±1), such as a norm's gain and bias.
+
+    Three draws tell them, where the whole null space takes one for each tensor.
+
+    Args:
+        products: Euler products, shape ``(draws, tensors)``, each draw at a point of its own.
+
+    Returns:
+        Exponents, each of shape ``(tensors,)``. The last tensor of each is in no other.
+    """
+    a, b = products.unsqueeze(2), products.unsqueeze(1)
+    bound = TOLERANCE * (a.abs() + b.abs())
+    found: list[Tensor] = []
+    paired: set[int] = set()
+    for sign in (1.0, -1.0):
+        passing = ((a + sign * b).abs() <= bound).all(0).triu(1)
+        for i, j in passing.nonzero().tolist():
+            if not {i, j} & paired:
+                paired |= {i, j}
+                relation = products.new_zeros(products.shape[1])
+                relation[i], relation[j] = 1.0, sign
+                found.append(relation)
+    return found
 
 
 def null_space(products: Tensor) -> Tensor:
@@ -36,18 +62,22 @@ def null_space(products: Tensor) -> Tensor:
     return torch.linalg.qr(basis / torch.linalg.vector_norm(basis, dim=0)).Q
 
 
-def sparse_basis(products: Tensor, null: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """A basis of the null space with few and simple exponents.
+def sparse_basis(
+    products: Tensor, null: Tensor, known: list[Tensor], generator: torch.Generator
+) -> list[Tensor]:
+    """A basis of relations with few and simple exponents.
 
     Eliminating with the tensors in a random order gives relations of minimal support (fundamental
     circuits). From many orders the cheapest independent ones are kept, and made cheaper by adding
-    multiples of one another. The cost counts, in this order: the sum of |exponents|, negative
-    exponents, the largest |exponent|, and how early in the network the tensors stand, so that of
-    two weights that can stand for one another the one nearer to the output is named.
+    multiples of one another, and of those known before. The cost counts, in this order: the sum of
+    |exponents|, negative exponents, the largest |exponent|; then, if all grow together, how early
+    the tensors are used, so that of two that can stand for one another the one that writes last
+    before the norm is named; else over how long a stretch of the network they are spread.
 
     Args:
-        products: Euler products, shape ``(draws, tensors)``.
+        products: Euler products, shape ``(draws, tensors)``, tensors in the order of their use.
         null: an orthonormal basis of its null space, shape ``(tensors, dimension)``.
+        known: relations that are independent of it.
         generator: draws the orders.
 
     Returns:
@@ -55,13 +85,13 @@ def sparse_basis(products: Tensor, null: Tensor, generator: torch.Generator) -> 
     """
     tensors, dimension = null.shape
     candidates: dict[tuple[float, ...], Tensor] = {}
-    for _ in range(max(32, 2 * dimension)):
+    for _ in range(max(32, 2 * dimension) if dimension else 0):
         order = torch.randperm(tensors, generator=generator)
         for relation in _circuits(null, order):
             simple = _simplified(relation, products)
             if simple is not None:
                 candidates[tuple(simple.tolist())] = simple
-    chosen = _independent(sorted(candidates.values(), key=_cost), dimension)
+    chosen = _independent([*known, *sorted(candidates.values(), key=_cost)])
     return sorted(_polished(chosen, products), key=lambda a: int(a.nonzero()[0]))
 
 
@@ -106,15 +136,17 @@ def _simplified(relation: Tensor, products: Tensor) -> Tensor | None:
 
 def _cost(relation: Tensor) -> tuple[float, ...]:
     at = relation.nonzero()
+    negative = float((relation < 0).sum())
     return (
         round(float(relation.abs().sum()), 3),
-        float((relation < 0).sum()),
+        negative,
         float(relation.abs().max()),
+        float(at[-1] - at[0]) if negative else 0.0,
         -float(at.sum()),
     )
 
 
-def _independent(relations: list[Tensor], dimension: int) -> list[Tensor]:
+def _independent(relations: list[Tensor]) -> list[Tensor]:
     """The first of the relations that are linearly independent of those before them."""
     chosen: list[Tensor] = []
     directions: list[Tensor] = []
@@ -127,8 +159,6 @@ def _independent(relations: list[Tensor], dimension: int) -> list[Tensor]:
         if length > _SNAP:
             chosen.append(relation)
             directions.append(rest / length)
-        if len(chosen) == dimension:
-            break
     return chosen
 
 

@@ -8,7 +8,7 @@ import inspect
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -64,6 +64,7 @@ class Specimen:
             p.grad = None
             if p.is_floating_point() or p.is_complex():
                 p.requires_grad_(True)
+        self._used: dict[int, None] = {}
         self._buffers = [
             (module, key, buffer.detach().clone())
             for module in self.model.modules()
@@ -81,10 +82,9 @@ class Specimen:
         generator = torch.Generator().manual_seed(self.seed * 7919 + (point or 0))
         with torch.no_grad():
             for name, p in self.params.items():
-                value = self.source[name].detach().to(device=p.device, dtype=p.dtype)
+                p.copy_(self.source[name])
                 if point is not None:
-                    value = _generic(value, generator)
-                p.copy_(value)
+                    _generic_(p, generator)
 
     @contextmanager
     def scaled(self, factors: Mapping[str, Tensor | float]) -> Iterator[None]:
@@ -109,7 +109,7 @@ class Specimen:
         """
         for module, key, value in self._buffers:
             module._buffers[key] = value.clone()
-        with deterministic(self.seed, self.params), Exact(shrink):
+        with deterministic(self.seed, self.params), Exact(shrink) as exact:
             try:
                 result = self.forward(self.model)
             except Exception as error:
@@ -118,6 +118,7 @@ class Specimen:
                     f"the forward of {type(self.model).__name__} raised "
                     f"{type(error).__name__}: {text}"
                 ) from error
+        self._used = exact.used
         # Also where no graph is wanted, since models choose their path by whether gradients are on.
         outputs = [output for output in floating_tensors(result) if output.requires_grad]
         if not outputs:
@@ -133,6 +134,11 @@ class Specimen:
                     f"of shape {tuple(output.shape)}"
                 )
         return outputs if graph else [output.detach() for output in outputs]
+
+    def in_order_of_use(self, names: Iterable[str]) -> list[str]:
+        """The names, in the order in which the last forward first used the parameters."""
+        order = {key: i for i, key in enumerate(self._used)}
+        return sorted(names, key=lambda name: order.get(id(self.params[name]), len(order)))
 
     def cotangents(self, outputs: list[Tensor], draw: int) -> list[Tensor]:
         """Random normal upstream gradients; 0 where an output is infinite (masked)."""
@@ -301,15 +307,18 @@ def _copied(model: nn.Module) -> nn.Module:
     return duplicate
 
 
-def _generic(value: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device)
-    size = value.abs()
-    nonzero = size > 0
-    if nonzero.any():
-        scale = float(size[nonzero].square().mean().sqrt())
-    else:
-        scale = 0.1 if value.ndim < 2 else 1 / math.sqrt(math.prod(value.shape[1:]) or 1)
-    return torch.where(nonzero, value * (0.9 + 0.2 * noise), scale * (0.5 + noise))
+def _generic_(value: Tensor, generator: torch.Generator) -> None:
+    """Move to a generic point nearby, in place."""
+    noise = torch.empty(value.shape, dtype=torch.float32).uniform_(-1, 1, generator=generator)
+    noise = noise.to(value.device)
+    zero = value == 0
+    if zero.any():
+        if not zero.all():
+            scale = float(value[~zero].abs().square().mean().sqrt())
+        else:
+            scale = 0.1 if value.ndim < 2 else 1 / math.sqrt(math.prod(value.shape[1:]) or 1)
+        value.copy_(torch.where(zero, scale * (1 + 0.5 * noise), value))
+    value.addcmul_(value, noise.to(value.dtype), value=0.1)
 
 
 def _described(result: Any) -> str:
