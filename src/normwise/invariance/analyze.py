@@ -71,10 +71,19 @@ def analyze(
         raise ValueError(f"Invalid number of draws: {draws}; must be 1 or more")
     if mode not in ("train", "eval"):
         raise ValueError(f"Invalid mode: {mode!r}; must be 'train' or 'eval'")
-    subject = model if factory is None else factory()
-    specimen = Specimen(subject, batch_or_forward, seed=seed, mode=mode)
-    _check_repeatable(specimen)
+    with torch.inference_mode(False), torch.enable_grad():
+        subject = model if factory is None else factory()
+        specimen = Specimen(subject, batch_or_forward, seed=seed, mode=mode)
+        _check_repeatable(specimen)
+        rows, sets, notes = _examined(specimen, draws, joint=joint)
+    report = Report(rows, sets, draws, mode, notes, dict(model.named_parameters()))
+    return report if factory is None else _carried_over(report, model)
 
+
+def _examined(
+    specimen: Specimen, draws: int, *, joint: bool
+) -> tuple[tuple[ParameterReport, ...], tuple[JointSet, ...], tuple[str, ...]]:
+    """The rows, joint symmetries and notes of a report."""
     with_eps = _evidence_as_is(specimen)
     evidence = _gather(specimen, draws)
     findings = {name: evidence[name].find() for name in specimen.params}
@@ -91,7 +100,7 @@ def analyze(
         for name, finding in findings.items()
     }
     absorbers = _absorbers(explainer, views, kinds)
-    aliases = _aliases(model)
+    aliases = specimen.aliases()
     rows = []
     for name, finding in findings.items():
         view = views.get(name)
@@ -109,8 +118,7 @@ def analyze(
                 aliases=aliases.get(name, ()),
             )
         )
-    report = Report(tuple(rows), sets, draws, mode, tuple(notes), dict(model.named_parameters()))
-    return report if factory is None else _carried_over(report, model)
+    return tuple(rows), sets, tuple(notes)
 
 
 def _check_repeatable(specimen: Specimen) -> None:
@@ -398,14 +406,6 @@ def _ranges(channels: list[int]) -> str:
         else:
             ranges.append([channel, channel])
     return ", ".join(f"{a}–{b}" if a != b else str(a) for a, b in ranges)
-
-
-def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The other names of tied parameters, by the first."""
-    names: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
-    return {first: tuple(others) for first, *others in names.values() if others}
 
 
 def _carried_over(report: Report, model: nn.Module) -> Report:

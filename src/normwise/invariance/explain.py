@@ -125,10 +125,10 @@ class Explainer:
 
     def sentence(self, parameter: str, absorber: str) -> str:
         """What it means for a parameter that this module absorbs its scale."""
-        module = self.specimen.model.get_submodule(absorber)
-        if isinstance(module, ParametrizationList):
-            kinds = " and ".join(type(part).__name__ for part in module)
-            return f"normalized by its parametrization {kinds}"
+        model, around = self.specimen.model, absorber.rpartition(".")[0]
+        if isinstance(model.get_submodule(around), ParametrizationList):
+            kind = type(model.get_submodule(absorber)).__name__
+            return f"normalized by its parametrization {kind}"
         if not self.contains(absorber, [parameter]):
             return f"feeds {self.described(absorber)}"
         if parameter.rpartition(".")[0] == absorber:

@@ -135,6 +135,13 @@ class Specimen:
                 )
         return outputs if graph else [output.detach() for output in outputs]
 
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """The other names of tied parameters, by the first."""
+        names: dict[int, list[str]] = {}
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
+        return {first: tuple(others) for first, *others in names.values() if others}
+
     def in_order_of_use(self, names: Iterable[str]) -> list[str]:
         """The names, in the order in which the last forward first used the parameters."""
         order = {key: i for i, key in enumerate(self._used)}
@@ -222,7 +229,7 @@ def floating_tensors(tree: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def deterministic(seed: int, params: Mapping[str, Tensor]) -> Iterator[None]:
-    """Seeded generators, float64 by default, gradients on; on leaving all is as it was."""
+    """Seeded generators, float64 by default, nothing compiled; on leaving all is as it was."""
     numpy = sys.modules.get("numpy")
     devices = {p.device.type for p in params.values()} - {"cpu", "meta"}
     modules = [torch.get_device_module(device) for device in sorted(devices)]
@@ -236,11 +243,7 @@ def deterministic(seed: int, params: Mapping[str, Tensor]) -> Iterator[None]:
         if numpy:
             numpy.random.seed(seed % 2**32)
         torch.set_default_dtype(torch.float64)
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.compiler.set_stance("force_eager"),
-        ):
+        with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.set_default_dtype(dtype)
