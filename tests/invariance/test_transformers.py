@@ -120,27 +120,17 @@ def test_bit_with_weight_standardized_convolutions():
 
 
 def test_group_norm():
-    """GroupNorm(4) after the first convolution of DINO-like feature encoders: SEW's stem."""
-    config = transformers.SEWConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        conv_dim=(8, 8),
-        conv_stride=(3, 2),
-        conv_kernel=(5, 3),
-        squeeze_factor=1,
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-        feat_extract_norm="group",
-        mask_time_prob=0.0,
-        layerdrop=0.0,
-    )
-    report = analyze(transformers.SEWModel(config), torch.randn(2, 400))
-    row = report["feature_extractor.conv_layers.0.conv.weight"]
-    # transformers gives this norm as many groups as channels: each channel alone.
-    assert row.verdict == "channel"
-    assert row.why == "feeds `feature_extractor.conv_layers.0.layer_norm` (GroupNorm)"
+    """MaskFormer's feature pyramid: each convolution, without a bias, before a GroupNorm(32)."""
+    from transformers.models.maskformer.modeling_maskformer import MaskFormerFPNModel
+
+    model = MaskFormerFPNModel(8, [4, 6], feature_size=64)
+    features = [torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4), torch.randn(2, 8, 2, 2)]
+    report = analyze(model, lambda model: model(features))
+    found = verdicts(report, matrices=True)
+    assert len(found) == 5  # the stem; a projection and a block for each of two levels
+    assert set(found.values()) == {"blocks(32)"}
+    why = report["stem.0.weight"].why
+    assert why == "each block of 2 rows feeds `stem.1` (GroupNorm)"
 
 
 def test_convnext_with_layer_norm_after_convolutions():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from normwise.geometry import View
 from normwise.invariance.euler import Evidence, Finding, chance_of_error, euler_products
 from normwise.invariance.explain import Explainer
-from normwise.invariance.joint import null_space, sparse_basis, unit_pairs
+from normwise.invariance.joint import RowSpace, null_space, sparse_basis, unit_pairs
 from normwise.invariance.report import JointSet, Kind, ParameterReport, Report
 from normwise.invariance.specimen import TOLERANCE, Specimen
 
@@ -189,30 +190,26 @@ def _relations(
 ) -> list[dict[str, float]]:
     """The joint symmetries of these parameters."""
     names = specimen.in_order_of_use(names)
-    rows = [torch.tensor([evidence[name].totals for name in names], dtype=torch.float64).T]
-    known = unit_pairs(rows[0]) if draws > 1 else []
+    base = torch.tensor([evidence[name].totals for name in names], dtype=torch.float64).T
+    known = unit_pairs(base) if draws > 1 else []
     # A pair leaves one of its two tensors to look for, in the rest of the symmetries.
     left = [t for t in range(len(names)) if t not in {int(a.nonzero()[-1]) for a in known}]
-    point = draws
-    while True:
-        missing = len(left) + 4 - sum(map(len, rows))
-        if missing > 0:
-            rows.append(_products(specimen, names, point, missing))
-            point += 1
-            continue
-        products = torch.cat(rows)
-        found = null_space(products[:, left])
-        # One forward gives no more independent draws than it has outputs. Another point tells
-        # whether what is left is a symmetry or only unseen.
-        fresh = _products(specimen, names, point, 1)
+    space = RowSpace(base[:, left])
+    rows, point, news = list(base), draws, True
+    # A draw that is a combination of those before tells that its point has shown all it can; the
+    # first draw of a point, that no point would show more.
+    while news:
+        news = False
+        for row in _products(specimen, names, point):
+            if not space.add(row[left]):
+                break
+            rows.append(row)
+            news = True
         point += 1
-        error, size = (fresh[:, left] @ found).abs(), fresh[:, left].abs() @ found.abs()
-        if bool((error <= TOLERANCE * size).all()):
-            null = torch.zeros(len(names), found.shape[1], dtype=torch.float64)
-            null[left] = found
-            break
-        rows += [fresh, _products(specimen, names, point, found.shape[1])]
-        point += 1
+    products = torch.stack(rows)
+    found = null_space(products[:, left])
+    null = torch.zeros(len(names), found.shape[1], dtype=torch.float64)
+    null[left] = found
     generator = torch.Generator().manual_seed(specimen.seed)
     basis = sparse_basis(products, null, known, generator)
     return [
@@ -220,22 +217,18 @@ def _relations(
     ]
 
 
-def _products(specimen: Specimen, names: list[str], point: int, count: int) -> Tensor:
-    """At most ``count`` draws at one point, no more than the forward has outputs."""
+def _products(specimen: Specimen, names: list[str], point: int) -> Iterator[Tensor]:
+    """Draw after draw at one point, without end."""
     specimen.move(point)
     outputs = specimen.run(graph=True)
-    count = min(count, sum(output.numel() for output in outputs))
-    rows = []
-    for draw in range(count):
-        cotangents = specimen.cotangents(outputs, 1000 * point + draw)
-        grads = specimen.gradients(outputs, cotangents, names, retain=draw + 1 < count)
-        rows.append(
-            [
-                0.0 if g is None else float(euler_products(specimen.params[name], g).sum())
-                for name, g in zip(names, grads, strict=True)
-            ]
-        )
-    return torch.tensor(rows, dtype=torch.float64)
+    for draw in count():
+        cotangents = specimen.cotangents(outputs, 100_000 * point + draw)
+        grads = specimen.gradients(outputs, cotangents, names, retain=True)
+        products = [
+            0.0 if g is None else float(euler_products(specimen.params[name], g).sum())
+            for name, g in zip(names, grads, strict=True)
+        ]
+        yield torch.tensor(products, dtype=torch.float64)
 
 
 def _confirmed(

@@ -180,14 +180,16 @@ def _fingerprints(tree: Any, *, differentiable: bool = False) -> list[Tensor]:
         return [
             _fingerprint(t.detach())
             for t in floating_tensors(tree)
-            if t.requires_grad or not differentiable
+            if t.numel() and (t.requires_grad or not differentiable)
         ]
 
 
 def _fingerprint(t: Tensor) -> Tensor:
     flat = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).flatten().double()
-    flat = flat.nan_to_num(0.0, 0.0, 0.0)
-    return torch.stack([torch.linalg.vector_norm(flat), flat.sum() / max(flat.numel(), 1) ** 0.5])
+    fingerprint = torch.stack([torch.linalg.vector_norm(flat), flat.sum() / flat.numel() ** 0.5])
+    if fingerprint.isfinite().all() or flat.isfinite().all():
+        return fingerprint
+    return _fingerprint(flat.nan_to_num(0.0, 0.0, 0.0))  # masked entries
 
 
 def _changed(before: list[Tensor], after: list[Tensor]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from normwise.invariance.specimen import TOLERANCE
 
-__all__ = ["null_space", "sparse_basis", "unit_pairs"]
+__all__ = ["RowSpace", "null_space", "sparse_basis", "unit_pairs"]
 
 # Exponents are small rationals. Values this near to one are taken for it, and the relation is then
 # tested with the rounded exponents.
@@ -45,18 +45,45 @@ def unit_pairs(products: Tensor) -> list[Tensor]:
     return found
 
 
+class RowSpace:
+    """The span of rows of Euler products, grown one row at a time.
+
+    Args:
+        products: the first rows, shape ``(draws, tensors)``; they also give the columns' scale.
+    """
+
+    def __init__(self, products: Tensor) -> None:
+        tiny = torch.finfo(products.dtype).tiny
+        self._scale = products.abs().amax(0).clamp_min(tiny)
+        self._basis = products.new_zeros(0, products.shape[1])
+        for row in products:
+            self.add(row)
+
+    def add(self, row: Tensor) -> bool:
+        """Add a row; whether it was new, to half of float64's digits."""
+        scaled = row / self._scale
+        rest = scaled
+        for _ in range(2):  # twice is enough for orthogonality
+            rest = rest - self._basis.T @ (self._basis @ rest)
+        length = torch.linalg.vector_norm(rest)
+        if length <= TOLERANCE * torch.linalg.vector_norm(scaled):
+            return False
+        self._basis = torch.cat([self._basis, (rest / length).unsqueeze(0)])
+        return True
+
+
 def null_space(products: Tensor) -> Tensor:
     """An orthonormal basis of the exponents that annul every row of ``products``.
 
     Args:
-        products: Euler products, shape ``(draws, tensors)``, with more draws than tensors.
+        products: Euler products, shape ``(draws, tensors)``, that span all there are.
 
     Returns:
         Shape ``(tensors, dimension)``. It annuls the products with columns of norm 1 up to half of
         float64's digits.
     """
     scale = torch.linalg.vector_norm(products, dim=0).clamp_min(torch.finfo(products.dtype).tiny)
-    _, values, rows = torch.linalg.svd(products / scale)
+    _, values, rows = torch.linalg.svd(products / scale, full_matrices=True)
     rank = int((values > TOLERANCE * values.max()).sum())
     basis = rows[rank:].T / scale.unsqueeze(1)
     return torch.linalg.qr(basis / torch.linalg.vector_norm(basis, dim=0)).Q
@@ -96,9 +123,13 @@ def sparse_basis(
 
 
 def holds(relation: Tensor, products: Tensor) -> bool:
-    """Whether Σ a_t ⟨w_t, g_t⟩ vanishes in every draw, to half of float64's digits."""
-    terms = products * relation
-    return bool((terms.sum(1).abs() <= TOLERANCE * terms.abs().sum(1)).all())
+    """Whether Σ a_t ⟨w_t, g_t⟩ vanishes, to half of float64's digits of its smallest term.
+
+    Of the smallest, or a tensor of small influence could join any relation.
+    """
+    terms = (products * relation)[:, relation != 0]
+    smallest = torch.linalg.vector_norm(terms, dim=0).min()
+    return bool(torch.linalg.vector_norm(terms.sum(1)) <= TOLERANCE * smallest)
 
 
 def _circuits(null: Tensor, order: Tensor) -> list[Tensor]:

@@ -21,6 +21,10 @@ __all__ = ["Specimen"]
 
 Forward = Callable[[nn.Module], Any]
 
+# A tensor whose entries are this much smaller than usual, such as a layer scale that starts at 1e-6,
+# is brought to the usual size: the rounding of all others would hide what it does.
+_TINY = 1e-3
+
 # Half of float64's digits. What agrees to this many is taken for equal, what keeps fewer of them
 # for rounding: the largest distance from both kinds of error (docs/invariance.md derives the odds).
 TOLERANCE = 2.0**-26
@@ -77,7 +81,7 @@ class Specimen:
 
         Entries are multiplied by factors from [0.9, 1.1]; zeros, at which an invariance may hold
         by accident (a zero bias beside a weight) or not show (a zero gain behind it), become
-        positive. ``None`` sets the model's own weights.
+        positive, and tensors of tiny entries larger. ``None`` sets the model's own weights.
         """
         generator = torch.Generator().manual_seed(self.seed * 7919 + (point or 0))
         with torch.no_grad():
@@ -314,13 +318,14 @@ def _generic_(value: Tensor, generator: torch.Generator) -> None:
     """Move to a generic point nearby, in place."""
     noise = torch.empty(value.shape, dtype=torch.float32).uniform_(-1, 1, generator=generator)
     noise = noise.to(value.device)
+    natural = 0.1 if value.ndim < 2 else 1 / math.sqrt(math.prod(value.shape[1:]) or 1)
     zero = value == 0
+    size = 0.0 if zero.all() else float(value[~zero].abs().square().mean().sqrt())
+    if size < _TINY * natural:
+        value.mul_(natural / size if size else 0)
+        size = natural
     if zero.any():
-        if not zero.all():
-            scale = float(value[~zero].abs().square().mean().sqrt())
-        else:
-            scale = 0.1 if value.ndim < 2 else 1 / math.sqrt(math.prod(value.shape[1:]) or 1)
-        value.copy_(torch.where(zero, scale * (1 + 0.5 * noise), value))
+        value.copy_(torch.where(zero, size * (1 + 0.5 * noise), value))
     value.addcmul_(value, noise.to(value.dtype), value=0.1)
 
 
