@@ -63,8 +63,10 @@ def _measured(function: Callable[[int, int], None], args: argparse.Namespace, pi
 def cost(args: argparse.Namespace) -> None:
     """Each in a process of its own, since the peak of a process never falls."""
     context = multiprocessing.get_context("spawn")
-    print(f"{platform.processor() or platform.machine()}, {args.threads} threads, torch "
-          f"{torch.__version__}, ResNet-50 at {args.batch}×3×{args.size}×{args.size}")
+    print(
+        f"{platform.processor() or platform.machine()}, {args.threads} threads, torch "
+        f"{torch.__version__}, ResNet-50 at {args.batch}×3×{args.size}×{args.size}"
+    )
     print(f"{'':24}{'wall, s':>10}{'CPU, s':>10}{'memory, MiB':>14}")
     memory = []
     for name, function in (("training step, float64", training_step), ("analysis", analysis)):

@@ -133,7 +133,9 @@ class Builder:
             padding = 1
         if kind == "depthwise":
             multiplier = 1 if same_size else self.random.choice([1, 2])
-            op = nn.Conv2d(inputs, inputs * multiplier, 3, padding=padding, groups=inputs, bias=bias)
+            op = nn.Conv2d(
+                inputs, inputs * multiplier, 3, padding=padding, groups=inputs, bias=bias
+            )
             return op, 0, 1
         if kind == "grouped":
             channels = channels + channels % 2
@@ -185,10 +187,8 @@ class Builder:
         else:
             view = "layer"
         alone = view == "none" or not bias or bias_is_removed
-        if summed:
-            tensor = "none" if norm == "none" else "joint"
-        else:
-            tensor = view if alone else "joint"
+        tensor = view if alone and not summed else "joint"
+        tensor = "none" if norm == "none" else tensor
         expected = {}
         if weight == "ws":
             expected[source + "parametrizations.weight.original"] = "channel"

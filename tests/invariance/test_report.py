@@ -119,10 +119,10 @@ def test_json_round_trip(report, model):
     assert [len(g["params"]) for g in bound] == [
         len(g["params"]) for g in report.param_groups(weight_decay=0.1)
     ]
-    with pytest.raises(ValueError, match="model has no parameter '0.weight'"):
+    with pytest.raises(ValueError, match=r"model has no parameter '0\.weight'"):
         again.param_groups(weight_decay=0.1, model=nn.BatchNorm1d(2))
     bigger = nn.Sequential(*model, nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="report has no parameter '9.weight'"):
+    with pytest.raises(ValueError, match=r"report has no parameter '9\.weight'"):
         again.param_groups(weight_decay=0.1, model=bigger)
 
 

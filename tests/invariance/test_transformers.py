@@ -87,7 +87,9 @@ def check_resnet(config, size, convolutions):
     (trade,) = (joint for joint in report.sets if not joint.is_scale)
     assert trade.exponents["classifier.1.weight"] == -1
     last = len(config.depths) - 1
-    assert all(name.startswith(f"resnet.encoder.stages.{last}.") for name in list(trade.exponents)[:-1])
+    assert all(
+        name.startswith(f"resnet.encoder.stages.{last}.") for name in list(trade.exponents)[:-1]
+    )
 
 
 def test_small_resnet():
@@ -268,7 +270,9 @@ def test_olmo2_with_norms_over_all_heads_and_after_each_branch():
 def test_mobilenet_v2():
     """52 convolutions and the classifier's input: all before batch norms, the depthwise too."""
     config = transformers.MobileNetV2Config(depth_multiplier=0.35)
-    report = analyze(transformers.MobileNetV2ForImageClassification(config), images(96), joint=False)
+    report = analyze(
+        transformers.MobileNetV2ForImageClassification(config), images(96), joint=False
+    )
     found = verdicts(report, matrices=True)
     assert found.pop("classifier.weight") == "none"
     assert len(found) == 52

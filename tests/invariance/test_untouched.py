@@ -34,7 +34,7 @@ class Everything(nn.Module):
         self.calls += 1
         x = self.drop(self.spectral(self.mix(self.embed(ids))))
         x = self.norm(self.frozen(x).flatten(0, 1))
-        noise = torch.rand(()) + random.random() + np.random.rand()
+        noise = torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002 -- as old code does
         return {"logits": self.head(torch.tanh(x) * noise), "extra": [None, ids]}
 
 
@@ -58,7 +58,7 @@ def same(a, b):
 
 
 def random_state():
-    numpy_state = np.random.get_state()
+    numpy_state = np.random.get_state()  # noqa: NPY002
     return torch.get_rng_state().tolist(), random.getstate(), numpy_state[1].tolist()
 
 
@@ -136,14 +136,14 @@ def test_a_model_on_meta_needs_a_factory():
 
     with torch.device("meta"):
         model = build(1024)
-    with pytest.raises(ValueError, match="'0.weight' is on the meta device.*factory="):
+    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device.*factory="):
         analyze(model, torch.randn(5, 6))
     report = analyze(model, torch.randn(5, 6), factory=lambda: build(16))
     assert report["0.weight"].verdict == "blocks(4)"
     assert report["0.weight"].shape == (1024, 6)
     groups = report.param_groups(weight_decay=0.1)
     assert groups[0]["params"][0] is model[0].weight
-    with pytest.raises(ValueError, match="no parameter '0.weight'|not in the model"):
+    with pytest.raises(ValueError, match="not in the model"):
         analyze(model, torch.randn(5, 6), factory=lambda: nn.Linear(6, 2))
 
 

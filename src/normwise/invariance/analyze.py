@@ -307,7 +307,7 @@ def _kind(
 
 def _absorbers(
     explainer: Explainer, views: dict[str, View], kinds: dict[str, Kind]
-) -> dict[str, str]:
+) -> dict[str, str | None]:
     """A module that absorbs the scale of each invariant or ineffective parameter."""
     specimen = explainer.specimen
     generator = torch.Generator().manual_seed(specimen.seed + 2)
@@ -315,13 +315,11 @@ def _absorbers(
         name: random_factors(specimen.params[name], view, generator) for name, view in views.items()
     }
     without_effect = {name: 1.5 for name, kind in kinds.items() if kind == "no effect"}
-    absorbers = {}
+    absorbers: dict[str, str | None] = {}
     # Apart, since a weight and the bias beside it reach the same modules.
     for family in (scaled, without_effect):
         claims = [{name: factor} for name, factor in family.items()]
-        for name, module in zip(family, explainer.one_absorber(claims), strict=True):
-            if module is not None:
-                absorbers[name] = module
+        absorbers |= zip(family, explainer.one_absorber(claims), strict=True)
     return absorbers
 
 
@@ -415,9 +413,7 @@ def _carried_over(report: Report, model: nn.Module) -> Report:
             )
         if row.view is not None:
             row.view.check(shape)
-        rows.append(
-            replace(row, shape=tuple(shape), frozen=not params[row.name].requires_grad)
-        )
+        rows.append(replace(row, shape=tuple(shape), frozen=not params[row.name].requires_grad))
     if missing := params.keys() - {row.name for row in rows}:
         raise ValueError(f"the factory's network has no parameter {min(missing)!r}")
     note = "found on the factory's network; its blocks are taken to be as many in the model"

@@ -121,11 +121,11 @@ class Evidence:
         """For each of ``count`` blocks the largest |Σ w·g| / Σ |w·g|; −1 without a live channel."""
         sums = torch.stack(self.sums[dim]) * live
         sizes = torch.stack(self.sizes[dim]) * live
-        sums = sums.unflatten(1, (count, -1)).sum(2)
-        sizes = sizes.unflatten(1, (count, -1)).sum(2)
+        sums = sums.view(len(sums), count, -1).sum(2)
+        sizes = sizes.view(len(sizes), count, -1).sum(2)
         # A draw in which a live block happens to have no gradient is no evidence.
         ratio = torch.where(sizes > 0, sums.abs() / sizes, 0).amax(0)
-        return torch.where(live.unflatten(0, (count, -1)).any(1), ratio, -1.0)
+        return torch.where(live.view(count, -1).any(1), ratio, -1.0)
 
 
 def euler_products(w: Tensor, g: Tensor) -> Tensor:

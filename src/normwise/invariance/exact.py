@@ -102,10 +102,7 @@ class Exact(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in _CASTS:
             return args[0].to(_CASTS[name])
-        if _writes_into_first(name):
-            args = (*args[:1], *wide(args[1:]))
-        else:
-            args = wide(args)
+        args = (*args[:1], *wide(args[1:])) if _writes_into_first(name) else wide(args)
         kwargs = {key: value if key == "out" else wide(value) for key, value in kwargs.items()}
         for t in _tensors((*args, *kwargs.values())):
             if isinstance(t, nn.Parameter):

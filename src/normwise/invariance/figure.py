@@ -74,7 +74,9 @@ def draw(report: Report, path: str | Path) -> None:
         shares.spines[side].set_visible(False)
 
     handles = [
-        Patch(color=COLOURS[kind], label=f"{kind}: {KINDS[kind]}" if kind != "none" else KINDS[kind])
+        Patch(
+            color=COLOURS[kind], label=f"{kind}: {KINDS[kind]}" if kind != "none" else KINDS[kind]
+        )
         for kind in present
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=8, frameon=False)

@@ -86,7 +86,8 @@ def null_space(products: Tensor) -> Tensor:
     _, values, rows = torch.linalg.svd(products / scale, full_matrices=True)
     rank = int((values > TOLERANCE * values.max()).sum())
     basis = rows[rank:].T / scale.unsqueeze(1)
-    return torch.linalg.qr(basis / torch.linalg.vector_norm(basis, dim=0)).Q
+    orthonormal: Tensor = torch.linalg.qr(basis / torch.linalg.vector_norm(basis, dim=0)).Q
+    return orthonormal
 
 
 def sparse_basis(
@@ -204,7 +205,7 @@ def _polished(relations: list[Tensor], products: Tensor) -> list[Tensor]:
                 shared = (relation != 0) & (other != 0)
                 if i == j or not shared.any():
                     continue
-                for factor in (relation / other)[shared].unique().tolist() + [1.0, -1.0]:
+                for factor in {*(relation / other)[shared].tolist(), 1.0, -1.0}:
                     candidate = relations[i] - factor * other
                     if not candidate.any():
                         continue

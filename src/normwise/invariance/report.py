@@ -358,7 +358,9 @@ class Report:
 
 
 def _row_from_json(row: dict[str, Any]) -> ParameterReport:
-    values = {key: float("nan") if value is None else value for key, value in row.items()}
+    values: dict[str, Any] = {
+        key: float("nan") if value is None else value for key, value in row.items()
+    }
     values["view"] = None if row["view"] is None else View.parse(row["view"])
     values["shape"], values["aliases"] = tuple(row["shape"]), tuple(row["aliases"])
     return ParameterReport(**values)

@@ -21,8 +21,8 @@ __all__ = ["Specimen"]
 
 Forward = Callable[[nn.Module], Any]
 
-# A tensor whose entries are this much smaller than usual, such as a layer scale that starts at 1e-6,
-# is brought to the usual size: the rounding of all others would hide what it does.
+# A tensor whose entries are this much smaller than usual, such as a layer scale that starts at
+# 1e-6, is brought to the usual size: the rounding of all others would hide what it does.
 _TINY = 1e-3
 
 # Half of float64's digits. What agrees to this many is taken for equal, what keeps fewer of them
@@ -263,14 +263,12 @@ def _floating_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     params = {
         name: p
         for name, p in model.named_parameters()
-        if isinstance(p, nn.parameter.UninitializedTensorMixin)
-        or p.is_floating_point()
-        or p.is_complex()
+        if isinstance(p, nn.UninitializedParameter) or p.is_floating_point() or p.is_complex()
     }
     if not params:
         raise ValueError(f"{type(model).__name__} has no floating-point parameters to analyze")
     for name, p in params.items():
-        if isinstance(p, nn.parameter.UninitializedTensorMixin):
+        if isinstance(p, nn.UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no shape yet; run a forward first")
         if p.device.type == "meta":
             raise ValueError(
@@ -305,7 +303,7 @@ def _copied(model: nn.Module) -> nn.Module:
     if any(p.device.type == "mps" for p in model.parameters()):
         duplicate.to("cpu")
     for module in duplicate.modules():
-        for key, p in module._parameters.items():
+        for p in module._parameters.values():
             if p is not None:
                 p.data = wide(p.data)
         for key, buffer in module._buffers.items():
