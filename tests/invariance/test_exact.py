@@ -128,3 +128,21 @@ def test_the_residual_with_the_models_own_epsilon_falls_as_the_weight_grows():
             net.first.weight.mul_(10)
     assert residuals[0] > 1e-3
     assert 50 < residuals[0] / residuals[1] < 200
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3, (1, 3)])
+@pytest.mark.parametrize("padding", [0, (1, 0), "same", "valid"])
+@pytest.mark.parametrize("stride", [1, 2, (2, 1)])
+def test_convolutions_are_torchs(groups, kernel, padding, stride):
+    if padding == "same" and stride != 1:
+        pytest.skip("torch refuses it")
+    options = {"stride": stride, "padding": padding, "groups": groups, "dtype": torch.float64}
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    for channels in (2, 200):  # fewer and more than there are positions
+        net = nn.Conv2d(4, channels, kernel, **options)
+        expected = net(x)
+        with Exact():
+            found = net(x)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -317,13 +317,13 @@ def _generic_(value: Tensor, generator: torch.Generator) -> None:
     noise = torch.empty(value.shape, dtype=torch.float32).uniform_(-1, 1, generator=generator)
     noise = noise.to(value.device)
     natural = 0.1 if value.ndim < 2 else 1 / math.sqrt(math.prod(value.shape[1:]) or 1)
-    zero = value == 0
-    size = 0.0 if zero.all() else float(value[~zero].abs().square().mean().sqrt())
+    nonzero = int(value.count_nonzero())
+    size = float(torch.linalg.vector_norm(value)) / math.sqrt(nonzero or 1)
     if size < _TINY * natural:
         value.mul_(natural / size if size else 0)
         size = natural
-    if zero.any():
-        value.copy_(torch.where(zero, size * (1 + 0.5 * noise), value))
+    if nonzero < value.numel():
+        value.copy_(torch.where(value == 0, size * (1 + 0.5 * noise), value))
     value.addcmul_(value, noise.to(value.dtype), value=0.1)
 
 
