@@ -138,7 +138,9 @@ def test_a_model_on_meta_needs_a_factory():
         model = build(1024)
     with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device.*factory="):
         analyze(model, torch.randn(5, 6))
-    report = analyze(model, torch.randn(5, 6), factory=lambda: build(16))
+    x, seeds = torch.randn(5, 6), random_state()
+    report = analyze(model, x, factory=lambda: build(16))
+    assert random_state() == seeds
     assert report["0.weight"].verdict == "blocks(4)"
     assert report["0.weight"].shape == (1024, 6)
     groups = report.param_groups(weight_decay=0.1)

@@ -16,7 +16,7 @@ from normwise.invariance.euler import Evidence, Finding, chance_of_error, euler_
 from normwise.invariance.explain import Explainer
 from normwise.invariance.joint import RowSpace, null_space, sparse_basis, unit_pairs
 from normwise.invariance.report import JointSet, Kind, ParameterReport, Report
-from normwise.invariance.specimen import TOLERANCE, Specimen
+from normwise.invariance.specimen import TOLERANCE, Specimen, built
 
 __all__ = ["analyze"]
 
@@ -73,7 +73,7 @@ def analyze(
     if mode not in ("train", "eval"):
         raise ValueError(f"Invalid mode: {mode!r}; must be 'train' or 'eval'")
     with torch.inference_mode(False), torch.enable_grad():
-        subject = model if factory is None else factory()
+        subject = model if factory is None else built(factory, seed)
         specimen = Specimen(subject, batch_or_forward, seed=seed, mode=mode)
         _check_repeatable(specimen)
         rows, sets, notes = _examined(specimen, draws, joint=joint)

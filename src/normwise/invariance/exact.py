@@ -190,7 +190,7 @@ def _conv2d(
             x = F.unfold(input, kernel, gaps, pads, steps)
         if x is not None:
             y = F.linear(x.transpose(1, 2), weight.flatten(1), bias)
-            return y.transpose(1, 2).unflatten(2, (height, width)).contiguous()
+            return y.transpose(1, 2).contiguous().view(len(input), len(weight), height, width)
     return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 

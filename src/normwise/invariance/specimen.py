@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from normwise.invariance.exact import SHRINK, Exact, wide
 
-__all__ = ["Specimen"]
+__all__ = ["Specimen", "built"]
 
 Forward = Callable[[nn.Module], Any]
 
@@ -181,6 +181,12 @@ class Specimen:
                 allow_unused=True,
             )
         return [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
+
+
+def built(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """What ``factory`` builds from random numbers of its own, in float64."""
+    with deterministic(seed, {}):
+        return factory()
 
 
 def as_forward(batch_or_forward: Any) -> Forward:
