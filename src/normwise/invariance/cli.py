@@ -1,0 +1,91 @@
+"""``normwise inspect``: which weights of a network are scale-invariant, and what follows."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+from typing import Any
+
+from normwise.invariance.analyze import analyze
+from normwise.invariance.sources import batch_for, load
+
+__all__ = ["add_inspect_parser", "run_inspect"]
+
+_DESCRIPTION = """\
+Find which weights of a network are scale-invariant, along which slices, and why; then say what
+weight decay does to them. Networks are built at random weights; nothing is downloaded."""
+
+
+def add_inspect_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add ``inspect`` to the subcommands of ``normwise``; its ``run`` is :func:`run_inspect`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "inspect", help="which weights are scale-invariant", description=_DESCRIPTION
+    )
+    parser.add_argument(
+        "source", help="MODULE:FACTORY, hf:MODEL_TYPE, hf:CONFIG.json, timm:NAME, torchvision:NAME"
+    )
+    parser.add_argument(
+        "--batch", help="2x3x64x64, tokens:2x16, or MODULE:FACTORY (default: what the model says)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an argument of the factory or a field of the configuration; may be repeated",
+    )
+    parser.add_argument("--draws", type=int, default=3, help="points and gradients (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--mode", choices=("train", "eval"), default="train")
+    parser.add_argument(
+        "--no-joint", action="store_true", help="skip symmetries of several tensors; much faster"
+    )
+    parser.add_argument("--weight-decay", type=float, default=0.01, help="(default: 0.01)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="(default: 0.001)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the report")
+    parser.set_defaults(run=run_inspect)
+    return parser
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Print the report and the advice; 0, or 2 for a source that cannot be analyzed."""
+    try:
+        model, batch = load(args.source, _settings(args.set))
+        if args.batch is not None or batch is None:
+            batch = batch_for(model, args.batch, seed=args.seed)
+        report = analyze(
+            model,
+            batch,
+            draws=args.draws,
+            seed=args.seed,
+            mode=args.mode,
+            joint=not args.no_joint,
+        )
+        print(report)
+        print()
+        print(report.advice(args.weight_decay, args.lr))
+        if args.json is not None:
+            args.json.write_text(report.to_json(indent=1) + "\n", encoding="utf-8")
+        if args.plot is not None:
+            report.plot(args.plot)
+    except (ValueError, RuntimeError, ImportError, OSError, TypeError) as error:
+        print(f"normwise inspect: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs; a value that is no Python literal is a string."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"Invalid --set: {pair!r}; must be KEY=VALUE")
+        try:
+            settings[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[key] = value
+    return settings

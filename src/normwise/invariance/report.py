@@ -1,0 +1,366 @@
+"""What an analysis found, and what follows from it for an optimizer."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from normwise.geometry import View
+
+__all__ = ["JointSet", "ParameterReport", "Report"]
+
+Kind = Literal["invariant", "joint", "balanced", "none", "no effect", "unused"]
+
+KINDS: dict[Kind, str] = {
+    "invariant": "scale-invariant by itself",
+    "joint": "scale-invariant together with others",
+    "balanced": "its scale can be traded against others'",
+    "none": "its scale matters",
+    "no effect": "zero gradient: its value changes nothing",
+    "unused": "not used by the forward: no evidence",
+}
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """What is known of one parameter.
+
+    Args:
+        name: its name in the model.
+        shape: its shape.
+        kind: ``"invariant"`` (in ``view``), ``"joint"`` (only together with others, all scaled
+            alike), ``"balanced"`` (only against others, scaled by inverse powers), ``"none"``,
+            ``"no effect"`` (its gradient is zero, so it says nothing of scale), or ``"unused"``.
+        view: the finest view in which it is scale-invariant by itself, else None.
+        residual: the largest |⟨w, g⟩| / Σ|w g| over draws and slices in float64, epsilons shrunk.
+        residual_with_eps: the same at the model's own weights and epsilons: how far the invariance
+            holds as things are. NaN without a view.
+        chance: a bound on the odds that a weight without this invariance passes, 1 without a view.
+        why: what makes it so, as seen by scaling it; empty where nothing was seen.
+        frozen: whether it does not require a gradient.
+        aliases: its other names, if it is tied.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    view: View | None
+    residual: float
+    residual_with_eps: float
+    chance: float
+    why: str
+    frozen: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def entries(self) -> int:
+        """The number of entries."""
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether at most one dimension is larger than 1: a bias, a gain, a scale."""
+        return sum(size > 1 for size in self.shape) < 2
+
+    @property
+    def verdict(self) -> str:
+        """The view, or the kind where there is none."""
+        return self.kind if self.view is None else str(self.view)
+
+
+@dataclass(frozen=True)
+class JointSet:
+    """Parameters that can be scaled together: w_t → c^exponent · w_t changes nothing, for c > 0.
+
+    Args:
+        exponents: by parameter name.
+        why: the modules that absorb the change, as seen by scaling; empty where none was seen.
+    """
+
+    exponents: dict[str, float]
+    why: str = ""
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether all grow together: joint scale invariance, not one weight against another."""
+        return all(exponent > 0 for exponent in self.exponents.values())
+
+    def __str__(self) -> str:
+        return ", ".join(
+            name if exponent == 1 else f"{name}^{exponent:g}"
+            for name, exponent in self.exponents.items()
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """The scale invariances of a model. ``str(report)`` is a table.
+
+    Args:
+        rows: one for each parameter, in the model's order.
+        sets: a basis of the joint symmetries of the parameters that have none by themselves.
+        draws: the number of random points and upstream gradients behind the verdicts.
+        mode: whether the model was analyzed as in training or in evaluation.
+        notes: what a reader must know beside the rows.
+    """
+
+    rows: tuple[ParameterReport, ...]
+    sets: tuple[JointSet, ...]
+    draws: int
+    mode: str
+    notes: tuple[str, ...] = ()
+    _parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False, compare=False)
+
+    def __iter__(self) -> Iterator[ParameterReport]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> ParameterReport:
+        """The row of a parameter, by its name or one of its aliases.
+
+        Raises:
+            KeyError: if the report has no such parameter.
+        """
+        for row in self.rows:
+            if name == row.name or name in row.aliases:
+                return row
+        raise KeyError(f"no parameter {name!r} in this report")
+
+    def views(self) -> dict[str, View]:
+        """The view of each parameter that is scale-invariant by itself, by name."""
+        return {row.name: row.view for row in self.rows if row.view is not None}
+
+    def parameter_views(self, model: nn.Module | None = None) -> dict[nn.Parameter, View]:
+        """As :meth:`views`, by parameter of ``model`` (default: of the model analyzed).
+
+        Raises:
+            ValueError: see :meth:`param_groups`.
+        """
+        params = self._bound(model)
+        return {params[name]: view for name, view in self.views().items()}
+
+    def share(self, kind: Kind) -> float:
+        """The share of the entries of all parameters that are of this kind, from 0 to 1."""
+        total = sum(row.entries for row in self.rows)
+        return sum(row.entries for row in self.rows if row.kind == kind) / max(total, 1)
+
+    def param_groups(
+        self,
+        *,
+        weight_decay: float,
+        lr: float | Tensor | None = None,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        model: nn.Module | None = None,
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer of normwise or of torch.
+
+        The rule: a parameter with at most one dimension larger than 1 (a bias, a gain, a scale) is
+        a *vector* and is not decayed. Any other is decayed; if it is scale-invariant by itself it
+        is in a group named after its view, which normwise's optimizers then project in, else in the
+        group *plain*, where they do not project. Frozen parameters are in no group.
+
+        Args:
+            weight_decay: of all groups but *vector*.
+            lr: of all groups (default: left to the optimizer).
+            overrides: options by group name (``"channel"``, ``"layer"``, ``"plain"``,
+                ``"vector"``, …) or by a pattern of parameter names (``"*.embed.weight"``), whose
+                parameters then make a group of their own, named after the pattern, for each view.
+            model: whose parameters to take (default: those of the model analyzed).
+
+        Returns:
+            Groups with ``params``, ``name``, ``view`` (a spelling, or None), ``weight_decay``, and
+            ``lr`` if given. torch's optimizers keep the keys that they do not know.
+
+        Raises:
+            ValueError: if the report was read from a file and no model is given, if the model's
+                parameters are others than the report's, or if an override matches nothing.
+        """
+        params = self._bound(model)
+        overrides = overrides or {}
+        groups: dict[tuple[str, str | None], dict[str, Any]] = {}
+        used = set()
+        for row in self.rows:
+            if not params[row.name].requires_grad:
+                continue
+            view = None if row.view is None or row.is_vector else str(row.view)
+            name = "vector" if row.is_vector else view or "plain"
+            options = {"weight_decay": 0.0 if row.is_vector else weight_decay}
+            if lr is not None:
+                options["lr"] = lr  # type: ignore[assignment]
+            for key, values in overrides.items():
+                if key == name:
+                    options |= values
+                    used.add(key)
+            for key, values in overrides.items():
+                if any(fnmatch.fnmatchcase(n, key) for n in (row.name, *row.aliases)):
+                    name = key if view is None or key == view else f"{key} {view}"
+                    options |= values
+                    used.add(key)
+                    break
+            group = groups.setdefault(
+                (name, view), {"params": [], "name": name, "view": view, **options}
+            )
+            group["params"].append(params[row.name])
+        if unknown := overrides.keys() - used:
+            names = sorted({name for name, _ in groups})
+            raise ValueError(
+                f"Invalid overrides: {sorted(unknown)} match no group ({', '.join(names)}) and no "
+                "parameter"
+            )
+        return list(groups.values())
+
+    def advice(self, weight_decay: float, lr: float) -> str:
+        """What decoupled decay of all parameters does to each kind, in a few lines.
+
+        Args:
+            weight_decay: λ.
+            lr: the learning rate η.
+        """
+        total = sum(row.entries for row in self.rows)
+        invariant = [row for row in self.rows if row.kind == "invariant"]
+        together = [row for row in self.rows if row.kind == "joint"]
+        vectors = [row for row in self.rows if row.is_vector and row.kind not in ("unused",)]
+        rest = [row for row in self.rows if row.kind in ("none", "balanced") and not row.is_vector]
+
+        def share(rows: list[ParameterReport]) -> str:
+            entries = sum(row.entries for row in rows)
+            return f"{len(rows)} parameters, {entries / max(total, 1):.1%} of the entries"
+
+        lines = [
+            f"weight_decay={weight_decay:g} on everything, at lr={lr:g}, multiplies every weight "
+            f"by {1 - lr * weight_decay:.8g} a step. It acts on",
+            f"- scale-invariant weights ({share(invariant)}): not on what they compute, only on "
+            "their effective learning rate, which it keeps from falling",
+        ]
+        if together:
+            lines.append(
+                f"- jointly invariant parameters ({share(together)}): likewise for the norm of "
+                "each set as a whole, if it decays all of a set alike"
+            )
+        lines.append(f"- other weights ({share(rest)}): on what they compute, as a regularizer")
+        if vectors:
+            lines.append(
+                f"- biases, gains and scales ({share(vectors)}): on what they compute; "
+                "report.param_groups() leaves them out"
+            )
+        return "\n".join(lines)
+
+    def to_json(self, **options: Any) -> str:
+        """The report as JSON, without the model; ``options`` go to ``json.dumps``."""
+        rows = [
+            {**asdict(row), "view": None if row.view is None else str(row.view)}
+            for row in self.rows
+        ]
+        content = {
+            "format": _FORMAT,
+            "mode": self.mode,
+            "draws": self.draws,
+            "notes": self.notes,
+            "rows": [
+                {key: None if value != value else value for key, value in row.items()}
+                for row in rows
+            ],
+            "sets": [asdict(joint) for joint in self.sets],
+        }
+        return json.dumps(content, **options)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: if ``text`` is not such a report.
+        """
+        try:
+            content = json.loads(text)
+            if content["format"] != _FORMAT:
+                raise ValueError(f"format {content['format']}; must be {_FORMAT}")
+            rows = tuple(_row_from_json(row) for row in content["rows"])
+            sets = tuple(JointSet(**joint) for joint in content["sets"])
+            return cls(rows, sets, content["draws"], content["mode"], tuple(content["notes"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"Invalid report: {error}") from error
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the parameters, coloured by kind, into a file whose suffix says the format.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        from normwise.invariance.figure import draw
+
+        draw(self, path)
+
+    def __str__(self) -> str:
+        header = ("parameter", "shape", "verdict", "residual", "why")
+        table = [header]
+        for row in self.rows:
+            shape = "×".join(map(str, row.shape)) or "scalar"
+            residual = "" if row.kind == "unused" else f"{row.residual:.0e}"
+            why = row.why + (" (frozen)" if row.frozen else "")
+            if row.aliases:
+                why = f"{why}; tied to {', '.join(row.aliases)}".lstrip("; ")
+            table.append((row.name, shape, row.verdict, residual, why))
+        widths = [max(len(line[i]) for line in table) for i in range(len(header) - 1)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]])
+            for line in table
+        ]
+        lines = [line.rstrip() for line in lines]
+        lines.insert(1, "─" * max(map(len, lines)))
+        if self.sets:
+            lines += ["", "joint symmetries (scale all by c, or by the power of c that is written)"]
+            for joint in self.sets:
+                kind = "scale" if joint.is_scale else "trade"
+                lines.append(f"  {kind}: {joint}" + (f": {joint.why}" if joint.why else ""))
+        lines += ["", self.summary()]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """One line: how much of the model is of which kind."""
+        parts = [
+            f"{kind} {self.share(kind):.1%} ({count})"
+            for kind in KINDS
+            if (count := sum(row.kind == kind for row in self.rows))
+        ]
+        total = sum(row.entries for row in self.rows)
+        return f"{len(self.rows)} parameters, {total:,} entries: " + ", ".join(parts)
+
+    def _bound(self, model: nn.Module | None) -> dict[str, nn.Parameter]:
+        params = self._parameters if model is None else dict(model.named_parameters())
+        if not params:
+            raise ValueError("this report has no model; give `model=`")
+        for row in self.rows:
+            if row.name not in params:
+                raise ValueError(f"the model has no parameter {row.name!r}, the report has")
+            if row.view is not None:
+                row.view.check(params[row.name].shape)
+        if model is not None:
+            known = {row.name for row in self.rows}
+            for name, p in params.items():
+                if name not in known and p.requires_grad:
+                    raise ValueError(f"the report has no parameter {name!r}, the model has")
+        return params
+
+
+def _row_from_json(row: dict[str, Any]) -> ParameterReport:
+    values: dict[str, Any] = {
+        key: float("nan") if value is None else value for key, value in row.items()
+    }
+    values["view"] = None if row["view"] is None else View.parse(row["view"])
+    values["shape"], values["aliases"] = tuple(row["shape"]), tuple(row["aliases"])
+    return ParameterReport(**values)
