@@ -134,7 +134,7 @@ def wrong_gates(steps: int, seed: int) -> tuple[Report, dict[str, int], dict[str
         nn.functional.cross_entropy(model(x), y).backward()
         for name, p in weights.items():
             w, g = (View.channel().slices(t).unsqueeze(0) for t in (p.detach(), p.grad))
-            _, is_open = gated_radial(g, w, g, delta=0.1, eps=1e-8)
+            *_, is_open = gated_radial(g, w, g, delta=0.1, eps=1e-8)
             auto[name] += bool(is_open) != (name in views)
             ours[name] += (chosen[p] is not None) != (name in views)
         optimizer.step()

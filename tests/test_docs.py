@@ -24,7 +24,7 @@ def commands():
     for page in PAGES:
         for block in blocks(page, "bash", "console"):
             for line in block.splitlines():
-                words = shlex.split(line, comments=True)
+                words = shlex.split(line.removeprefix("$ "), comments=True)
                 if words:
                     yield pytest.param(words, id=f"{page.name}: {' '.join(words)}")
 
@@ -57,7 +57,11 @@ def test_commands_exist_and_take_their_arguments(words, tmp_path, monkeypatch, c
         words = words[: words.index(">")] if ">" in words else words
         cli._parser().parse_args(words[1:])
         if words[1] == "compare" and "--epochs" not in words:
-            return
+            return  # takes a minute
+        if words[1] == "inspect" and not words[2].startswith("hf:"):
+            return  # of a package that is the reader's, or that cannot be installed everywhere
+        if words[1] == "inspect":
+            pytest.importorskip("transformers", reason="the network comes from transformers")
         monkeypatch.chdir(tmp_path)
         assert cli.main(words[1:]) == 0
         assert capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from normwise.decay import EpsilonShiftedL2
 from normwise.geometry import View
+from normwise.invariance import JointSet, ParameterReport, Report, analyze
 from normwise.optim import SGDP, SGDW, AdamP, tangential
 from normwise.reparam import center_weight_normalize, fold, weight_normalize, weight_standardize
 
@@ -12,8 +13,12 @@ __all__ = [
     "SGDW",
     "AdamP",
     "EpsilonShiftedL2",
+    "JointSet",
+    "ParameterReport",
+    "Report",
     "View",
     "__version__",
+    "analyze",
     "center_weight_normalize",
     "fold",
     "tangential",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from normwise import __version__
+from normwise.invariance.cli import add_inspect_parser
 from normwise.lab.errors import UsageError, nearest, require_lab
 
 __all__ = ["main"]
@@ -32,7 +33,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"normwise: error: {one_line}\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
+        if action.dest != "command":
+            super()._check_value(action, value)
+        elif action.choices is not None and value not in action.choices:
             raise argparse.ArgumentError(
                 None, f"unknown command {value!r}: {nearest(str(value), action.choices)}"
             )
@@ -67,7 +70,6 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        require_lab()
         code: int = arguments.run(arguments)
         return code
     except UsageError as error:
@@ -131,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--json", action="store_true", help="print the summary as JSON, and nothing else")
     option("--quiet", action="store_true", help="show no progress")
 
+    add_inspect_parser(commands)
+
     toy = commands.add_parser(
         "toy",
         help="the two-dimensional toy of the AdamP paper, digit by digit",
@@ -163,6 +167,7 @@ def _number(kind: Callable[[str], Any], allowed: str) -> Callable[[str], Any]:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    require_lab()
     from normwise.lab.compare import compare, default_folder
     from normwise.lab.console import print_outcome, progress
     from normwise.lab.settings import Settings
@@ -199,6 +204,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _toy(arguments: argparse.Namespace) -> int:
+    require_lab()
     from dataclasses import asdict
 
     from normwise.lab.console import print_toy

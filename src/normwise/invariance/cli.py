@@ -44,8 +44,8 @@ def add_inspect_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--weight-decay", type=float, default=0.01, help="(default: 0.01)")
     parser.add_argument("--lr", type=float, default=1e-3, help="(default: 0.001)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the report")
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the report in a new file")
     parser.set_defaults(run=run_inspect)
     return parser
 
@@ -53,6 +53,8 @@ def add_inspect_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run_inspect(args: argparse.Namespace) -> int:
     """Print the report and the advice; 0, or 2 for a source that cannot be analyzed."""
     try:
+        if args.plot is not None and args.plot.exists():
+            raise ValueError(f"--plot {str(args.plot)!r} exists; name a file that does not")
         model, batch = load(args.source, _settings(args.set))
         if args.batch is not None or batch is None:
             batch = batch_for(model, args.batch, seed=args.seed)
@@ -64,15 +66,16 @@ def run_inspect(args: argparse.Namespace) -> int:
             mode=args.mode,
             joint=not args.no_joint,
         )
-        print(report)
-        print()
-        print(report.advice(args.weight_decay, args.lr))
-        if args.json is not None:
-            args.json.write_text(report.to_json(indent=1) + "\n", encoding="utf-8")
+        if args.json:
+            print(report.to_json())
+        else:
+            print(report)
+            print()
+            print(report.advice(args.weight_decay, args.lr))
         if args.plot is not None:
             report.plot(args.plot)
     except (ValueError, RuntimeError, ImportError, OSError, TypeError) as error:
-        print(f"normwise inspect: {error}", file=sys.stderr)
+        print(f"normwise: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
