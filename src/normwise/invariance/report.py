@@ -237,7 +237,8 @@ class Report:
 
         def share(rows: list[ParameterReport]) -> str:
             entries = sum(row.entries for row in rows)
-            return f"{len(rows)} parameters, {entries / max(total, 1):.1%} of the entries"
+            plural = "" if len(rows) == 1 else "s"
+            return f"{len(rows)} parameter{plural}, {entries / max(total, 1):.1%} of the entries"
 
         lines = [
             f"weight_decay={weight_decay:g} on everything, at lr={lr:g}, multiplies every weight "
