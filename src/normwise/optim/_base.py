@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
 
 from normwise.geometry import View, at_least_float32, computing_dtype
+from normwise.optim.kernels import Fused, check_available
 from normwise.optim.projection import ViewOption, norms_by_slice, project_, retract_
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -57,12 +58,20 @@ class NormwiseOptimizer(Optimizer):
         self._check_group(group)
         super().add_param_group(group)
         try:
+            if group["fused"]:
+                check_available(group["params"])
             for p in group["params"]:
                 if isinstance(group.get("view"), View) and p.ndim > 1:
                     group["view"].check(p.shape)
-        except ValueError:
+        except (ValueError, RuntimeError, ImportError):
             self.param_groups.pop()
             raise
+
+    def _fused(self, group: dict[str, Any]) -> Fused:
+        """What the fused steps of a group remember; it is remade when this object is copied."""
+        if "_plans" not in self.__dict__:
+            self._plans: dict[int, Fused] = {}
+        return self._plans.setdefault(id(group), Fused())
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for an option that is out of its range."""
@@ -81,6 +90,10 @@ class NormwiseOptimizer(Optimizer):
             check_norm_option(group["norm"], group["view"])
         if group["foreach"] and group["differentiable"]:
             raise ValueError("`foreach` and `differentiable` cannot be `True` together.")
+        if group["fused"]:
+            for option in ("foreach", "differentiable", "stochastic_rounding"):
+                if group[option]:
+                    raise RuntimeError(f"`fused` and `{option}` cannot be `True` together.")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
