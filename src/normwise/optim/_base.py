@@ -91,6 +91,7 @@ class NormwiseOptimizer(Optimizer):
         if group["foreach"] and group["differentiable"]:
             raise ValueError("`foreach` and `differentiable` cannot be `True` together.")
         if group["fused"]:
+            self._step_supports_amp_scaling = True
             for option in ("foreach", "differentiable", "stochastic_rounding"):
                 if group[option]:
                     raise RuntimeError(f"`fused` and `{option}` cannot be `True` together.")
@@ -112,6 +113,8 @@ class NormwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._unscale():
+            return loss
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.grad is not None]
@@ -127,6 +130,16 @@ class NormwiseOptimizer(Optimizer):
                     scheduled = {key: _scheduled(group[key]) for key in ("lr", "weight_decay")}
                     self._update({**group, **scheduled}, params, [p.grad for p in params])
         return loss
+
+    def _unscale(self) -> bool:
+        """Do what a GradScaler leaves to a fused step; return whether all gradients are finite."""
+        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        if found_inf is not None and found_inf.item() != 0:
+            return False
+        if grad_scale is not None:
+            grads = [p.grad for p in _flat(self.param_groups)]
+            torch._foreach_div_([grad for grad in grads if grad is not None], grad_scale)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with views written as strings, so that ``weights_only=True`` loads it."""

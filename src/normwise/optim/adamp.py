@@ -346,9 +346,8 @@ def _fused_adamp(
 ) -> None:
     lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
     moments = (exp_avgs, exp_avg_sqs)
-    for plan, members in fused.parts(
-        params, grads, moments, state_steps, view=view, norm=norm
-    ):
+    rate, decay = float(lr), float(weight_decay)  # no wait: both are on the CPU
+    for plan, members in fused.parts(params, grads, moments, state_steps, view=view, norm=norm):
         ps, gs, ms, vs, steps = ([tensors[i] for i in members] for tensors in lists)
         if plan is None:
             _multi_tensor_adamp(
@@ -381,11 +380,9 @@ def _fused_adamp(
             vs,
             rule=AdamRule(beta1, beta2, eps, nesterov),
             grad_factor=-1 if maximize else 1,
-            step_sizes=lr / bias_correction1,
+            step_sizes=rate / bias_correction1,
             denominators=bias_correction2.rsqrt(),
-            decays=decay_factors(
-                [False, True], lr, weight_decay, wd_ratio if norm == "free" else 0
-            ),
+            decays=decay_factors([False, True], rate, decay, wd_ratio if norm == "free" else 0),
             delta=delta,
             eps=eps,
         )

@@ -313,6 +313,7 @@ def _fused_sgdp(
 ) -> None:
     buffered = [buffer for buffer in momentum_buffers if buffer is not None]
     moments = [buffered] if buffered else []
+    rate, decay = float(lr), float(weight_decay)  # no wait: both are on the CPU
     for plan, members in fused.parts(params, grads, moments, view=view, norm=norm):
         ps, gs = ([tensors[i] for i in members] for tensors in (params, grads))
         if plan is None:
@@ -340,11 +341,11 @@ def _fused_sgdp(
             [buffered[i] for i in members] if buffered else None,
             rule=SGDRule(momentum, dampening, nesterov),
             grad_factor=-1 if maximize else 1,
-            step_sizes=lr,
+            step_sizes=rate,
             decays=decay_factors(
                 [False, True],
-                lr / (1 - momentum),
-                weight_decay,
+                rate / (1 - momentum),
+                decay,
                 wd_ratio if norm == "free" else 0,
             ),
             delta=delta,

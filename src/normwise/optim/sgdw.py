@@ -284,6 +284,7 @@ def _fused_sgdw(
 ) -> None:
     buffered = [buffer for buffer in momentum_buffers if buffer is not None]
     moments = [buffered] if buffered else []
+    rate, decay = float(lr), float(weight_decay)  # no wait: both are on the CPU
     for plan, members in fused.parts(params, grads, moments, view=None, norm="free"):
         ps, gs = ([tensors[i] for i in members] for tensors in (params, grads))
         if plan is None:
@@ -306,7 +307,7 @@ def _fused_sgdw(
             gs,
             [buffered[i] for i in members] if buffered else None,
             rule=SGDRule(momentum, dampening, nesterov),
-            grad_factor=(lr if variant == "paper" else 1) * (-1 if maximize else 1),
-            step_sizes=1.0 if variant == "paper" else lr,
-            decays=decay_factors([False, True], lr, weight_decay, 1.0),
+            grad_factor=(rate if variant == "paper" else 1) * (-1 if maximize else 1),
+            step_sizes=1.0 if variant == "paper" else rate,
+            decays=decay_factors([False, True], rate, decay, 1.0),
         )

@@ -82,7 +82,7 @@ def use_fused(group: dict[str, Any], params: Sequence[Tensor]) -> bool:
         return False
     if not _has_numba():
         _say_once(
-            'optimizer steps on the CPU are several times faster with Numba: pip install '
+            "optimizer steps on the CPU are several times faster with Numba: pip install "
             '"normwise[cpu]"; taking the single-tensor step'
         )
         return False

@@ -43,8 +43,13 @@ from normwise.optim.projection import ViewOption
 
 # A chunk has at most this many entries: five float32 arrays of it fill half of a 1 MiB L2 cache.
 LONGEST = 1 << 15
-# Chunks of shorter slices are smaller, so that their directions stay in the L1 cache.
-TYPICAL = 1 << 12
+# Chunks of shorter slices have about this many: long enough for a stream, many enough to share.
+TYPICAL = 1 << 14
+# Slices shorter than this share the loop that makes their directions.
+SHORT = 48
+# Sums in float32 have at most this many terms, in dozens of lanes, before float64 takes over.
+SEGMENT = 1 << 10
+CACHE_LINE = 64
 # Below this many entries in all a second thread costs more than it saves.
 PARALLEL_ENTRIES = 1 << 15
 
@@ -56,12 +61,14 @@ FREE, EXPLICIT, FIXED, AUTO = 0, 1, 2, 3
 SHUT, BY_CHANNEL, BY_LAYER = 0, 1, 2
 
 # Columns of the table of tensors.
-W, G, M, V, OUTER, SLICES, INNER, MODE, FIRST, LAST, TOTALS, WHOLE, GUESS, DECISION, REVISIT = range(15)
+W, G, M, V, OUTER, SLICES, INNER, MODE, FIRST, LAST, TOTALS, WHOLE, GUESS, DECISION, REVISIT = (
+    range(15)
+)
 # Columns of the table of chunks; and of their sums, which follow the columns of the slices' sums.
 TENSOR, OUTER_0, OUTER_1, SLICE_0, SLICE_1, INNER_0, INNER_1, SLOT = range(8)
-# Sums of a slice: ⟨w, u⟩, ‖w‖², ⟨w, g⟩ or ‖u‖², ‖g‖².
+# Sums of a slice: ⟨w, u⟩, ‖w‖²; in "auto" also ⟨w, g⟩, ‖g‖², else ⟨w, u⟩, ‖u‖² in their place.
 WU, WW, WG, GG = range(4)
-UU = WG
+UU = GG
 # Sums of a chunk: as above, then whether the channels of it open the gate, and are all safe.
 OPEN, SAFE = 4, 5
 # Factors of a tensor: the step σ, 1/√(1 − β2^t), the decay of a weight that is not or is projected,
@@ -70,7 +77,20 @@ STEP, DENOMINATOR, DECAY, DECAY_PROJECTED, BY_LAYER_COEFFICIENT = range(5)
 # Options of a step.
 GRAD, M_KEEP, M_ADD, V_KEEP, V_ADD, LOOK_AHEAD, EPS, GATE, GUARD = range(9)
 # Entries of the argument block.
-TENSORS, CHUNKS, N_CHUNKS, FACTORS, SUMS, CHUNK_SUMS, OPTIONS, COUNTER, SCRATCH, RULE, PASS = range(11)
+(
+    TENSORS,
+    CHUNKS,
+    N_CHUNKS,
+    FACTORS,
+    SUMS,
+    CHUNK_SUMS,
+    OPTIONS,
+    COUNTER,
+    SCRATCH,
+    RULE,
+    PASS,
+    THREADS,
+) = range(12)
 
 # Sums may be reordered and products contracted; nothing is assumed about NaN, infinity or zero.
 _OPTIONS: dict[str, Any] = {
@@ -87,9 +107,7 @@ def _pointer(context: Any, address: Any, like: Any) -> Any:
     """The address as a pointer to values of the type of ``like``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(
-            arguments[0], context.get_value_type(signature.return_type)
-        )
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(like)(address, like), generate
 
@@ -208,31 +226,122 @@ def _sgd_directions(g, m, u, options, buffered, update):
 
 
 @_inlined
-def _slice_sums(w, u):
-    wu = ww = uu = 0.0
+def _sums(w, u, g, options, gated):
+    """⟨w, u⟩, ‖w‖² of a slice, and ⟨w, z⟩, ‖z‖² with z the gradient for the gate, else u."""
+    grad = u.dtype.type(options[GRAD])
+    wu = ww = wz = zz = 0.0
     for i in range(len(u)):
-        x, y = np.float64(_widened(w[i])), np.float64(u[i])
+        z = grad * _widened(g[i]) if gated else u[i]
+        x, y, z = np.float64(_widened(w[i])), np.float64(u[i]), np.float64(z)
         wu += x * y
         ww += x * x
-        uu += y * y
-    return wu, ww, uu
+        wz += x * z
+        zz += z * z
+    return wu, ww, wz, zz
 
 
 @_inlined
-def _gate_sums(w, u, g):
-    wu = ww = wg = gg = 0.0
+def _adam_sums(w, g, m, v, u, options, denominator, gated):
+    """:func:`_adam_directions` and :func:`_sums` in one loop, while the entries are at hand.
+
+    The sums are made in the dtype of the moments, for speed; see :func:`_are_exact`.
+    """
+    one = u.dtype.type
+    grad, m_add, look_ahead = one(options[GRAD]), one(options[M_ADD]), one(options[LOOK_AHEAD])
+    v_keep, v_add, eps = one(options[V_KEEP]), one(options[V_ADD]), one(options[EPS])
+    scale = one(denominator)
+    wu = ww = wz = zz = one(0)
     for i in range(len(u)):
-        x, y, z = np.float64(_widened(w[i])), np.float64(u[i]), np.float64(_widened(g[i]))
-        wu += x * y
+        gradient = grad * _widened(g[i])
+        first = m[i] + m_add * (gradient - m[i])
+        second = v_keep * v[i] + v_add * gradient * gradient
+        direction = (first + look_ahead * (gradient - first)) / (math.sqrt(second) * scale + eps)
+        m[i] = first
+        v[i] = second
+        u[i] = direction
+        z = gradient if gated else direction
+        x = _widened(w[i])
+        wu += x * direction
         ww += x * x
-        wg += x * z
-        gg += z * z
-    return wu, ww, wg, gg
+        wz += x * z
+        zz += z * z
+    return wu, ww, wz, zz
+
+
+@_inlined
+def _sgd_sums(w, g, m, u, options, gated):
+    """:func:`_sgd_directions` and :func:`_sums` in one loop."""
+    one = u.dtype.type
+    grad, m_keep, m_add = one(options[GRAD]), one(options[M_KEEP]), one(options[M_ADD])
+    nesterov = options[LOOK_AHEAD] != 0
+    wu = ww = wz = zz = one(0)
+    for i in range(len(u)):
+        gradient = grad * _widened(g[i])
+        first = m_keep * m[i] + m_add * gradient
+        direction = gradient + m_keep * first if nesterov else first
+        m[i] = first
+        u[i] = direction
+        z = gradient if gated else direction
+        x = _widened(w[i])
+        wu += x * direction
+        ww += x * x
+        wz += x * z
+        zz += z * z
+    return wu, ww, wz, zz
+
+
+@_inlined
+def _are_exact(ww, zz, wu, wz, like):
+    """Whether sums in float32 are as good as those in float64: nothing over- or underflowed.
+
+    Of ⟨w, u⟩ no look at what underflowed is needed: it is below 1e-37, so below 1e-17·‖w‖².
+    """
+    if _size_of(like) == 8:
+        return True
+    return 1e-20 < ww < 1e30 and 1e-20 < zz < 1e30 and abs(wu) < 1e30 and abs(wz) < 1e30
+
+
+@_inlined
+def _adam_free(w, g, m, v, options, denominator, keep, add):
+    """The whole step of a weight without a view: nothing to sum, so nothing to keep in cache."""
+    one = m.dtype.type
+    grad, m_add, look_ahead = one(options[GRAD]), one(options[M_ADD]), one(options[LOOK_AHEAD])
+    v_keep, v_add, eps = one(options[V_KEEP]), one(options[V_ADD]), one(options[EPS])
+    scale, a, b = one(denominator), one(keep), one(add)
+    for i in range(len(m)):
+        gradient = grad * _widened(g[i])
+        first = m[i] + m_add * (gradient - m[i])
+        second = v_keep * v[i] + v_add * gradient * gradient
+        m[i] = first
+        v[i] = second
+        ahead = first + look_ahead * (gradient - first)
+        direction = ahead / (math.sqrt(second) * scale + eps)
+        w[i] = _narrowed(a * _widened(w[i]) + b * direction, w[i])
+
+
+@_inlined
+def _sgd_free(w, g, m, options, keep, add):
+    one = m.dtype.type
+    grad, m_keep, m_add = one(options[GRAD]), one(options[M_KEEP]), one(options[M_ADD])
+    nesterov = options[LOOK_AHEAD] != 0
+    a, b = one(keep), one(add)
+    for i in range(len(m)):
+        gradient = grad * _widened(g[i])
+        first = m_keep * m[i] + m_add * gradient
+        m[i] = first
+        direction = gradient + m_keep * first if nesterov else first
+        w[i] = _narrowed(a * _widened(w[i]) + b * direction, w[i])
 
 
 @_inlined
 def _combine(w, u, keep, add):
     """w ← keep·w + add·u."""
+    if abs(keep) > 1e30:
+        # A tiny weight has a huge coefficient c of its radial part, beyond float32 though c·w is not.
+        for i in range(len(u)):
+            entry = keep * np.float64(_widened(w[i])) + add * np.float64(u[i])
+            w[i] = _narrowed(u.dtype.type(entry), w[i])
+        return
     one = u.dtype.type
     a, b = one(keep), one(add)
     for i in range(len(u)):
@@ -285,7 +394,7 @@ def _is_safe(sums, factors, options, guess):
 def _explicit_factors(sums, factors, mode):
     """α and σ of a slice in a View, with the norm put back if it is fixed."""
     step = factors[STEP]
-    coefficient = _radial_coefficient(sums[WU], sums[WW], 0.0)
+    coefficient = sums[WU] / sums[WW] if sums[WW] > 0 else 0.0 * sums[WW]
     keep = factors[DECAY_PROJECTED] + step * coefficient
     if mode == FIXED:
         # ‖w − σ(u − cw)‖² = ‖w‖² + σ²(‖u‖² − ⟨w, u⟩²/‖w‖²), as w and u − cw are orthogonal.
@@ -305,14 +414,20 @@ def _work(pointer):
     """Take chunks until there are none left. The type of the pointer is that of the weights."""
     like = numba.carray(pointer, 1)[0]
     block = _array(_address(pointer), 16, np.int64(0))
-    counter = block[COUNTER]
-    scratch = block[SCRATCH] + _take_number(counter + 8) * LONGEST * 8
-    count = block[N_CHUNKS]
-    while True:
-        chunk = _take_number(counter)
-        if chunk >= count:
-            return
-        _chunk(block, chunk, scratch, like)
+    threads, count = block[THREADS], block[N_CHUNKS]
+    self = _take_number(block[COUNTER])
+    scratch = block[SCRATCH] + self * LONGEST * 8
+    # Each thread has a range of its own, for memory is fastest in one long stream; then it helps
+    # the others. Which thread does what changes no result.
+    for i in range(threads):
+        owner = (self + i) % threads
+        counter = block[COUNTER] + (owner + 1) * CACHE_LINE
+        end = count * (owner + 1) // threads
+        while True:
+            chunk = count * owner // threads + _take_number(counter)
+            if chunk >= end:
+                break
+            _chunk(block, chunk, scratch, like)
 
 
 @_inlined
@@ -340,16 +455,37 @@ def _chunk(block, number, scratch, like):
     rows = chunk[OUTER_1] - chunk[OUTER_0]
     start = chunk[OUTER_0] * stride + chunk[SLICE_0] * inner + chunk[INNER_0]
 
-    for row in range(rows):
-        at = start + row * stride
-        g = _array(tensor[G] + at * size, run, like)
-        m = _array(tensor[M] + at * compute_size, run, compute)
-        u = _array(scratch + row * run * compute_size, run, compute)
-        if block[RULE] == ADAM:
-            v = _array(tensor[V] + at * compute_size, run, compute)
-            _adam_directions(g, m, v, u, options, factors[DENOMINATOR], first_pass)
-        else:
-            _sgd_directions(g, m, u, options, tensor[M] != 0, first_pass)
+    adam, buffered = block[RULE] == ADAM, tensor[M] != 0
+    if mode == FREE and (adam or buffered):
+        for row in range(rows):
+            at = start + row * stride
+            w, g = (
+                _array(tensor[W] + at * size, run, like),
+                _array(tensor[G] + at * size, run, like),
+            )
+            m = _array(tensor[M] + at * compute_size, run, compute)
+            if adam:
+                v = _array(tensor[V] + at * compute_size, run, compute)
+                _adam_free(
+                    w, g, m, v, options, factors[DENOMINATOR], factors[DECAY], -factors[STEP]
+                )
+            else:
+                _sgd_free(w, g, m, options, factors[DECAY], -factors[STEP])
+        return
+
+    # Loops over short slices would be all beginning and end; their directions are made in one go.
+    at_once = part < SHORT or not first_pass or not (adam or buffered)
+    if at_once:
+        for row in range(rows):
+            at = start + row * stride
+            g = _array(tensor[G] + at * size, run, like)
+            m = _array(tensor[M] + at * compute_size, run, compute)
+            u = _array(scratch + row * run * compute_size, run, compute)
+            if adam:
+                v = _array(tensor[V] + at * compute_size, run, compute)
+                _adam_directions(g, m, v, u, options, factors[DENOMINATOR], first_pass)
+            else:
+                _sgd_directions(g, m, u, options, buffered, first_pass)
 
     if mode == FREE:
         for row in range(rows):
@@ -369,18 +505,35 @@ def _chunk(block, number, scratch, like):
         if first_pass:
             wu = ww = wg = gg = 0.0
             for row in range(rows):
-                at = start + row * stride + s * inner
-                w = _array(tensor[W] + at * size, part, like)
-                u = _array(scratch + (row * run + s * inner) * compute_size, part, compute)
-                if mode == AUTO:
-                    g = _array(tensor[G] + at * size, part, like)
-                    a, b, c, d = _gate_sums(w, u, g)
+                for begin in range(0, part, SEGMENT):
+                    n = min(SEGMENT, part - begin)
+                    at = start + row * stride + s * inner + begin
+                    w = _array(tensor[W] + at * size, n, like)
+                    g = _array(tensor[G] + at * size, n, like)
+                    at_u = row * run + s * inner * at_once + begin
+                    u = _array(scratch + at_u * compute_size, n, compute)
+                    exact = not at_once
+                    if not at_once:
+                        m = _array(tensor[M] + at * compute_size, n, compute)
+                        if adam:
+                            v = _array(tensor[V] + at * compute_size, n, compute)
+                            scale = factors[DENOMINATOR]
+                            x = _adam_sums(w, g, m, v, u, options, scale, mode == AUTO)
+                        else:
+                            x = _sgd_sums(w, g, m, u, options, mode == AUTO)
+                        a, b, c, d = (
+                            np.float64(x[0]),
+                            np.float64(x[1]),
+                            np.float64(x[2]),
+                            np.float64(x[3]),
+                        )
+                        exact = _are_exact(b, d, a, c, compute)
+                    if not exact:
+                        a, b, c, d = _sums(w, u, g, options, mode == AUTO)
+                    wu += a
+                    ww += b
+                    wg += c
                     gg += d
-                else:
-                    a, b, c = _slice_sums(w, u)
-                wu += a
-                ww += b
-                wg += c
             slice_sums[WU], slice_sums[WW], slice_sums[WG], slice_sums[GG] = wu, ww, wg, gg
             layer_wu += wu
             layer_ww += ww
@@ -412,7 +565,7 @@ def _chunk(block, number, scratch, like):
         for row in range(rows):
             at = start + row * stride + s * inner
             w = _array(tensor[W] + at * size, part, like)
-            u = _array(scratch + (row * run + s * inner) * compute_size, part, compute)
+            u = _array(scratch + (row * run + s * inner * at_once) * compute_size, part, compute)
             _combine(w, u, keep, add)
 
     if first_pass:
@@ -623,8 +776,18 @@ class Plan:
                 table[:, SLOT] = slots + np.cumsum(widths) - widths
                 slots += int(widths.sum())
             self.tensors[t, OUTER:] = (
-                outer, slices, inner, mode, n_chunks, n_chunks + len(table), totals, whole,
-                SHUT, SHUT, 0, 0,
+                outer,
+                slices,
+                inner,
+                mode,
+                n_chunks,
+                n_chunks + len(table),
+                totals,
+                whole,
+                SHUT,
+                SHUT,
+                0,
+                0,
             )
             n_chunks += len(table)
             tables.append(table)
@@ -633,18 +796,25 @@ class Plan:
         self.sums = np.zeros((slots, 4))
         self.chunk_sums = np.zeros((n_chunks, 8))
         self.options = np.zeros(16)
-        self.counter = np.zeros(2, np.int64)
+        self.counter = np.zeros(0, np.int64)
         self.scratch = np.zeros(0)
         self.block = np.zeros(16, np.int64)
         for entry, table in (
-            (TENSORS, self.tensors), (CHUNKS, self.chunks), (FACTORS, self.factors),
-            (SUMS, self.sums), (CHUNK_SUMS, self.chunk_sums), (OPTIONS, self.options),
-            (COUNTER, self.counter),
+            (TENSORS, self.tensors),
+            (CHUNKS, self.chunks),
+            (FACTORS, self.factors),
+            (SUMS, self.sums),
+            (CHUNK_SUMS, self.chunk_sums),
+            (OPTIONS, self.options),
         ):
             self.block[entry] = table.ctypes.data
         self.block[N_CHUNKS] = n_chunks
-        self._may_revisit = bool(((self.tensors[:, MODE] == AUTO) | (
-            (self.tensors[:, MODE] != FREE) & (self.tensors[:, WHOLE] == 0))).any())
+        self._may_revisit = bool(
+            (
+                (self.tensors[:, MODE] == AUTO)
+                | ((self.tensors[:, MODE] != FREE) & (self.tensors[:, WHOLE] == 0))
+            ).any()
+        )
 
     def fits(self, params: Sequence[Tensor], view: ViewOption, norm: str) -> bool:
         return self.key == (list(map(_form, params)), view, norm)
@@ -686,7 +856,9 @@ class Plan:
         for column, tensors in ((W, params), (G, grads), (M, firsts), (V, seconds)):
             self.tensors[:, column] = 0 if tensors is None else list(map(Tensor.data_ptr, tensors))
         factors = (step_sizes, denominators, *decays)
-        for column, factor in zip((STEP, DENOMINATOR, DECAY, DECAY_PROJECTED), factors, strict=True):
+        for column, factor in zip(
+            (STEP, DENOMINATOR, DECAY, DECAY_PROJECTED), factors, strict=True
+        ):
             self.factors[:, column] = (
                 factor.detach().numpy() if isinstance(factor, Tensor) else factor
             )
@@ -705,16 +877,20 @@ class Plan:
         if len(self.scratch) < threads * LONGEST:
             self.scratch = np.empty(threads * LONGEST)
             self.block[SCRATCH] = self.scratch.ctypes.data
+            self.counter = np.zeros((threads + 1) * CACHE_LINE // 8, np.int64)
+            self.block[COUNTER] = self.counter.ctypes.data
         self._pass(1, threads)
         if self._may_revisit:
-            again = decide(self.tensors, self.chunks, self.factors, self.sums, self.chunk_sums, self.options)
+            again = decide(
+                self.tensors, self.chunks, self.factors, self.sums, self.chunk_sums, self.options
+            )
             if again:
                 self._pass(2, threads)
             self.tensors[:, GUESS] = self.tensors[:, DECISION]
         torch.autograd.graph.increment_version(params)
 
     def _pass(self, number: int, threads: int) -> None:
-        self.block[PASS] = number
+        self.block[PASS], self.block[THREADS] = number, threads
         self.counter[:] = 0
         _run(self.dtype, self.block, threads)
 
