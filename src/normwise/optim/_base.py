@@ -70,8 +70,8 @@ class NormwiseOptimizer(Optimizer):
     def _fused(self, group: dict[str, Any]) -> Fused:
         """What the fused steps of a group remember; it is remade when this object is copied."""
         if "_plans" not in self.__dict__:
-            self._plans: dict[int, Fused] = {}
-        return self._plans.setdefault(id(group), Fused())
+            self._plans: dict[Tensor, Fused] = {}
+        return self._plans.setdefault(group["params"][0], Fused())
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for an option that is out of its range."""
