@@ -359,5 +359,5 @@ def test_torchs_inputs_cover_what_we_say_they_cover():
     for name, optim_info in BY_NAME.items():
         used = set(itertools.chain(*(i.kwargs for i in optim_info.optim_inputs_func("cpu"))))
         options = set(optim_info.optim_cls([torch.ones(1, requires_grad=True)]).defaults)
-        missing = options - used - {"foreach", "differentiable", "stochastic_rounding"}
+        missing = options - used - {"foreach", "fused", "differentiable", "stochastic_rounding"}
         assert missing <= {"betas", "eps", "wd_ratio"}, name

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
 
 from normwise.geometry import View, at_least_float32, computing_dtype
+from normwise.optim.kernels import Fused, check_available
 from normwise.optim.projection import ViewOption, norms_by_slice, project_, retract_
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -64,12 +65,20 @@ class NormwiseOptimizer(Optimizer):
         self._check_group(group)
         super().add_param_group(group)
         try:
+            if group["fused"]:
+                check_available(group["params"])
             for p in group["params"]:
                 if isinstance(group.get("view"), View) and p.ndim > 1:
                     group["view"].check(p.shape)
-        except ValueError:
+        except (ValueError, RuntimeError, ImportError):
             self.param_groups.pop()
             raise
+
+    def _fused(self, group: dict[str, Any]) -> Fused:
+        """What the fused steps of a group remember; it is remade when this object is copied."""
+        if "_plans" not in self.__dict__:
+            self._plans: dict[Tensor, Fused] = {}
+        return self._plans.setdefault(group["params"][0], Fused())
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for an option that is out of its range."""
@@ -88,6 +97,11 @@ class NormwiseOptimizer(Optimizer):
             check_norm_option(group["norm"], group["view"])
         if group["foreach"] and group["differentiable"]:
             raise ValueError("`foreach` and `differentiable` cannot be `True` together.")
+        if group["fused"]:
+            self._step_supports_amp_scaling = True
+            for option in ("foreach", "differentiable", "stochastic_rounding"):
+                if group[option]:
+                    raise RuntimeError(f"`fused` and `{option}` cannot be `True` together.")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -107,6 +121,8 @@ class NormwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._unscale():
+            return loss
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.grad is not None]
@@ -122,6 +138,16 @@ class NormwiseOptimizer(Optimizer):
                     scheduled = {key: _scheduled(group[key]) for key in ("lr", "weight_decay")}
                     self._update({**group, **scheduled}, params, [p.grad for p in params])
         return loss
+
+    def _unscale(self) -> bool:
+        """Do what a GradScaler leaves to a fused step; return whether all gradients are finite."""
+        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        if found_inf is not None and found_inf.item() != 0:
+            return False
+        if grad_scale is not None:
+            grads = [p.grad for p in _flat(self.param_groups)]
+            torch._foreach_div_([grad for grad in grads if grad is not None], grad_scale)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with views written as strings, so that ``weights_only=True`` loads it."""

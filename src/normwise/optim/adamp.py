@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from normwise.optim._base import (
     NormwiseOptimizer,
     by_device_and_dtype,
     check_number,
+    decay_factors,
     new_moment,
     new_step,
     scalar_dtype,
@@ -19,6 +21,7 @@ from normwise.optim._base import (
     use_foreach,
     working,
 )
+from normwise.optim.kernels import AdamRule, Fused, use_fused
 from normwise.optim.projection import ViewOption
 
 __all__ = ["AdamP", "adamp"]
@@ -58,6 +61,8 @@ class AdamP(NormwiseOptimizer):
         stochastic_rounding: round bfloat16 and float16 weights up or down at random, so that small
             steps count on average; arithmetic and state are float32 in any case (default: False).
         foreach: use the multi-tensor step (default: where torch would).
+        fused: take the step of all weights in one compiled kernel; on the CPU it needs the extra
+            ``normwise[cpu]`` (default: where it is installed and the group is large enough).
         maximize: ascend instead of descend (default: False).
         capturable: keep the step count on the parameter's device, for CUDA graphs
             (default: False).
@@ -88,6 +93,7 @@ class AdamP(NormwiseOptimizer):
         norm: Literal["free", "fixed"] = "free",
         stochastic_rounding: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
@@ -104,6 +110,7 @@ class AdamP(NormwiseOptimizer):
             "norm": norm,
             "stochastic_rounding": stochastic_rounding,
             "foreach": foreach,
+            "fused": fused,
             "maximize": maximize,
             "capturable": capturable,
             "differentiable": differentiable,
@@ -131,6 +138,7 @@ class AdamP(NormwiseOptimizer):
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
             foreach=use_foreach(group, params),
+            fused=self._fused(group) if use_fused(group, params) else None,
             lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -154,6 +162,7 @@ def adamp(
     state_steps: list[Tensor],
     *,
     foreach: bool,
+    fused: Fused | None = None,
     lr: float | Tensor,
     beta1: float,
     beta2: float,
@@ -167,8 +176,13 @@ def adamp(
     stochastic_rounding: bool = False,
     maximize: bool = False,
 ) -> None:
-    """Functional form of one step of :class:`AdamP`, in place on parameters and state."""
+    """Functional form of one step of :class:`AdamP`, in place on parameters and state.
+
+    With ``fused``, which remembers the plans of these parameters, the fused step is taken.
+    """
     step = _multi_tensor_adamp if foreach else _single_tensor_adamp
+    if fused is not None:
+        step = functools.partial(_fused_adamp, fused)
     step(
         params,
         grads,
@@ -306,4 +320,69 @@ def _multi_tensor_adamp(
             norm=norm,
             stochastic_rounding=stochastic_rounding,
             foreach=True,
+        )
+
+
+def _fused_adamp(
+    fused: Fused,
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float | Tensor,
+    delta: float,
+    wd_ratio: float,
+    nesterov: bool,
+    view: ViewOption,
+    norm: str = "free",
+    stochastic_rounding: bool = False,
+    maximize: bool = False,
+) -> None:
+    lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
+    moments = (exp_avgs, exp_avg_sqs)
+    rate, decay = float(lr), float(weight_decay)  # no wait: both are on the CPU
+    for plan, members in fused.parts(params, grads, moments, state_steps, view=view, norm=norm):
+        ps, gs, ms, vs, steps = ([tensors[i] for i in members] for tensors in lists)
+        if plan is None:
+            _multi_tensor_adamp(
+                ps,
+                gs,
+                ms,
+                vs,
+                steps,
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                eps=eps,
+                weight_decay=weight_decay,
+                delta=delta,
+                wd_ratio=wd_ratio,
+                nesterov=nesterov,
+                view=view,
+                norm=norm,
+                stochastic_rounding=stochastic_rounding,
+                maximize=maximize,
+            )
+            continue
+        step = plan.count_(steps)
+        bias_correction1 = 1 - beta1**step
+        bias_correction2 = 1 - beta2**step
+        plan.step_(
+            ps,
+            gs,
+            ms,
+            vs,
+            rule=AdamRule(beta1, beta2, eps, nesterov),
+            grad_factor=-1 if maximize else 1,
+            step_sizes=rate / bias_correction1,
+            denominators=bias_correction2.rsqrt(),
+            decays=decay_factors([False, True], rate, decay, wd_ratio if norm == "free" else 0),
+            delta=delta,
+            eps=eps,
         )

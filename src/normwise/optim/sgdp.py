@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -12,12 +13,14 @@ from normwise.optim._base import (
     NormwiseOptimizer,
     by_device_and_dtype,
     check_momentum,
+    decay_factors,
     new_moment,
     sgd_updates,
     take_step_,
     use_foreach,
     working,
 )
+from normwise.optim.kernels import Fused, SGDRule, use_fused
 from normwise.optim.projection import ViewOption
 
 __all__ = ["SGDP", "sgdp"]
@@ -59,6 +62,8 @@ class SGDP(NormwiseOptimizer):
         stochastic_rounding: round bfloat16 and float16 weights up or down at random, so that small
             steps count on average; arithmetic and state are float32 in any case (default: False).
         foreach: use the multi-tensor step (default: where torch would).
+        fused: take the step of all weights in one compiled kernel; on the CPU it needs the extra
+            ``normwise[cpu]`` (default: where it is installed and the group is large enough).
         maximize: ascend instead of descend (default: False).
         differentiable: let autograd pass through the step; the gate itself is a constant
             (default: False).
@@ -89,6 +94,7 @@ class SGDP(NormwiseOptimizer):
         norm: Literal["free", "fixed"] = "free",
         stochastic_rounding: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
     ) -> None:
@@ -105,6 +111,7 @@ class SGDP(NormwiseOptimizer):
             "norm": norm,
             "stochastic_rounding": stochastic_rounding,
             "foreach": foreach,
+            "fused": fused,
             "maximize": maximize,
             "differentiable": differentiable,
         }
@@ -123,6 +130,7 @@ class SGDP(NormwiseOptimizer):
             grads,
             [self.state[p]["momentum_buffer"] if group["momentum"] else None for p in params],
             foreach=use_foreach(group, params),
+            fused=self._fused(group) if use_fused(group, params) else None,
             lr=group["lr"],
             momentum=group["momentum"],
             dampening=group["dampening"],
@@ -144,6 +152,7 @@ def sgdp(
     momentum_buffers: list[Tensor | None],
     *,
     foreach: bool,
+    fused: Fused | None = None,
     lr: float | Tensor,
     momentum: float,
     dampening: float,
@@ -159,9 +168,12 @@ def sgdp(
 ) -> None:
     """Functional form of one step of :class:`SGDP`, in place on parameters and buffers.
 
-    A buffer of ``None`` stands for a momentum of 0.
+    A buffer of ``None`` stands for a momentum of 0. With ``fused``, which remembers the plans of
+    these parameters, the fused step is taken.
     """
     step = _multi_tensor_sgdp if foreach else _single_tensor_sgdp
+    if fused is not None:
+        step = functools.partial(_fused_sgdp, fused)
     step(
         params,
         grads,
@@ -277,4 +289,65 @@ def _multi_tensor_sgdp(
             norm=norm,
             stochastic_rounding=stochastic_rounding,
             foreach=True,
+        )
+
+
+def _fused_sgdp(
+    fused: Fused,
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float | Tensor,
+    nesterov: bool,
+    eps: float,
+    delta: float,
+    wd_ratio: float,
+    view: ViewOption,
+    norm: str = "free",
+    stochastic_rounding: bool = False,
+    maximize: bool = False,
+) -> None:
+    buffered = [buffer for buffer in momentum_buffers if buffer is not None]
+    moments = [buffered] if buffered else []
+    rate, decay = float(lr), float(weight_decay)  # no wait: both are on the CPU
+    for plan, members in fused.parts(params, grads, moments, view=view, norm=norm):
+        ps, gs = ([tensors[i] for i in members] for tensors in (params, grads))
+        if plan is None:
+            _multi_tensor_sgdp(
+                ps,
+                gs,
+                [momentum_buffers[i] for i in members],
+                lr=lr,
+                momentum=momentum,
+                dampening=dampening,
+                weight_decay=weight_decay,
+                nesterov=nesterov,
+                eps=eps,
+                delta=delta,
+                wd_ratio=wd_ratio,
+                view=view,
+                norm=norm,
+                stochastic_rounding=stochastic_rounding,
+                maximize=maximize,
+            )
+            continue
+        plan.step_(
+            ps,
+            gs,
+            [buffered[i] for i in members] if buffered else None,
+            rule=SGDRule(momentum, dampening, nesterov),
+            grad_factor=-1 if maximize else 1,
+            step_sizes=rate,
+            decays=decay_factors(
+                [False, True],
+                rate / (1 - momentum),
+                decay,
+                wd_ratio if norm == "free" else 0,
+            ),
+            delta=delta,
+            eps=eps,
         )

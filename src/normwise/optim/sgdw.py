@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -12,12 +13,14 @@ from normwise.optim._base import (
     NormwiseOptimizer,
     by_device_and_dtype,
     check_momentum,
+    decay_factors,
     new_moment,
     sgd_updates,
     take_step_,
     use_foreach,
     working,
 )
+from normwise.optim.kernels import Fused, SGDRule, use_fused
 
 __all__ = ["SGDW", "sgdw"]
 
@@ -50,6 +53,8 @@ class SGDW(NormwiseOptimizer):
         stochastic_rounding: round bfloat16 and float16 weights up or down at random, so that small
             steps count on average; arithmetic and state are float32 in any case (default: False).
         foreach: use the multi-tensor step (default: where torch would).
+        fused: take the step of all weights in one compiled kernel; on the CPU it needs the extra
+            ``normwise[cpu]`` (default: where it is installed and the group is large enough).
         maximize: ascend instead of descend (default: False).
         differentiable: let autograd pass through the step (default: False).
 
@@ -73,6 +78,7 @@ class SGDW(NormwiseOptimizer):
         variant: Literal["paper", "official"] = "paper",
         stochastic_rounding: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
     ) -> None:
@@ -85,6 +91,7 @@ class SGDW(NormwiseOptimizer):
             "variant": variant,
             "stochastic_rounding": stochastic_rounding,
             "foreach": foreach,
+            "fused": fused,
             "maximize": maximize,
             "differentiable": differentiable,
         }
@@ -114,6 +121,7 @@ class SGDW(NormwiseOptimizer):
             grads,
             [self.state[p]["momentum_buffer"] if group["momentum"] else None for p in params],
             foreach=use_foreach(group, params),
+            fused=self._fused(group) if use_fused(group, params) else None,
             lr=group["lr"],
             momentum=group["momentum"],
             dampening=group["dampening"],
@@ -131,6 +139,7 @@ def sgdw(
     momentum_buffers: list[Tensor | None],
     *,
     foreach: bool,
+    fused: Fused | None = None,
     lr: float | Tensor,
     momentum: float,
     dampening: float,
@@ -142,9 +151,12 @@ def sgdw(
 ) -> None:
     """Functional form of one step of :class:`SGDW`, in place on parameters and buffers.
 
-    A buffer of ``None`` stands for a momentum of 0.
+    A buffer of ``None`` stands for a momentum of 0. With ``fused``, which remembers the plans of
+    these parameters, the fused step is taken.
     """
     step = _multi_tensor_sgdw if foreach else _single_tensor_sgdw
+    if fused is not None:
+        step = functools.partial(_fused_sgdw, fused)
     step(
         params,
         grads,
@@ -252,4 +264,50 @@ def _multi_tensor_sgdw(
             norm="free",
             stochastic_rounding=stochastic_rounding,
             foreach=True,
+        )
+
+
+def _fused_sgdw(
+    fused: Fused,
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float | Tensor,
+    nesterov: bool,
+    variant: str,
+    stochastic_rounding: bool,
+    maximize: bool,
+) -> None:
+    buffered = [buffer for buffer in momentum_buffers if buffer is not None]
+    moments = [buffered] if buffered else []
+    rate, decay = float(lr), float(weight_decay)  # no wait: both are on the CPU
+    for plan, members in fused.parts(params, grads, moments, view=None, norm="free"):
+        ps, gs = ([tensors[i] for i in members] for tensors in (params, grads))
+        if plan is None:
+            _multi_tensor_sgdw(
+                ps,
+                gs,
+                [momentum_buffers[i] for i in members],
+                lr=lr,
+                momentum=momentum,
+                dampening=dampening,
+                weight_decay=weight_decay,
+                nesterov=nesterov,
+                variant=variant,
+                stochastic_rounding=stochastic_rounding,
+                maximize=maximize,
+            )
+            continue
+        plan.step_(
+            ps,
+            gs,
+            [buffered[i] for i in members] if buffered else None,
+            rule=SGDRule(momentum, dampening, nesterov),
+            grad_factor=(rate if variant == "paper" else 1) * (-1 if maximize else 1),
+            step_sizes=1.0 if variant == "paper" else rate,
+            decays=decay_factors([False, True], rate, decay, 1.0),
         )

@@ -1,0 +1,350 @@
+"""Time optimizer steps side by side: ours, torch's fused and foreach, and other packages.
+
+All peers take turns in one process, so that whatever else the machine does falls on all of them;
+what is reported is the median over the rounds, the quartiles, and the ratio to torch's fused
+optimizer of the same family. Gradients are as a network with normalization gives them: orthogonal
+to each output channel of weights of four dimensions, anything for the others.
+
+    python benchmarks/optimizers.py
+    python benchmarks/optimizers.py --models resnet50 gpt2 --rounds 50 --json speed.json
+    python benchmarks/optimizers.py --scaling --plot scaling.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import normwise
+
+Shape = tuple[int, ...]
+Step = Callable[[], object]
+
+
+def resnet50() -> Iterator[Shape]:
+    def conv(out: int, inputs: int, kernel: int) -> Iterator[Shape]:
+        yield from [(out, inputs, kernel, kernel), (out,), (out,)]
+
+    yield from conv(64, 3, 7)
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            yield from conv(width, inputs, 1)
+            yield from conv(width, width, 3)
+            yield from conv(4 * width, width, 1)
+            if block == 0:
+                yield from conv(4 * width, inputs, 1)
+            inputs = 4 * width
+    yield from [(1000, 2048), (1000,)]
+
+
+def mobilenet_v2() -> Iterator[Shape]:
+    def conv(out: int, inputs: int, kernel: int) -> Iterator[Shape]:
+        yield from [(out, inputs, kernel, kernel), (out,), (out,)]
+
+    yield from conv(32, 3, 3)
+    inputs = 32
+    stages = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
+    for expansion, out, blocks in stages:
+        for _ in range(blocks):
+            hidden = inputs * expansion
+            if expansion != 1:
+                yield from conv(hidden, inputs, 1)
+            yield from conv(hidden, 1, 3)
+            yield from conv(out, hidden, 1)
+            inputs = out
+    yield from conv(1280, 320, 1)
+    yield from [(1000, 1280), (1000,)]
+
+
+def transformer(width: int, layers: int) -> Iterator[Shape]:
+    for _ in range(layers):
+        for out, inputs in ((3 * width, width), (width, width), (4 * width, width)):
+            yield from [(out, inputs), (out,)]
+        yield from [(width, 4 * width), (width,)]
+        yield from [(width,)] * 4
+
+
+def vit_b_16() -> Iterator[Shape]:
+    yield from [(1, 1, 768), (1, 197, 768), (768, 3, 16, 16), (768,)]
+    yield from transformer(768, 12)
+    yield from [(768,), (768,), (1000, 768), (1000,)]
+
+
+def gpt2() -> Iterator[Shape]:
+    """GPT-2 small, its output layer tied to the embedding."""
+    yield from [(50257, 768), (1024, 768)]
+    yield from transformer(768, 12)
+    yield from [(768,), (768,)]
+
+
+MODELS = {"resnet50": resnet50, "mobilenet_v2": mobilenet_v2, "vit_b_16": vit_b_16, "gpt2": gpt2}
+
+
+@dataclass
+class Result:
+    """Seconds a step, and bytes beyond weights, gradients and state while it runs."""
+
+    model: str
+    family: str
+    peer: str
+    median: float
+    low: float
+    high: float
+    ratio: float  # of the median to torch's fused
+    first: float
+    extra_bytes: int
+    of_bandwidth: float
+
+
+def parameters(shapes: Iterator[Shape], device: str) -> list[Tensor]:
+    """Weights with gradients; those of convolutions feed a normalization."""
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for shape in shapes:
+        w = torch.randn(shape, generator=generator) * 0.05
+        g = torch.randn(shape, generator=generator) * 0.01
+        if len(shape) == 4:
+            g = normwise.geometry.tangential(g, w, normwise.View.channel())
+        w = w.to(device).requires_grad_()
+        w.grad = g.to(device)
+        params.append(w)
+    return params
+
+
+def peers(params: list[Tensor], kernels: bool) -> dict[str, dict[str, Callable[[], object]]]:
+    """Constructors by family; the first of each is what the others are compared with."""
+    adam = {"lr": 1e-7, "weight_decay": 1e-2}
+    sgd = {"lr": 1e-7, "momentum": 0.9, "weight_decay": 1e-4}
+    how = {"fused": True} if kernels else {"foreach": True}
+    name = "fused" if kernels else "foreach"
+    families: dict[str, dict[str, Callable[[], object]]] = {
+        "Adam": {
+            "torch AdamW, fused": lambda: torch.optim.AdamW(params, fused=True, **adam),
+            "torch AdamW, foreach": lambda: torch.optim.AdamW(params, foreach=True, **adam),
+            f"AdamP, channel, {name}": lambda: normwise.AdamP(
+                params, view="channel", **how, **adam
+            ),
+            f"AdamP, auto, {name}": lambda: normwise.AdamP(params, **how, **adam),
+            f"AdamP, no view, {name}": lambda: normwise.AdamP(params, view=None, **how, **adam),
+        },
+        "SGD": {
+            "torch SGD, fused": lambda: torch.optim.SGD(params, fused=True, **sgd),
+            "torch SGD, foreach": lambda: torch.optim.SGD(params, foreach=True, **sgd),
+            f"SGDP, channel, {name}": lambda: normwise.SGDP(params, view="channel", **how, **sgd),
+            f"SGDP, auto, {name}": lambda: normwise.SGDP(params, **how, **sgd),
+            f"SGDW, {name}": lambda: normwise.SGDW(params, **how, **sgd),
+        },
+    }
+    for module, label in (("adamp", "official"), ("pytorch_optimizer", "pytorch_optimizer")):
+        try:
+            package = importlib.import_module(module)
+        except ImportError:
+            continue
+        families["Adam"][f"{label} AdamP"] = lambda package=package: package.AdamP(params, **adam)
+        if hasattr(package, "SGDP"):
+            families["SGD"][f"{label} SGDP"] = lambda package=package: package.SGDP(params, **sgd)
+    return families
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(step: Step, device: str) -> float:
+    wait(device)
+    start = time.perf_counter()
+    step()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def peak_bytes(step: Step, device: str) -> int:
+    """How much more memory the process has in use at the worst moment of a step than before it."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        seconds(step, device)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    in_use = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            in_use += event.nbytes()
+            peak = max(peak, in_use)
+    return peak
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second of a copy between two tensors too large for any cache, reads and writes."""
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source)
+    times = [seconds(lambda: target.copy_(source), device) for _ in range(9)]
+    return 2 * source.nbytes / statistics.median(times)
+
+
+def measure(
+    model: str, shapes: Iterator[Shape], rounds: int, device: str, kernels: bool
+) -> list[Result]:
+    params = parameters(shapes, device)
+    entries = sum(p.numel() for p in params)
+    per_second = bandwidth(device)
+    results = []
+    for family, makers in peers(params, kernels).items():
+        optimizers = {peer: make() for peer, make in makers.items()}
+        steps: dict[str, Step] = {peer: o.step for peer, o in optimizers.items()}  # type: ignore[attr-defined]
+        first = {peer: seconds(step, device) for peer, step in steps.items()}
+        for step in steps.values():
+            step()
+        extra = {peer: peak_bytes(step, device) for peer, step in steps.items()}
+        times: dict[str, list[float]] = {peer: [] for peer in steps}
+        for _ in range(rounds):
+            for peer, step in steps.items():
+                times[peer].append(seconds(step, device))
+        fused = statistics.median(times[next(iter(times))])
+        # Read w, g and the moments, write w and the moments.
+        traffic = 4 * entries * (7 if family == "Adam" else 5)
+        for peer, taken in times.items():
+            low, median, high = statistics.quantiles(taken, n=4)
+            results.append(
+                Result(
+                    model,
+                    family,
+                    peer,
+                    median,
+                    low,
+                    high,
+                    median / fused,
+                    first[peer],
+                    extra[peer],
+                    traffic / median / per_second,
+                )
+            )
+    return results
+
+
+def scaling(rounds: int, device: str, kernels: bool) -> list[Result]:
+    """Steps of 1e5 to 1e8 parameters, in weights of at most 1000 rows of 1000."""
+    results = []
+    for exponent in range(10, 17):
+        entries = round(10 ** (exponent / 2))
+        count = math.ceil(entries / 1_000_000)
+        rows = round(entries / count / 1000)
+        results += measure(str(entries), iter([(rows, 1000)] * count), rounds, device, kernels)
+    return results
+
+
+HEADER = ("", "ms", "quartiles", "÷ fused", "first, ms", "extra, MB", "of copy speed")
+
+
+def row(r: Result) -> tuple[str, ...]:
+    return (
+        r.peer,
+        f"{1e3 * r.median:.2f}",
+        f"{1e3 * r.low:.2f} … {1e3 * r.high:.2f}",
+        f"{r.ratio:.2f}",
+        f"{1e3 * r.first:.0f}",
+        f"{r.extra_bytes / 1e6:.1f}",
+        f"{100 * r.of_bandwidth:.0f}%",
+    )
+
+
+def show(results: list[Result]) -> None:
+    for model, family in dict.fromkeys((r.model, r.family) for r in results):
+        rows = [row(r) for r in results if (r.model, r.family) == (model, family)]
+        widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
+        print(f"\n{model}, {family}")
+        for cells in (HEADER, *rows):
+            first, *others = (c.rjust(w) for c, w in zip(cells, widths, strict=True))
+            print("  ".join([cells[0].ljust(len(first)), *others]))
+
+
+def plot(results: list[Result], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    families = list(dict.fromkeys(r.family for r in results))
+    models = list(dict.fromkeys(r.model for r in results))
+    figure, axes = plt.subplots(1, len(families), figsize=(6 * len(families), 4.5), squeeze=False)
+    for ax, family in zip(axes[0], families, strict=True):
+        for peer in dict.fromkeys(r.peer for r in results if r.family == family):
+            line = [r for r in results if r.family == family and r.peer == peer]
+            if all(m.isdigit() for m in models):
+                ax.loglog([int(r.model) for r in line], [1e3 * r.median for r in line], label=peer)
+                ax.set(xlabel="parameters", ylabel="ms a step")
+            else:
+                ax.plot([r.model for r in line], [r.ratio for r in line], "o", label=peer)
+                ax.set(ylabel="time ÷ torch's fused", yscale="log")
+        ax.set_title(family)
+        ax.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=30, help="steps of each peer (default: 30)")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--scaling", action="store_true", help="1e5 to 1e8 parameters instead")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="needs matplotlib")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    kernels = options.device == "cpu" and importlib.util.find_spec("numba") is not None
+    if not kernels:
+        print("no kernels here: ours take the multi-tensor step")
+    machine = {
+        "torch": torch.__version__,
+        "processor": torch.cuda.get_device_name() if options.device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "copy_bandwidth_GB_s": bandwidth(options.device) / 1e9,
+        "peak_resident_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    }
+    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
+    results: list[Result] = []
+    if options.scaling:
+        results = scaling(options.rounds, options.device, kernels)
+        show(results)
+    else:
+        for model in options.models:
+            measured = measure(model, MODELS[model](), options.rounds, options.device, kernels)
+            show(measured)
+            results += measured
+    if options.json:
+        data = {"machine": machine, "results": [asdict(r) for r in results]}
+        options.json.write_text(json.dumps(data, indent=1))
+    if options.plot:
+        plot(results, options.plot)
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

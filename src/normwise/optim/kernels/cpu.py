@@ -1,0 +1,258 @@
+"""Plans of fused steps on the CPU, and the threads that run them; the kernel is ``_cpu_numba``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from normwise.geometry import View, computing_dtype
+from normwise.optim.kernels import AdamRule, SGDRule
+from normwise.optim.kernels import _cpu_numba as k
+from normwise.optim.projection import ViewOption
+
+Table = np.ndarray[Any, Any]
+
+
+@functools.cache
+def _openmp() -> Callable[..., None] | None:
+    """``GOMP_parallel`` of the OpenMP library that torch runs on, if it has one.
+
+    Threads of our own would compete with torch's, which spin for milliseconds after an operator.
+    """
+    for library in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / library
+        if path.exists():
+            try:
+                start = ctypes.CDLL(str(path)).GOMP_parallel
+            except (OSError, AttributeError):
+                return None
+            start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            start.restype = None
+            return start
+    return None
+
+
+# ctypes lets go of the interpreter's lock during either call.
+_DIRECTLY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _run(dtype: torch.dtype, block: Table, threads: int) -> None:
+    task, start = k.entry(dtype), _openmp()
+    if threads > 1 and start is not None:
+        start(task.address, block.ctypes.data, threads, 0)
+    else:
+        _DIRECTLY(task.address)(block.ctypes.data)
+
+
+def memory_layout(w: Tensor, view: View) -> tuple[int, int, int] | None:
+    """The shape (outer, slices, inner) that ``w`` has in memory order, if it is dense."""
+    dims = sorted((d for d in range(w.ndim) if w.shape[d] != 1), key=w.stride, reverse=True)
+    outer, slices, inner = 1, 1, 1
+    for d in reversed(dims):
+        if w.stride(d) != outer * slices * inner:
+            return None
+        if view.kind != "layer" and d == view.dim:
+            slices = view.count if view.kind == "blocks" else w.shape[d]
+            inner *= w.shape[d] // slices
+        elif slices == 1:
+            inner *= w.shape[d]
+        else:
+            outer *= w.shape[d]
+    return outer, slices, inner
+
+
+def _chunks(outer: int, slices: int, inner: int, mode: int) -> tuple[bool, list[Table]]:
+    """Whether slices stay whole, and the bounds of the chunks: outer, slice and inner ranges."""
+    entries = outer * inner
+    whole = entries <= k.LONGEST and mode != k.FREE
+    if whole:
+        per_chunk = (outer, max(1, k.TYPICAL // entries), inner)
+    elif outer == 1 or inner >= k.TYPICAL:
+        per_chunk = (1, 1, k.TYPICAL)
+    else:
+        width = min(slices, max(1, 512 // inner))
+        per_chunk = (max(1, k.TYPICAL // (width * inner)), width, inner)
+    starts = np.meshgrid(
+        *(np.arange(0, n, k) for n, k in zip((outer, slices, inner), per_chunk, strict=True)),
+        indexing="ij",
+    )
+    bounds = []
+    for start, n, width in zip(starts, (outer, slices, inner), per_chunk, strict=True):
+        bounds += [start.ravel(), np.minimum(start.ravel() + width, n)]
+    return whole, bounds
+
+
+class Plan:
+    """The work list of one list of tensors, and what a step remembers for the next one.
+
+    Args:
+        params: dense CPU tensors of one dtype, none empty.
+        view: as in :func:`normwise.optim.projection.project_`.
+        norm: ``"free"`` or ``"fixed"``.
+    """
+
+    def __init__(self, params: Sequence[Tensor], view: ViewOption, norm: str) -> None:
+        self.dtype = params[0].dtype
+        self.tensors = np.zeros((len(params), 16), np.int64)
+        self.factors = np.zeros((len(params), 8))
+        tables = []
+        slots = n_chunks = 0
+        for t, p in enumerate(params):
+            mode = k.FREE
+            if view is not None and p.ndim > 1:
+                mode = k.AUTO if view == "auto" else k.FIXED if norm == "fixed" else k.EXPLICIT
+            outer, slices, inner = 1, 1, p.numel()
+            if mode != k.FREE:
+                slicing = view if isinstance(view, View) else View.channel()
+                layout = memory_layout(p, slicing)
+                assert layout is not None
+                outer, slices, inner = layout
+            whole, bounds = _chunks(outer, slices, inner, mode)
+            table = np.zeros((len(bounds[0]), 8), np.int64)
+            table[:, k.TENSOR] = t
+            table[:, k.OUTER_0 : k.INNER_1 + 1] = np.stack(bounds, 1)
+            totals = slots
+            if mode != k.FREE:
+                if not whole:
+                    slots += slices
+                widths = table[:, k.SLICE_1] - table[:, k.SLICE_0]
+                table[:, k.SLOT] = slots + np.cumsum(widths) - widths
+                slots += int(widths.sum())
+            self.tensors[t, k.OUTER :] = (
+                outer,
+                slices,
+                inner,
+                mode,
+                n_chunks,
+                n_chunks + len(table),
+                totals,
+                whole,
+                k.SHUT,
+                k.SHUT,
+                0,
+                0,
+            )
+            n_chunks += len(table)
+            tables.append(table)
+        self.entries = sum(p.numel() for p in params)
+        self.chunks = np.concatenate(tables)
+        self.sums = np.zeros((slots, 4))
+        self.chunk_sums = np.zeros((n_chunks, 8))
+        self.options = np.zeros(16)
+        self.counter = np.zeros(0, np.int64)
+        self.scratch = np.zeros(0)
+        self.block = np.zeros(16, np.int64)
+        pointed_to: dict[int, Table] = {
+            k.TENSORS: self.tensors,
+            k.CHUNKS: self.chunks,
+            k.FACTORS: self.factors,
+            k.SUMS: self.sums,
+            k.CHUNK_SUMS: self.chunk_sums,
+            k.OPTIONS: self.options,
+        }
+        for entry, array in pointed_to.items():
+            self.block[entry] = array.ctypes.data
+        self.block[k.N_CHUNKS] = n_chunks
+        self._last: Table | None = None
+        self._may_revisit = bool(
+            (
+                (self.tensors[:, k.MODE] == k.AUTO)
+                | ((self.tensors[:, k.MODE] != k.FREE) & (self.tensors[:, k.WHOLE] == 0))
+            ).any()
+        )
+
+    def count_(self, steps: Sequence[Tensor]) -> Tensor:
+        """Add 1 to the step counts; return them in float64."""
+        counted = np.empty(len(steps))
+        k.count_steps(np.array(list(map(Tensor.data_ptr, steps))), counted)
+        return torch.from_numpy(counted)
+
+    def step_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        firsts: Sequence[Tensor] | None,
+        seconds: Sequence[Tensor] | None = None,
+        *,
+        rule: AdamRule | SGDRule,
+        grad_factor: float | Tensor,
+        step_sizes: float | Tensor,
+        denominators: float | Tensor = 1.0,
+        decays: Sequence[float | Tensor],
+        delta: float = 0.0,
+        eps: float = 0.0,
+    ) -> None:
+        """Update moments and weights, in place.
+
+        Args:
+            params, grads: of the forms that the plan was made for.
+            firsts: first moments or momentum buffers; None for a momentum of 0.
+            seconds: second moments; None for k.SGD.
+            rule: how directions are made of gradients and moments.
+            grad_factor: what the gradients are multiplied by.
+            step_sizes: σ in w ← αw − σu, one number or one for each weight.
+            denominators: 1/√(1 − β2^t), likewise.
+            decays: the decay factors of a weight that is not, and that is projected.
+            delta, eps: of the gate.
+        """
+        for column, tensors in ((k.W, params), (k.G, grads), (k.M, firsts), (k.V, seconds)):
+            self.tensors[:, column] = 0 if tensors is None else list(map(Tensor.data_ptr, tensors))
+        factors = (step_sizes, denominators, *decays)
+        for column, factor in zip(
+            (k.STEP, k.DENOMINATOR, k.DECAY, k.DECAY_PROJECTED), factors, strict=True
+        ):
+            self.factors[:, column] = (
+                factor.detach().numpy() if isinstance(factor, Tensor) else factor
+            )
+        options = self.options
+        options[k.GRAD], options[k.EPS], options[k.GATE] = float(grad_factor), eps, delta
+        options[k.GUARD] = max(eps, torch.finfo(computing_dtype(self.dtype)).tiny)
+        if isinstance(rule, AdamRule):
+            options[k.M_ADD] = 1 - rule.beta1
+            options[k.V_KEEP], options[k.V_ADD] = rule.beta2, 1 - rule.beta2
+            options[k.LOOK_AHEAD] = (1 - rule.beta1) * rule.nesterov
+        else:
+            options[k.M_KEEP], options[k.M_ADD] = rule.momentum, 1 - rule.dampening
+            options[k.LOOK_AHEAD] = rule.nesterov
+        self.block[k.RULE] = k.SGD if seconds is None else k.ADAM
+        threads = torch.get_num_threads() if self.entries > k.PARALLEL_ENTRIES else 1
+        if len(self.scratch) < threads * k.LONGEST:
+            self.scratch = np.empty(threads * k.LONGEST)
+            self.block[k.SCRATCH] = self.scratch.ctypes.data
+            self.counter = np.zeros((threads + 1) * k.CACHE_LINE // 8, np.int64)
+            self.block[k.COUNTER] = self.counter.ctypes.data
+        self._pass(1, threads)
+        if self._may_revisit:
+            again = k.decide(
+                self.tensors, self.chunks, self.factors, self.sums, self.chunk_sums, self.options
+            )
+            if again:
+                self._pass(2, threads)
+            self._guess()
+        torch.autograd.graph.increment_version(params)
+
+    def _guess(self) -> None:
+        """Expect the last decision in the next step, if it was made twice or is the first.
+
+        A random gradient passes the layer gate now and then; that says nothing of the next.
+        """
+        decisions = self.tensors[:, k.DECISION]
+        expected = (
+            decisions
+            if self._last is None
+            else np.where(decisions == self._last, decisions, self.tensors[:, k.GUESS])
+        )
+        self.tensors[:, k.GUESS] = expected
+        self._last = decisions.copy()
+
+    def _pass(self, number: int, threads: int) -> None:
+        self.block[k.PASS], self.block[k.THREADS] = number, threads
+        self.counter[:] = 0
+        _run(self.dtype, self.block, threads)
