@@ -58,7 +58,7 @@ def same(a, b):
 
 
 def random_state():
-    numpy_state = np.random.get_state()  # noqa: NPY002
+    numpy_state = np.random.get_state()  # noqa: NPY002 -- as old code uses
     return torch.get_rng_state().tolist(), random.getstate(), numpy_state[1].tolist()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import adamp as official
 import pytest
@@ -68,7 +69,7 @@ SGD = {"lr": 1e-2, "momentum": 0.9}
 
 
 def test_official_adamp_to_ours():
-    theirs = lambda p: official.AdamP(p, **ADAM)  # noqa: E731
+    theirs = partial(official.AdamP, **ADAM)
     assert_same(through(theirs, normwise.AdamP), straight(theirs))
 
 
@@ -80,13 +81,13 @@ def test_our_adamp_to_the_official_one():
             state["step"] = int(state["step"])
         target.load_state_dict(source)
 
-    theirs = lambda p: official.AdamP(p, **ADAM)  # noqa: E731
-    ours = lambda p: normwise.AdamP(p, **ADAM)  # noqa: E731
+    theirs = partial(official.AdamP, **ADAM)
+    ours = partial(normwise.AdamP, **ADAM)
     assert_same(through(ours, theirs, load), straight(theirs))
 
 
 def test_official_nesterov_sgdp_to_ours():
-    theirs = lambda p: official.SGDP(p, nesterov=True, weight_decay=1e-3, **SGD)  # noqa: E731
+    theirs = partial(official.SGDP, nesterov=True, weight_decay=1e-3, **SGD)
     assert_same(through(theirs, normwise.SGDP), straight(theirs))
 
 
@@ -96,28 +97,27 @@ def test_our_nesterov_sgdp_to_the_official_one():
             state["momentum"] = state.pop("momentum_buffer")
         target.load_state_dict(source)
 
-    theirs = lambda p: official.SGDP(p, nesterov=True, weight_decay=1e-3, **SGD)  # noqa: E731
-    ours = lambda p: normwise.SGDP(p, nesterov=True, weight_decay=1e-3, **SGD)  # noqa: E731
+    theirs = partial(official.SGDP, nesterov=True, weight_decay=1e-3, **SGD)
+    ours = partial(normwise.SGDP, nesterov=True, weight_decay=1e-3, **SGD)
     assert_same(through(ours, theirs, load), straight(theirs))
 
 
-def timm_layout(state_dict):
-    """timm's AdamP and SGDP: the official state, and scheduler keys in the groups."""
-    for group in state_dict["param_groups"]:
-        group["initial_lr"] = group["lr"]
-        group["lr_scale"] = 1.0
-    return state_dict
-
-
 def test_timms_layout_to_ours():
-    theirs = lambda p: official.AdamP(p, **ADAM)  # noqa: E731
-    load = lambda source, target: target.load_state_dict(timm_layout(source))  # noqa: E731
+    """timm's AdamP and SGDP: the official state, and scheduler keys in the groups."""
+
+    def load(source, target):
+        for group in source["param_groups"]:
+            group["initial_lr"] = group["lr"]
+            group["lr_scale"] = 1.0
+        target.load_state_dict(source)
+
+    theirs = partial(official.AdamP, **ADAM)
     assert_same(through(theirs, normwise.AdamP, load), straight(theirs))
 
 
 def test_torch_adamw_to_ours_and_back():
-    theirs = lambda p: torch.optim.AdamW(p, **ADAM)  # noqa: E731
-    ours = lambda p: normwise.AdamP(p, view=None, **ADAM)  # noqa: E731
+    theirs = partial(torch.optim.AdamW, **ADAM)
+    ours = partial(normwise.AdamP, view=None, **ADAM)
     assert_same(through(theirs, ours), straight(theirs))
     assert_same(through(ours, theirs, to_torch), straight(theirs))
 
@@ -131,9 +131,9 @@ def to_torch(source, target):
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_torch_sgd_to_ours_and_back(nesterov):
-    theirs = lambda p: torch.optim.SGD(p, nesterov=nesterov, **SGD)  # noqa: E731
-    sgdp = lambda p: normwise.SGDP(p, view=None, nesterov=nesterov, **SGD)  # noqa: E731
-    sgdw = lambda p: normwise.SGDW(p, nesterov=nesterov, **SGD)  # noqa: E731
+    theirs = partial(torch.optim.SGD, nesterov=nesterov, **SGD)
+    sgdp = partial(normwise.SGDP, view=None, nesterov=nesterov, **SGD)
+    sgdw = partial(normwise.SGDW, nesterov=nesterov, **SGD)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same(through(theirs, sgdp), straight(theirs))

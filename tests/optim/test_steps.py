@@ -154,15 +154,19 @@ def test_a_step_compiles_whole_and_once_for_a_whole_schedule(name, options, fore
     assert counts[-1] == counts[1] <= 2
 
 
+# Torch's CPU code generator crashes on some explicit views of weights of 3 or more dimensions. Only
+# that crash is expected, and only there; a wrong result fails.
+INDUCTOR_CRASHES = pytest.mark.xfail(raises=InductorError, strict=False, reason="pytorch#196570")
+BY_INDUCTOR = [
+    pytest.param(*case, marks=[INDUCTOR_CRASHES] if case[1].get("view") == "channel" else [])
+    for case in COMPILED
+]
+
+
 @pytest.mark.slow
-@pytest.mark.xfail(
-    raises=InductorError,
-    strict=False,
-    reason="pytorch#196570: the CPU code generator crashes on some weights of 3 or more dimensions",
-)
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.*:UserWarning")
 @pytest.mark.parametrize("foreach", [False, True])
-@pytest.mark.parametrize(("name", "options"), COMPILED)
+@pytest.mark.parametrize(("name", "options"), BY_INDUCTOR)
 def test_inductor_computes_the_same(name, options, foreach):
     difference, _ = compiled_run(name, options, foreach, "inductor")
     assert difference < 1e-6

@@ -66,7 +66,7 @@ def test_torchs_cache_is_not_enough():
     with computed_once(model), computed_once(other):
         torch.testing.assert_close(2 * model.layer.weight, other.layer.weight)
     with parametrize.cached():
-        model.layer.weight  # noqa: B018
+        model.layer.weight  # noqa: B018 -- the access is the use
         torch.manual_seed(0)
         model(torch.randn(1, 4, dtype=torch.float64)).backward()
         with pytest.raises(RuntimeError, match="second time"):
