@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
 
 from normwise.geometry import View, at_least_float32, computing_dtype
-from normwise.optim.kernels import Fused, check_available
+from normwise.optim.kernels import Fused, check_available, takes_scaler
 from normwise.optim.projection import ViewOption, norms_by_slice, project_, retract_
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -87,7 +87,7 @@ class NormwiseOptimizer(Optimizer):
     def _unscales_in_kernel(self) -> bool:
         """Whether the kernels do, without a wait, what a GradScaler leaves to a fused step."""
         return not torch.compiler.is_compiling() and all(
-            group["fused"] and p.device.type == "cuda"
+            group["fused"] and takes_scaler(p)
             for group in self.param_groups
             for p in group["params"]
         )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Plan = cpu.Plan | cuda.Plan
 
-__all__ = ["AdamRule", "Fused", "SGDRule", "Step", "check_available", "use_fused"]
+__all__ = ["AdamRule", "Fused", "SGDRule", "Step", "check_available", "takes_scaler", "use_fused"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,24 @@ class Backend:
     # Below so many entries a step takes microseconds anyhow; loading a compiler does not pay.
     worthwhile_entries: int
     stochastic_rounding: bool
+    # Whether they divide gradients by a GradScaler's scale, and skip steps, so that none waits.
+    takes_scaler: bool
 
 
 _WIDE = (torch.float32, torch.float64, torch.bfloat16)
 _BACKENDS = {
-    "cpu": Backend("cpu", "numba", "cpu", _WIDE, 1 << 17, stochastic_rounding=False),
-    "cuda": Backend("cuda", "triton", "cuda", (*_WIDE, torch.float16), 0, stochastic_rounding=True),
+    "cpu": Backend(
+        "cpu", "numba", "cpu", _WIDE, 1 << 17, stochastic_rounding=False, takes_scaler=False
+    ),
+    "cuda": Backend(
+        "cuda",
+        "triton",
+        "cuda",
+        (*_WIDE, torch.float16),
+        0,
+        stochastic_rounding=True,
+        takes_scaler=True,
+    ),
 }
 
 
@@ -156,6 +168,12 @@ def use_fused(group: dict[str, Any], params: Sequence[Tensor]) -> bool:
     return True
 
 
+def takes_scaler(p: Tensor) -> bool:
+    """Whether the kernels for a parameter do what a GradScaler leaves to a fused step."""
+    backend = _BACKENDS.get(p.device.type)
+    return backend is not None and backend.takes_scaler
+
+
 @functools.cache
 def _is_installed(compiler: str) -> bool:
     return importlib.util.find_spec(compiler) is not None
@@ -216,8 +234,8 @@ class Fused:
             The indices of those that are left: not dense, a gradient in another memory format,
             another dtype, a subclass of Tensor.
         """
-        lists = (params, grads, firsts, seconds, counts)
-        self._look([[] if tensors is None else tensors for tensors in lists], view, norm)
+        others = [[] if tensors is None else tensors for tensors in (firsts, seconds, counts)]
+        self._look(params, grads, others, view, norm)
         if self.found_inf is not None:
             step = replace(step, grad_scale=self.grad_scale, found_inf=self.found_inf)
         left: list[int] = []
@@ -225,10 +243,14 @@ class Fused:
             if plan is None:
                 left = members
                 continue
-            chosen = [
-                tensors if tensors is None else [tensors[i] for i in members] for tensors in lists
-            ]
-            plan.step_(*chosen, step)
+            plan.step_(
+                [params[i] for i in members],
+                [grads[i] for i in members],
+                None if firsts is None else [firsts[i] for i in members],
+                None if seconds is None else [seconds[i] for i in members],
+                None if counts is None else [counts[i] for i in members],
+                step,
+            )
         if left and self.found_inf is not None:
             if self.found_inf.item():  # these few wait for the device
                 return []
@@ -236,9 +258,15 @@ class Fused:
                 torch._foreach_div_([grads[i] for i in left], self.grad_scale)
         return left
 
-    def _look(self, lists: Sequence[Sequence[Tensor]], view: ViewOption, norm: str) -> None:
+    def _look(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        others: Sequence[Sequence[Tensor]],
+        view: ViewOption,
+        norm: str,
+    ) -> None:
         """Remake the plans unless the tensors are as they were."""
-        params, grads, *others = lists
         # What changes from step to step, looked at cheaply: about 0.5 µs a parameter.
         types = set(map(type, params)) | set(map(type, grads))
         seen = None
@@ -253,7 +281,8 @@ class Fused:
 
         by_kind: dict[tuple[torch.device, torch.dtype] | None, list[int]] = {}
         for i, p in enumerate(params):
-            takes = _takes(*(tensors[i] if tensors else None for tensors in lists), view=view)
+            first, second, count = (tensors[i] if tensors else None for tensors in others)
+            takes = _takes(p, grads[i], first, second, count, view)
             # An empty weight has nothing but a step count.
             if not takes or (p.numel() == 0 and others[-1]):
                 by_kind.setdefault(None, []).append(i)
@@ -288,7 +317,6 @@ def _takes(
     first: Tensor | None,
     second: Tensor | None,
     count: Tensor | None,
-    *,
     view: ViewOption,
 ) -> bool:
     """Whether the kernels can take a weight. Its step count is brought to its device."""

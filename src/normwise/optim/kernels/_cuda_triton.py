@@ -1,12 +1,13 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-# ruff: noqa: SIM -- what is known when compiling and what is not stay apart in conditions
+# ruff: noqa: SIM102, SIM108
 """One step for many tensors on a CUDA device, compiled by Triton.
 
 A weight in memory order is an array ``(outer, slices, inner)``: slices of ``outer·inner`` entries.
-Programs share out a list of chunks, which together hold all weights. There are four kernels:
+Programs share out a list of chunks, which together hold all weights. There are these kernels:
 
 ``prepare``     counts the steps, and computes the numbers of this step from what only the device
                 may know: step counts, tensor learning rates, the scale of the loss.
+``flat_pass``   is the whole step of weights without slices.
 ``first_pass``  reads w, g, m, v; writes m, v; sums ⟨w, u⟩, ‖w‖², … while a slice is in registers,
                 and writes ``w ← α·w − σ·u``: decay and projection are both multiples of w.
 ``decide``      adds up what the first pass found of a weight: slices that several programs shared,
@@ -14,9 +15,10 @@ Programs share out a list of chunks, which together hold all weights. There are 
 ``second_pass`` writes the weights that the first could not, and corrects those that it wrote on a
                 wrong guess of the gate, as ``_cpu_numba`` explains.
 
-The first two are all, unless there is ``"auto"`` or a slice too long for one program. Sums are made
-in float32 within a tile and in float64 across tiles; in float64 at once where float32 would over-
-or underflow. The few numbers of a slice are float64 throughout.
+``flat_pass`` and ``first_pass`` are compiled and launched for each form of tile that the weights
+need, some eight at most. The last two are for ``"auto"``, and for slices too long for one program.
+Sums are made in float32 within a tile and in float64 across tiles; in float64 at once where float32
+would over- or underflow. The few numbers of a slice are float64 throughout.
 """
 
 from __future__ import annotations
@@ -26,101 +28,92 @@ import triton.language as tl
 
 # Tables are int64; entries marked with ° are the bits of a float64.
 # Entries of the state of a step: first what ``prepare`` makes,
-GRAD: tl.constexpr = 0  # ° what gradients are multiplied by
-SCALE: tl.constexpr = 1  # ° of the loss
-SKIP: tl.constexpr = 2  # 1 if a gradient is not finite
-NOISE: tl.constexpr = 3  # steps taken, for stochastic rounding
+GRAD = tl.constexpr(0)  # ° what gradients are multiplied by
+SCALE = tl.constexpr(1)  # ° of the loss
+SKIP = tl.constexpr(2)  # 1 if a gradient is not finite
+NOISE = tl.constexpr(3)  # steps taken, for stochastic rounding
 # then what the host sends: numbers °,
-LR: tl.constexpr = 4
-WEIGHT_DECAY: tl.constexpr = 5
-DECAY_SCALE: tl.constexpr = 6
-WD_RATIO: tl.constexpr = 7
-SIGN: tl.constexpr = 8  # of the gradient
-LOG_BETA1: tl.constexpr = 9
-LOG_BETA2: tl.constexpr = 10
-M_KEEP: tl.constexpr = 11
-M_ADD: tl.constexpr = 12
-V_KEEP: tl.constexpr = 13
-V_ADD: tl.constexpr = 14
-LOOK_AHEAD: tl.constexpr = 15
-EPS: tl.constexpr = 16
-DELTA: tl.constexpr = 17
-GUARD: tl.constexpr = 18
-ADDRESSES: tl.constexpr = 19
+LR = tl.constexpr(4)
+WEIGHT_DECAY = tl.constexpr(5)
+DECAY_SCALE = tl.constexpr(6)
+WD_RATIO = tl.constexpr(7)
+SIGN = tl.constexpr(8)  # of the gradient
+LOG_BETA1 = tl.constexpr(9)
+LOG_BETA2 = tl.constexpr(10)
+M_KEEP = tl.constexpr(11)
+M_ADD = tl.constexpr(12)
+V_KEEP = tl.constexpr(13)
+V_ADD = tl.constexpr(14)
+LOOK_AHEAD = tl.constexpr(15)
+EPS = tl.constexpr(16)
+DELTA = tl.constexpr(17)
+GUARD = tl.constexpr(18)
+ADDRESSES = tl.constexpr(19)
 # and five addresses for each tensor.
-W: tl.constexpr = 0
-G: tl.constexpr = 1
-M: tl.constexpr = 2
-V: tl.constexpr = 3
-COUNT: tl.constexpr = 4
-ADDRESS_COLUMNS: tl.constexpr = 5
+W = tl.constexpr(0)
+G = tl.constexpr(1)
+M = tl.constexpr(2)
+V = tl.constexpr(3)
+COUNT = tl.constexpr(4)
+ADDRESS_COLUMNS = tl.constexpr(5)
 # Columns of the table of tensors.
-SLICES: tl.constexpr = 0
-INNER: tl.constexpr = 1
-LENGTH: tl.constexpr = 2  # entries of a slice
-MODE: tl.constexpr = 3
-FIRST: tl.constexpr = 4  # its chunks
-LAST: tl.constexpr = 5
-PIECES: tl.constexpr = 6  # programs that share a slice; 0 if slices stay whole
-SLOT: tl.constexpr = 7  # its slices in the table of slices
-GUESS: tl.constexpr = 8  # the decision to act on before it is made
-ACTED: tl.constexpr = 9  # the guess that the first pass acted on
-DECISION: tl.constexpr = 10
-REVISIT: tl.constexpr = 11
-STEP: tl.constexpr = 12  # ° σ
-DENOMINATOR: tl.constexpr = 13  # ° 1/√(1 − β2^t)
-DECAY: tl.constexpr = 14  # ° of a weight that is not projected
-DECAY_PROJECTED: tl.constexpr = 15  # °
-BY_LAYER_COEFFICIENT: tl.constexpr = 16  # °
-TENSOR_COLUMNS: tl.constexpr = 17
+SLICES = tl.constexpr(0)
+INNER = tl.constexpr(1)
+LENGTH = tl.constexpr(2)  # entries of a slice
+MODE = tl.constexpr(3)
+FIRST = tl.constexpr(4)  # its chunks
+LAST = tl.constexpr(5)
+PIECES = tl.constexpr(6)  # programs that share a slice; 0 if slices stay whole
+SLOT = tl.constexpr(7)  # its slices in the table of slices
+GUESS = tl.constexpr(8)  # the decision to act on before it is made
+ACTED = tl.constexpr(9)  # the guess that the first pass acted on
+DECISION = tl.constexpr(10)
+REVISIT = tl.constexpr(11)
+STEP = tl.constexpr(12)  # ° σ
+DENOMINATOR = tl.constexpr(13)  # ° 1/√(1 − β2^t)
+DECAY = tl.constexpr(14)  # ° of a weight that is not projected
+DECAY_PROJECTED = tl.constexpr(15)  # °
+BY_LAYER_COEFFICIENT = tl.constexpr(16)  # °
+TENSOR_COLUMNS = tl.constexpr(17)
 # Columns of the tables of chunks.
-TENSOR: tl.constexpr = 0
-TILE: tl.constexpr = 1
-SLICE: tl.constexpr = 2  # its first slice
-BEGIN: tl.constexpr = 3  # its entries of a slice, or of the memory of a weight
-END: tl.constexpr = 4
-OPEN: tl.constexpr = 5  # whether all its channels open the gate
-SAFE: tl.constexpr = 6  # whether all of it was written on the guess
-WU: tl.constexpr = 7  # ° sums over the chunk; z is the gradient in "auto", else u
-WW: tl.constexpr = 8  # °
-WZ: tl.constexpr = 9  # °
-ZZ: tl.constexpr = 10  # °
-CHUNK_COLUMNS: tl.constexpr = 11
+TENSOR = tl.constexpr(0)
+SLICE = tl.constexpr(1)  # its first slice
+BEGIN = tl.constexpr(2)  # its entries of a slice, or of the memory of a weight
+END = tl.constexpr(3)
+OPEN = tl.constexpr(4)  # whether all its channels open the gate
+SAFE = tl.constexpr(5)  # whether all of it was written on the guess
+WU = tl.constexpr(6)  # ° sums over the chunk; z is the gradient in "auto", else u
+WW = tl.constexpr(7)  # °
+WZ = tl.constexpr(8)  # °
+ZZ = tl.constexpr(9)  # °
+CHUNK_COLUMNS = tl.constexpr(10)
 # Columns of the table of slices °: α and σ; or in "auto" the coefficient of the radial part.
-KEEP: tl.constexpr = 0
-COEFFICIENT: tl.constexpr = 0
-ADD: tl.constexpr = 1
-SLICE_COLUMNS: tl.constexpr = 2
+KEEP = tl.constexpr(0)
+COEFFICIENT = tl.constexpr(0)
+ADD = tl.constexpr(1)
+SLICE_COLUMNS = tl.constexpr(2)
 # Modes: what a weight's slices are for.
-FREE: tl.constexpr = 0
-EXPLICIT: tl.constexpr = 1
-FIXED: tl.constexpr = 2
-AUTO: tl.constexpr = 3
+FREE = tl.constexpr(0)
+EXPLICIT = tl.constexpr(1)
+FIXED = tl.constexpr(2)
+AUTO = tl.constexpr(3)
 # Decisions of the gate; the first guess is UNKNOWN, on which nothing is written.
-UNKNOWN: tl.constexpr = -1
-SHUT: tl.constexpr = 0
-BY_CHANNEL: tl.constexpr = 1
-BY_LAYER: tl.constexpr = 2
-# Tiles. Number k ≥ SHORTEST has rows of 2^k entries, a whole slice in each. ALIGNED is added where
-# rows begin and end at multiples of ALIGNMENT entries, 16 bytes of bfloat16.
-FLAT: tl.constexpr = 0  # a run of memory, without sums
-LONG: tl.constexpr = 1  # a slice, or a piece of it, block by block
-STRIDED: tl.constexpr = 2  # slices that are not contiguous
-SHORTEST: tl.constexpr = 4
-ALIGNED: tl.constexpr = 32
-ALIGNMENT: tl.constexpr = 8
-STRIDED_ROWS: tl.constexpr = 16
-# How a step is taken: flags of ``how``.
-ADAM: tl.constexpr = 1
-NESTEROV: tl.constexpr = 2
-BUFFERED: tl.constexpr = 4
-LR_IN_BUFFER: tl.constexpr = 8
-SCALED: tl.constexpr = 16  # gradients are to be divided by the scale of the loss
-STOCHASTIC: tl.constexpr = 32
-GATED: tl.constexpr = 64  # the view is "auto"
-LR_ON_DEVICE: tl.constexpr = 128
-WEIGHT_DECAY_ON_DEVICE: tl.constexpr = 256
-UNALIGNED: tl.constexpr = 512  # some tensor does not begin at a multiple of 16 bytes
+UNKNOWN = tl.constexpr(-1)
+SHUT = tl.constexpr(0)
+BY_CHANNEL = tl.constexpr(1)
+BY_LAYER = tl.constexpr(2)
+# Aligned rows begin and end at multiples of so many entries: 16 bytes of bfloat16.
+ALIGNMENT = tl.constexpr(8)
+# How a step is taken: flags of ``how``. (The interpreter wants them on the left of &.)
+ADAM = tl.constexpr(1)
+NESTEROV = tl.constexpr(2)
+BUFFERED = tl.constexpr(4)
+LR_IN_BUFFER = tl.constexpr(8)
+SCALED = tl.constexpr(16)  # gradients are to be divided by the scale of the loss
+STOCHASTIC = tl.constexpr(32)
+GATED = tl.constexpr(64)  # the view is "auto"
+LR_ON_DEVICE = tl.constexpr(128)
+WEIGHT_DECAY_ON_DEVICE = tl.constexpr(256)
 
 
 @triton.jit
@@ -157,12 +150,12 @@ def prepare(
 ):
     """Count the steps; fill in the factors of each tensor."""
     lr, weight_decay = _get(state, LR), _get(state, WEIGHT_DECAY)
-    if how & LR_ON_DEVICE:
+    if LR_ON_DEVICE & how:
         lr = tl.load(lr_at).to(tl.float64)
-    if how & WEIGHT_DECAY_ON_DEVICE:
+    if WEIGHT_DECAY_ON_DEVICE & how:
         weight_decay = tl.load(weight_decay_at).to(tl.float64)
     taken = 1
-    if how & SCALED:
+    if SCALED & how:
         taken = (tl.load(found_inf_at) == 0).to(tl.int32)
 
     i = tl.program_id(0) * block + tl.arange(0, block)
@@ -172,7 +165,7 @@ def prepare(
     zero = tl.zeros([block], tl.float64)
     _set(about, DECAY, zero + (1 - decay), mask)
     _set(about, DECAY_PROJECTED, zero + (1 - decay * _get(state, WD_RATIO)), mask)
-    if how & ADAM:
+    if ADAM & how:
         at = tl.load(state + ADDRESSES + i * ADDRESS_COLUMNS + COUNT, mask, other=0)
         at = at.to(tl.pointer_type(tl.float32))
         step = tl.load(at, mask, other=0) + taken
@@ -182,19 +175,19 @@ def prepare(
         _set(about, STEP, lr / (1 - tl.exp(t * _get(state, LOG_BETA1))), mask)
         correction = tl.sqrt(1 - tl.exp(t * _get(state, LOG_BETA2)))
         _set(about, DENOMINATOR, 1 / correction, mask)
-    elif how & LR_IN_BUFFER:
+    elif LR_IN_BUFFER & how:
         _set(about, STEP, zero + 1, mask)
     else:
         _set(about, STEP, zero + lr, mask)
 
     if tl.program_id(0) == 0:
         grad = _get(state, SIGN)
-        if how & LR_IN_BUFFER:
+        if LR_IN_BUFFER & how:
             grad = grad * lr
         _set(state, GRAD, grad)
         tl.store(state + SKIP, 1 - taken)
         tl.store(state + NOISE, tl.load(state + NOISE) + 1)
-        if how & SCALED:
+        if SCALED & how:
             _set(state, SCALE, tl.load(scale_at).to(tl.float64))
 
 
@@ -218,30 +211,30 @@ def _direction(
     """
     g_at = _address(state, tensor, G, dtype, aligned) + at
     g = tl.load(g_at, mask, other=0)
-    if how & SCALED:
+    if SCALED & how:
         if update:
             g = (g.to(compute) / _get(state, SCALE).to(compute)).to(dtype)
             tl.store(g_at, g, mask)
     g = g.to(compute) * _get(state, GRAD).to(compute)
     m_add, look_ahead = _get(state, M_ADD).to(compute), _get(state, LOOK_AHEAD).to(compute)
-    if how & BUFFERED:
+    if BUFFERED & how:
         m_at = _address(state, tensor, M, compute, aligned) + at
         m = tl.load(m_at, mask, other=0)
         if update:
-            if how & ADAM:
+            if ADAM & how:
                 m = m + m_add * (g - m)
             else:
                 m = _get(state, M_KEEP).to(compute) * m + m_add * g
             tl.store(m_at, m, mask)
         u = m
-        if how & NESTEROV:
-            if how & ADAM:
+        if NESTEROV & how:
+            if ADAM & how:
                 u = m + look_ahead * (g - m)
             else:
                 u = g + look_ahead * m
     else:
         u = m_add * g
-    if how & ADAM:
+    if ADAM & how:
         v_at = _address(state, tensor, V, compute, aligned) + at
         v = tl.load(v_at, mask, other=0)
         if update:
@@ -256,7 +249,7 @@ def _direction(
 @triton.jit
 def _rounded(w, at, state, tensor, seed, how: tl.constexpr, dtype: tl.constexpr):
     """w as an entry to store; if STOCHASTIC, as _base.round_stochastically rounds."""
-    if how & STOCHASTIC:
+    if STOCHASTIC & how:
         low: tl.constexpr = 0xFFFF if dtype == tl.bfloat16 else 0x1FFF
         stream = seed + tl.load(state + NOISE).to(tl.int32) * 65537 + tensor.to(tl.int32)
         noise = tl.randint(stream, at.to(tl.int32)).to(tl.int32, bitcast=True)
@@ -345,10 +338,10 @@ def _is_safe(coefficient, guess, about):
 
 
 @triton.jit
-def _flat(
+def flat_pass(
     state,
     tensors,
-    chunk,
+    chunks,
     seed,
     block: tl.constexpr,
     aligned: tl.constexpr,
@@ -357,6 +350,10 @@ def _flat(
     compute: tl.constexpr,
 ):
     """The whole step of a run of memory in a weight without slices."""
+    if SCALED & how:
+        if tl.load(state + SKIP) != 0:
+            return
+    chunk = chunks + tl.program_id(0).to(tl.int64) * CHUNK_COLUMNS
     tensor, begin, end = tl.load(chunk + TENSOR), tl.load(chunk + BEGIN), tl.load(chunk + END)
     about = tensors + tensor * TENSOR_COLUMNS
     if aligned:
@@ -371,10 +368,10 @@ def _flat(
 
 
 @triton.jit
-def _slices(
+def first_pass(
     state,
     tensors,
-    chunk,
+    chunks,
     slices,
     seed,
     rows: tl.constexpr,
@@ -386,7 +383,11 @@ def _slices(
     dtype: tl.constexpr,
     compute: tl.constexpr,
 ):
-    """The first pass over some slices: the rows of one tile or, if ``looped``, of several."""
+    """Take the step of some slices: the rows of one tile or, if ``looped``, of several."""
+    if SCALED & how:
+        if tl.load(state + SKIP) != 0:
+            return
+    chunk = chunks + tl.program_id(0).to(tl.int64) * CHUNK_COLUMNS
     tensor = tl.load(chunk + TENSOR)
     about = tensors + tensor * TENSOR_COLUMNS
     begin, end = tl.load(chunk + BEGIN), tl.load(chunk + END)
@@ -409,7 +410,7 @@ def _slices(
             mask = row[:, None] & (c < end)[None, :]
             g, u = _direction(state, about, tensor, at, mask, True, aligned, how, dtype, compute)
             w = tl.load(w_at + at, mask, other=0).to(compute)
-            x0, x1, x2, x3 = _sums(w, u, g if how & GATED else u, row, compute)
+            x0, x1, x2, x3 = _sums(w, u, g if GATED & how else u, row, compute)
             wu += x0
             ww += x1
             wz += x2
@@ -420,11 +421,11 @@ def _slices(
         mask = row[:, None] & (c < end)[None, :]
         g, u = _direction(state, about, tensor, at, mask, True, aligned, how, dtype, compute)
         w = tl.load(w_at + at, mask, other=0).to(compute)
-        wu, ww, wz, zz = _sums(w, u, g if how & GATED else u, row, compute)
+        wu, ww, wz, zz = _sums(w, u, g if GATED & how else u, row, compute)
 
     pieces = tl.load(about + PIECES)
     whole = row & (s * 0 + pieces == 0)
-    if how & GATED:
+    if GATED & how:
         guess = s * 0 + tl.load(about + GUESS)
         coefficient = _radial_coefficient(wu, ww, _get(state, EPS))
         slot = slices + (tl.load(about + SLOT) + s) * SLICE_COLUMNS
@@ -441,7 +442,7 @@ def _slices(
         write = whole
         keep, add = _explicit_factors(wu, ww, zz, about)
         add = -add
-    if (how & GATED) or looped:
+    if (GATED & how) or looped:
         _set(chunk, WU, tl.sum(wu, 0))
         _set(chunk, WW, tl.sum(ww, 0))
         _set(chunk, WZ, tl.sum(wz, 0))
@@ -478,60 +479,6 @@ def _places(s, c, length, inner, n, strided: tl.constexpr):
 
 
 @triton.jit
-def first_pass(
-    state,
-    tensors,
-    chunks,
-    slices,
-    seed,
-    how: tl.constexpr,
-    dtype: tl.constexpr,
-    compute: tl.constexpr,
-    tiles: tl.constexpr,
-    log_block: tl.constexpr,
-):
-    """Take the step, as far as one look at a chunk suffices for it."""
-    if how & SCALED:
-        if tl.load(state + SKIP) != 0:
-            return
-    chunk = chunks + tl.program_id(0).to(tl.int64) * CHUNK_COLUMNS
-    tile = tl.load(chunk + TILE)
-    for k in tl.static_range(2 * ALIGNED):
-        if (tiles >> k) & 1:
-            if tile == k:
-                _tile(state, tensors, chunk, slices, seed, k, how, dtype, compute, log_block)
-
-
-@triton.jit
-def _tile(
-    state,
-    tensors,
-    chunk,
-    slices,
-    seed,
-    tile: tl.constexpr,
-    how: tl.constexpr,
-    dtype: tl.constexpr,
-    compute: tl.constexpr,
-    log_block: tl.constexpr,
-):
-    block: tl.constexpr = 1 << log_block
-    kind: tl.constexpr = tile % ALIGNED
-    aligned: tl.constexpr = tile >= ALIGNED and (how & UNALIGNED) == 0
-    if kind == FLAT:
-        _flat(state, tensors, chunk, seed, block, aligned, how, dtype, compute)
-    else:
-        rows: tl.constexpr = (
-            1 if kind == LONG else STRIDED_ROWS if kind == STRIDED else block >> kind
-        )
-        looped: tl.constexpr = kind == LONG or kind == STRIDED
-        _slices(
-            state, tensors, chunk, slices, seed,
-            rows, block // rows, looped, kind == STRIDED, aligned, how, dtype, compute,
-        )  # fmt: skip
-
-
-@triton.jit
 def decide(
     state,
     tensors,
@@ -544,7 +491,7 @@ def decide(
 
     The decision is that of projection.gated_radial.
     """
-    if how & SCALED:
+    if SCALED & how:
         if tl.load(state + SKIP) != 0:
             return
     about = tensors + tl.program_id(0).to(tl.int64) * TENSOR_COLUMNS
@@ -567,7 +514,7 @@ def decide(
                 chunks, first + s * pieces, first + (s + 1) * pieces, block
             )
             slot = slices + (tl.load(about + SLOT) + s) * SLICE_COLUMNS
-            if how & GATED:
+            if GATED & how:
                 _set(slot, COEFFICIENT, _radial_coefficient(a, b, eps))
                 is_open = is_open & (_cosine(c, b, d, guard) < gate).to(tl.int64)
                 wu += a
@@ -580,9 +527,9 @@ def decide(
                 _set(slot, ADD, -step)
         tl.store(about + REVISIT, is_open * 0 + 1)
         safe = is_open * 0
-    elif how & GATED:
+    elif GATED & how:
         wu, ww, wz, zz, is_open, safe = _added_up(chunks, first, last, block)
-    if how & GATED:
+    if GATED & how:
         cosine = _cosine(wz, ww, zz, guard)
         by_layer = (zz > 0) & (cosine < delta / tl.sqrt(length * n))
         by_channel = (zz > 0) & (is_open != 0)
@@ -642,7 +589,7 @@ def second_pass(
     block: tl.constexpr,
 ):
     """Write a run of memory of a weight that the first pass left, or wrote on a wrong guess."""
-    if how & SCALED:
+    if SCALED & how:
         if tl.load(state + SKIP) != 0:
             return
     run = runs + tl.program_id(0).to(tl.int64) * CHUNK_COLUMNS
@@ -656,7 +603,7 @@ def second_pass(
     values = (slices + (tl.load(about + SLOT) + s) * SLICE_COLUMNS).to(
         tl.pointer_type(tl.float64), bitcast=True
     )
-    if how & GATED:
+    if GATED & how:
         coefficient = tl.load(values + COEFFICIENT, mask, other=0)
         decision, acted = s * 0 + tl.load(about + DECISION), s * 0 + tl.load(about + ACTED)
         keep = _keep_of_gate(coefficient, decision, about)

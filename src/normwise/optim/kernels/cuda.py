@@ -6,7 +6,10 @@ import math
 import struct
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import chain
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -14,9 +17,14 @@ from torch import Tensor
 
 from normwise.geometry import computing_dtype
 from normwise.optim.kernels import AdamRule, SGDRule, Step
-from normwise.optim.kernels import _cuda_triton as k
+from normwise.optim.kernels import _cuda_triton as kernels
 from normwise.optim.kernels._layout import memory_layout, mode, slicing
 from normwise.optim.projection import ViewOption
+
+# The kernels' constants as numbers.
+k: Any = SimpleNamespace(
+    **{name: x.value for name, x in vars(kernels).items() if isinstance(x, tl.constexpr)}
+)
 
 # Entries of a tile, 16 for each thread; slices up to 4 of them are the work of one program.
 LOG_BLOCK = 12
@@ -33,46 +41,58 @@ _HALF = (torch.bfloat16, torch.float16)
 _MODES = {"free": k.FREE, "explicit": k.EXPLICIT, "fixed": k.FIXED, "auto": k.AUTO}
 
 
-def tile_of(slices: int, outer: int, length: int, log_block: int) -> int:
-    """The form of the tiles that hold the slices of a weight.
+@dataclass(frozen=True, order=True)
+class Tile:
+    """A form of tiles: rows that each hold a slice, or as much of it as fits at a time.
 
     Args:
-        slices: how many there are; 0 for a weight that has none.
-        outer: how many runs of memory each is made of.
-        length: entries of a slice, or of the weight.
-        log_block: the base-2 logarithm of the entries of a tile.
+        rows: slices in a tile; 0 for weights without slices.
+        columns: entries of each.
+        looped: whether a slice is taken block by block.
+        strided: whether a slice is not contiguous.
+        aligned: whether all rows begin and end at multiples of 16 bytes.
     """
-    aligned = k.ALIGNED if length % k.ALIGNMENT == 0 else 0
-    if slices == 0:
-        return k.FLAT + aligned
-    if outer > 1 and slices > 1:
-        return k.STRIDED
-    exponent = max(k.SHORTEST, math.ceil(math.log2(length)))
-    if not aligned:
-        exponent += exponent % 2  # fewer forms to compile
-    return (exponent if exponent <= log_block else k.LONG) + aligned
 
+    rows: int
+    columns: int
+    looped: bool = False
+    strided: bool = False
+    aligned: bool = False
 
-def chunks_of(
-    tensor: int, tile: int, slices: int, length: int, pieces: int, log_block: int
-) -> Tensor:
-    """The rows of the table of chunks for one weight."""
-    kind, block = tile % k.ALIGNED, 1 << log_block
-    width = length
-    if kind == k.FLAT:
-        width, starts = block, torch.zeros(1, dtype=torch.int64)
-    else:
-        if pieces:
-            width = block * BLOCKS_A_PROGRAM
-        rows = 1 if kind == k.LONG else k.STRIDED_ROWS if kind == k.STRIDED else block >> kind
-        starts = torch.arange(0, slices, rows)
-    begins = torch.arange(0, length, width)
-    table = torch.zeros(len(starts), len(begins), k.CHUNK_COLUMNS, dtype=torch.int64)
-    table[..., k.TENSOR], table[..., k.TILE] = tensor, tile
-    table[..., k.SLICE] = starts[:, None]
-    table[..., k.BEGIN] = begins
-    table[..., k.END] = (begins + width).clamp_max(length)
-    return table.flatten(0, 1)
+    @classmethod
+    def of(cls, layout: tuple[int, int, int], free: bool, log_block: int) -> Tile:
+        """The form for a weight.
+
+        Args:
+            layout: its shape (outer, slices, inner) in memory order.
+            free: whether its slices do not matter.
+            log_block: the base-2 logarithm of the entries of a tile.
+        """
+        outer, slices, inner = layout
+        block, length = 1 << log_block, outer * inner
+        if free:
+            return cls(0, block, aligned=outer * slices * inner % k.ALIGNMENT == 0)
+        if outer > 1 and slices > 1:
+            # Places computed entry by entry need registers: less of them at a time.
+            return cls(16, block // 64, looped=True, strided=True)
+        aligned = length % k.ALIGNMENT == 0
+        exponent = max(4, math.ceil(math.log2(length)))
+        if exponent < 8 or not aligned:
+            exponent += exponent % 2  # fewer forms to compile, of what is rarely much of a model
+        if exponent > log_block:
+            return cls(1, block, looped=True, aligned=aligned)
+        return cls(block >> exponent, 1 << exponent, aligned=aligned)
+
+    def chunks(self, tensor: int, slices: int, length: int, width: int) -> Tensor:
+        """The rows of the table of chunks for a weight, ``width`` entries of a slice in each."""
+        starts = torch.arange(0, slices, max(1, self.rows))
+        begins = torch.arange(0, length, width)
+        table = torch.zeros(len(starts), len(begins), k.CHUNK_COLUMNS, dtype=torch.int64)
+        table[..., k.TENSOR] = tensor
+        table[..., k.SLICE] = starts[:, None]
+        table[..., k.BEGIN] = begins
+        table[..., k.END] = (begins + width).clamp_max(length)
+        return table.flatten(0, 1)
 
 
 class Plan:
@@ -99,30 +119,43 @@ class Plan:
         self.log_block = log_block
         self.gated = view == "auto"
         block = 1 << log_block
+        layouts = []
+        for p in params:
+            layout = memory_layout(p, slicing(p, view))
+            assert layout is not None
+            layouts.append((mode(p, view, norm), layout))
+        tiles = [Tile.of(layout, kind == "free", log_block) for kind, layout in layouts]
+
         tensors = torch.zeros(len(params), k.TENSOR_COLUMNS, dtype=torch.int64)
         tensors[:, k.GUESS] = tensors[:, k.DECISION] = k.UNKNOWN
-        chunks, runs = [], []
+        chunks: dict[Tile, list[Tensor]] = {}
+        runs = []
         n_chunks = slots = 0
-        for t, p in enumerate(params):
-            kind = mode(p, view, norm)
-            outer, slices, inner = memory_layout(p, slicing(p, view)) or (0, 0, 0)
-            length = outer * inner
-            tile = tile_of(0 if kind == "free" else slices, outer, length, log_block)
-            pieces = 0
-            if tile % k.ALIGNED == k.LONG and length > block * BLOCKS_A_PROGRAM:
-                pieces = math.ceil(length / (block * BLOCKS_A_PROGRAM))
-            chunks.append(chunks_of(t, tile, slices, length, pieces, log_block))
-            if kind == "auto" or pieces:
-                runs.append(chunks_of(t, k.FLAT, 0, p.numel(), 0, log_block))
+        # The chunks of one form lie together, as one launch takes them.
+        for t in sorted(range(len(params)), key=tiles.__getitem__):
+            (kind, (outer, slices, inner)), tile = layouts[t], tiles[t]
+            size, length = params[t].numel(), outer * inner
+            pieces, width = 0, length
+            if tile.rows == 1 and length > block * BLOCKS_A_PROGRAM:
+                width = block * BLOCKS_A_PROGRAM
+                pieces = math.ceil(length / width)
+            if kind == "free":
+                table = tile.chunks(t, 1, size, block)
+            else:
+                table = tile.chunks(t, slices, length, width)
+            chunks.setdefault(tile, []).append(table)
             row = tensors[t]
             row[k.SLICES], row[k.INNER], row[k.LENGTH] = slices, inner, length
             row[k.MODE], row[k.PIECES], row[k.SLOT] = _MODES[kind], pieces, slots
-            row[k.FIRST], row[k.LAST] = n_chunks, n_chunks + len(chunks[-1])
-            n_chunks += len(chunks[-1])
-            slots += slices if kind == "auto" or pieces else 0
-        table = torch.cat(chunks)
-        self.tiles = sum(1 << tile for tile in set(table[:, k.TILE].tolist()))
-        self.tensors, self.chunks = tensors.to(self.device), table.to(self.device)
+            row[k.FIRST], row[k.LAST] = n_chunks, n_chunks + len(table)
+            n_chunks += len(table)
+            if kind == "auto" or pieces:
+                runs.append(Tile(0, block).chunks(t, 1, size, block))
+                slots += slices
+        self.tensors = tensors.to(self.device)
+        self.chunks = torch.cat([t for tables in chunks.values() for t in tables]).to(self.device)
+        counts = [sum(map(len, tables)) for tables in chunks.values()]
+        self.launches = list(zip(chunks, torch.split(self.chunks, counts), strict=True))
         self.runs = torch.cat(runs).to(self.device) if runs else None
         self.slices = torch.zeros(slots, k.SLICE_COLUMNS, dtype=torch.int64, device=self.device)
         size = k.ADDRESSES + len(params) * k.ADDRESS_COLUMNS
@@ -170,16 +203,16 @@ class Plan:
             k.GATED: self.gated,
             k.LR_ON_DEVICE: lr is not None,
             k.WEIGHT_DECAY_ON_DEVICE: weight_decay is not None,
-            k.UNALIGNED: any(address % 16 for column in columns[:4] for address in column),
         }
         how = sum(flag for flag, is_set in flags.items() if is_set)
+        aligned = not any(address % 16 for column in columns[:4] for address in column)
         if step.stochastic_rounding and self._seed is None:
             self._seed = int(torch.randint(2**31 - 1, ()))
         seed = self._seed or 0
         dtypes = {"dtype": _DTYPES[self.dtype], "compute": _DTYPES[computing_dtype(self.dtype)]}
         block = 1 << self.log_block
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            k.prepare[(math.ceil(len(params) / block),)](
+            kernels.prepare[(math.ceil(len(params) / block),)](
                 self.state,
                 self.tensors,
                 *(self.state if x is None else x for x in (lr, weight_decay, scale, found_inf)),
@@ -187,23 +220,35 @@ class Plan:
                 how=how,
                 block=block,
             )
-            k.first_pass[(len(self.chunks),)](
-                self.state,
-                self.tensors,
-                self.chunks,
-                self.slices,
-                seed,
-                how=how,
-                tiles=self.tiles,
-                log_block=self.log_block,
-                num_warps=WARPS,
-                **dtypes,
-            )
+            for tile, chunks in self.launches:
+                form: dict[str, Any] = {
+                    "how": how,
+                    "aligned": tile.aligned and aligned,
+                    "num_warps": WARPS,
+                    **dtypes,
+                }
+                if tile.rows == 0:
+                    kernels.flat_pass[(len(chunks),)](
+                        self.state, self.tensors, chunks, seed, block=block, **form
+                    )
+                    continue
+                kernels.first_pass[(len(chunks),)](
+                    self.state,
+                    self.tensors,
+                    chunks,
+                    self.slices,
+                    seed,
+                    rows=tile.rows,
+                    columns=tile.columns,
+                    looped=tile.looped,
+                    strided=tile.strided,
+                    **form,
+                )
             if self.runs is not None:
-                k.decide[(len(params),)](
+                kernels.decide[(len(params),)](
                     self.state, self.tensors, self.chunks, self.slices, how=how, block=block
                 )
-                k.second_pass[(len(self.runs),)](
+                kernels.second_pass[(len(self.runs),)](
                     self.state,
                     self.tensors,
                     self.runs,
