@@ -1,6 +1,12 @@
+import os
+
 import hypothesis
 import pytest
 import torch
+
+# Without a GPU the CUDA kernels are interpreted; Triton looks at this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Timings on shared machines vary too much for a deadline to mean anything.
 hypothesis.settings.register_profile("normwise", deadline=None)

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 import normwise
 from normwise import View
+from normwise.geometry import computing_dtype
 from normwise.optim import kernels
-
-pytest.importorskip("numba", reason="the fused CPU step is compiled by Numba")
 
 DELTA = 0.3
 # The official guards act on norms, ‖w‖ against 1e-8: here they must not hide what is tested.
@@ -84,19 +83,39 @@ def unit_rows(rows):
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-300)
 
 
-SHAPES = st.one_of(
-    st.sampled_from([(), (0,), (0, 3), (3, 0), (1,), (1, 1), (7,), (2, 33_000), (2, 40_001, 1)]),
-    st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
-    st.tuples(st.integers(1, 70), st.integers(1, 400)),
-    st.tuples(st.integers(1, 12), st.integers(1, 80), st.sampled_from([1, 3]), st.just(3)),
-)
+# Slices of so many entries are more than one program or thread takes at a time.
+LONG = {"numba": 33_000, "triton": 1_100}
+WIDEST = {"numba": (70, 400), "triton": (12, 70)}
+
+
+def shapes(compiler):
+    rows, columns = WIDEST[compiler]
+    fixed = [
+        (),
+        (0,),
+        (0, 3),
+        (3, 0),
+        (1,),
+        (1, 1),
+        (7,),
+        (2, LONG[compiler]),
+        (2, LONG[compiler] + 1, 1),
+    ]
+    return st.one_of(
+        st.sampled_from(fixed),
+        st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
+        st.tuples(st.integers(1, rows), st.integers(1, columns)),
+        st.tuples(
+            st.integers(1, 12), st.integers(1, columns // 5), st.sampled_from([1, 3]), st.just(3)
+        ),
+    )
 
 
 @st.composite
-def drawn(draw, dtypes):
+def drawn(draw, compiler, dtypes):
     exponent = st.integers(-30, 30)
     return Drawn(
-        shape=draw(SHAPES),
+        shape=draw(shapes(compiler)),
         layout=draw(st.sampled_from(["contiguous", "channels_last", "transposed", "strided"])),
         dtype=draw(st.sampled_from(dtypes)),
         weight_scale=10.0 ** draw(st.one_of(st.just(0), exponent)),
@@ -173,7 +192,9 @@ def amplitude(state, grad, w, step_size):
 # In units of half the spacing of float32, or of 1e-12 in all for float64. The formula has a dozen
 # operations; its sums have up to 64 terms a lane before float64 takes over.
 BOUND = 64
-SPACING = {torch.float32: 2.0**-24, torch.float64: 1e-12 / BOUND, torch.bfloat16: 2.0**-24}
+SPACING = {torch.float32: 2.0**-24, torch.float64: 1e-12 / BOUND}
+# Half of the spacing in which a weight is stored.
+STORED = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = 1e-37  # below it float32 has fewer digits
 
 
@@ -197,11 +218,11 @@ def check_steps(weights, kinds, options):
         fused.step()
         reference.step()
         for d, p, r, w, state in zip(weights, params, exact, old, states, strict=True):
-            spacing = BOUND * SPACING[d.dtype]
+            spacing = BOUND * SPACING[computing_dtype(d.dtype)]
             t = state["step"].item() + 1 if "step" in state else math.inf
             allowed = spacing * amplitude(state, p.grad, w, 1e-2 / (1 - 0.9**t)) + SMALLEST
-            if d.dtype == torch.bfloat16:
-                allowed += 2.0**-8 * r.detach().abs()
+            if d.dtype in STORED:
+                allowed += STORED[d.dtype] * r.detach().abs() + 2.0**-25
             difference = (p.detach().double() - r.detach()).abs()
             assert (difference <= allowed).all(), (d, step, (difference / allowed).max())
             for key, value in reference.state[r].items():
@@ -212,55 +233,62 @@ def check_steps(weights, kinds, options):
                 assert ((ours - value).abs() <= allowed).all(), (d, step, key)
 
 
-def examples(dtypes):
-    return given(
-        weights=st.lists(drawn(dtypes), min_size=1, max_size=4),
-        kinds=st.lists(st.sampled_from(["channel", "layer", "shut"]), min_size=1, max_size=4),
-        options=OPTIONS,
-    )
+def check_examples(count, compiler, dtypes):
+    """:func:`check_steps` for so many sets of weights and options."""
 
-
-def budget(count):
-    return settings(
+    @settings(
         max_examples=count,
         deadline=None,
         derandomize=True,
+        database=None,
         suppress_health_check=list(HealthCheck),
     )
+    @given(
+        weights=st.lists(drawn(compiler, dtypes), min_size=1, max_size=4),
+        kinds=st.lists(st.sampled_from(["channel", "layer", "shut"]), min_size=1, max_size=4),
+        options=OPTIONS,
+    )
+    def check(weights, kinds, options):
+        weights = [d for d in weights if fits(d, options["view"])]
+        for d in weights:
+            if computing_dtype(d.dtype) != d.dtype:
+                # Its own rounding would decide the gate at other scales.
+                d.weight_scale = d.grad_scale = 1.0
+        if weights:
+            check_steps(weights, kinds, options)
+
+    check()
 
 
-def fitting(weights, options):
-    return [d for d in weights if fits(d, options["view"])]
+# Interpreted kernels take a tenth of a second a step: a few sets for every day, many at leisure.
+some = pytest.mark.parametrize(
+    ("compiler", "count"),
+    [("numba", 170), ("triton", 8), pytest.param("triton", 100, marks=pytest.mark.slow)],
+    indirect=["compiler"],
+)
 
 
-@budget(200)
-@examples([torch.float32])
-def test_in_float32_a_step_is_the_reference_to_rounding(weights, kinds, options):
-    if weights := fitting(weights, options):
-        check_steps(weights, kinds, options)
+@some
+def test_in_float32_a_step_is_the_reference_to_rounding(compiler, count):
+    check_examples(count, compiler, [torch.float32])
 
 
-@budget(150)
-@examples([torch.float64])
-def test_in_float64_a_step_is_the_reference_to_1e_12(weights, kinds, options):
-    if weights := fitting(weights, options):
-        check_steps(weights, kinds, options)
+@some
+def test_in_float64_a_step_is_the_reference_to_1e_12(compiler, count):
+    check_examples(count, compiler, [torch.float64])
 
 
-@budget(150)
-@examples([torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_mixed_dtypes_and_half_precision(weights, kinds, options):
-    weights = [d for d in fitting(weights, options) if d.dtype != torch.float16]
-    for d in weights:
-        if d.dtype == torch.bfloat16:  # its own rounding would decide the gate at other scales
-            d.weight_scale = d.grad_scale = 1.0
-    if weights:
-        check_steps(weights, kinds, options)
+@some
+def test_mixed_dtypes_and_half_precision(compiler, count):
+    half = [torch.bfloat16] if compiler == "numba" else [torch.bfloat16, torch.float16]
+    check_examples(count, compiler, [torch.float32, torch.float64, *half])
 
 
-def parameters(dtype=torch.float32):
+def parameters(compiler="numba", dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    shapes = [(5,), (6, 4), (40, 300), (4, 3, 3, 3), (2, 40_000)]
+    shapes = [(5,), (6, 4), (4, 3, 3, 3), (2, LONG[compiler])]
+    if compiler == "numba":
+        shapes.append((40, 300))
     return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
 
 
@@ -284,10 +312,10 @@ def assert_close(ours, theirs, tolerance=1e-12):
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("first", [True, False])
-def test_a_run_may_change_between_fused_and_not(name, first):
-    straight = parameters(torch.float64)
+def test_a_run_may_change_between_fused_and_not(name, first, compiler):
+    straight = parameters(compiler, torch.float64)
     expected = run(straight, MAKERS[name](straight, foreach=False), 10)
-    params = parameters(torch.float64)
+    params = parameters(compiler, torch.float64)
     one = MAKERS[name](params, fused=first)
     run(params, one, 5)
     other = MAKERS[name](params, fused=not first)
@@ -299,11 +327,11 @@ def test_a_run_may_change_between_fused_and_not(name, first):
 @pytest.mark.parametrize("variant", ["paper", "official"])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("tensor_lr", [False, True])
-def test_sgdw(variant, nesterov, tensor_lr):
+def test_sgdw(variant, nesterov, tensor_lr, compiler):
     ends = []
     for how in ({"fused": True}, {"foreach": False}):
         lr = torch.tensor(0.01, dtype=torch.float64) if tensor_lr else 0.01
-        params = parameters(torch.float64)
+        params = parameters(compiler, torch.float64)
         optimizer = MAKERS["sgdw"](params, lr=lr, variant=variant, nesterov=nesterov, **how)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         for step in range(5):
@@ -315,7 +343,7 @@ def test_sgdw(variant, nesterov, tensor_lr):
 
 @pytest.mark.parametrize("view", ["auto", "channel", "layer"])
 @pytest.mark.parametrize("name", ["adamp", "sgdp"])
-def test_the_number_of_threads_changes_no_bit(name, view):
+def test_the_number_of_threads_changes_no_bit(name, view, numba):
     before = torch.get_num_threads()
     ends = []
     try:
@@ -332,10 +360,10 @@ def test_the_number_of_threads_changes_no_bit(name, view):
 @pytest.mark.parametrize("view", ["auto", "channel", None])
 @pytest.mark.parametrize("name", ["adamp", "sgdp"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_what_is_not_finite_ends_up_where_it_does_in_the_reference(name, view, value):
+def test_what_is_not_finite_ends_up_where_it_does_in_the_reference(name, view, value, compiler):
     ends = []
     for how in ({"fused": True}, {"foreach": False}):
-        params = parameters()
+        params = parameters(compiler)
         optimizer = MAKERS[name](params, view=view, **how)
         run(params, optimizer, 2)
         set_gradients(params, 2)
@@ -347,8 +375,8 @@ def test_what_is_not_finite_ends_up_where_it_does_in_the_reference(name, view, v
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def test_storage_that_moves_is_followed():
-    moved, still = parameters(torch.float64), parameters(torch.float64)
+def test_storage_that_moves_is_followed(compiler):
+    moved, still = parameters(compiler, torch.float64), parameters(compiler, torch.float64)
     ours = normwise.AdamP(moved, fused=True)
     theirs = normwise.AdamP(still, foreach=False)
     for step in range(4):
@@ -361,7 +389,7 @@ def test_storage_that_moves_is_followed():
     assert_close(moved, still)
 
 
-def test_a_weight_that_shrinks_is_not_written_beyond_its_end():
+def test_a_weight_that_shrinks_is_not_written_beyond_its_end(compiler):
     storage = torch.ones(8, 4)
     w = torch.nn.Parameter(storage)
     optimizer = normwise.SGDP([w], lr=0.1, fused=True)
@@ -375,7 +403,7 @@ def test_a_weight_that_shrinks_is_not_written_beyond_its_end():
     assert torch.equal(storage[4:], before[4:])
 
 
-def test_autograd_is_told_that_weights_changed():
+def test_autograd_is_told_that_weights_changed(compiler):
     w = torch.ones(3, 2, requires_grad=True)
     loss = (w * w).sum()
     w.grad = torch.ones_like(w)
@@ -385,8 +413,8 @@ def test_autograd_is_told_that_weights_changed():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_a_copy_of_an_optimizer_works_on_its_own_weights(copied):
-    params = parameters(torch.float64)
+def test_a_copy_of_an_optimizer_works_on_its_own_weights(copied, compiler):
+    params = parameters(compiler, torch.float64)
     optimizer = normwise.AdamP(params, fused=True)
     run(params, optimizer, 3)
     twin = copied(optimizer)
@@ -397,10 +425,10 @@ def test_a_copy_of_an_optimizer_works_on_its_own_weights(copied):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_scaler_leaves_its_work_to_the_step(name):
+def test_a_scaler_leaves_its_work_to_the_step(name, compiler):
     ends = []
     for how in ({"fused": True}, {"foreach": False}):
-        params = parameters()
+        params = parameters(compiler)
         optimizer = MAKERS[name](params, **how)
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
         for factor in (1.0, math.inf, 0.5):
@@ -415,21 +443,26 @@ def test_a_scaler_leaves_its_work_to_the_step(name):
     assert_close(*ends, tolerance=1e-6)
 
 
-def test_options_that_exclude_one_another():
+def test_options_that_exclude_one_another(numba):
     w = [torch.ones(2, 2, requires_grad=True)]
-    for option in ("foreach", "differentiable", "stochastic_rounding"):
+    for option in ("foreach", "differentiable"):
         with pytest.raises(RuntimeError, match=f"`fused` and `{option}` cannot be `True`"):
             normwise.AdamP(w, fused=True, **{option: True})
 
 
+def test_stochastic_rounding_is_refused_where_the_kernels_do_not_have_it(numba):
+    with pytest.raises(RuntimeError, match="together for a parameter on cpu"):
+        normwise.AdamP([torch.ones(2, 2).requires_grad_()], fused=True, stochastic_rounding=True)
+
+
 def test_a_device_without_kernels_is_refused():
-    with pytest.raises(RuntimeError, match=r"on the CPU, but one of shape \(2, 2\) is on meta"):
+    with pytest.raises(RuntimeError, match=r"but one of shape \(2, 2\) is on meta"):
         normwise.SGDP([torch.ones(2, 2, device="meta", requires_grad=True)], fused=True)
 
 
 @pytest.fixture
 def without_numba(monkeypatch):
-    monkeypatch.setattr(kernels, "_has_numba", lambda: False)
+    monkeypatch.setattr(kernels, "_is_installed", lambda compiler: False)
     kernels._say_once.cache_clear()
     yield
     kernels._say_once.cache_clear()
@@ -462,7 +495,7 @@ def test_without_numba_the_default_says_once_what_it_does(without_numba, caplog)
         ((6, 6), {"fused": True}, True),
     ],
 )
-def test_the_default_is_fused_where_it_fits_and_pays(shape, options, expected):
+def test_the_default_is_fused_where_it_fits_and_pays(shape, options, expected, numba):
     w = torch.ones(shape, requires_grad=True)
     optimizer = normwise.AdamP([w], **options)
     assert kernels.use_fused(optimizer.param_groups[0], [w]) is expected

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
 
 from normwise.geometry import View, at_least_float32, computing_dtype
-from normwise.optim.kernels import Fused, check_available
+from normwise.optim.kernels import Fused, check_available, takes_scaler
 from normwise.optim.projection import ViewOption, norms_by_slice, project_, retract_
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -66,7 +66,7 @@ class NormwiseOptimizer(Optimizer):
         super().add_param_group(group)
         try:
             if group["fused"]:
-                check_available(group["params"])
+                check_available(group["params"], stochastic_rounding=group["stochastic_rounding"])
             for p in group["params"]:
                 if isinstance(group.get("view"), View) and p.ndim > 1:
                     group["view"].check(p.shape)
@@ -78,7 +78,19 @@ class NormwiseOptimizer(Optimizer):
         """What the fused steps of a group remember; it is remade when this object is copied."""
         if "_plans" not in self.__dict__:
             self._plans: dict[Tensor, Fused] = {}
-        return self._plans.setdefault(group["params"][0], Fused())
+        fused = self._plans.setdefault(group["params"][0], Fused())
+        in_kernel = self._unscales_in_kernel()
+        fused.grad_scale = getattr(self, "grad_scale", None) if in_kernel else None
+        fused.found_inf = getattr(self, "found_inf", None) if in_kernel else None
+        return fused
+
+    def _unscales_in_kernel(self) -> bool:
+        """Whether the kernels do, without a wait, what a GradScaler leaves to a fused step."""
+        return not torch.compiler.is_compiling() and all(
+            group["fused"] and takes_scaler(p)
+            for group in self.param_groups
+            for p in group["params"]
+        )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for an option that is out of its range."""
@@ -99,7 +111,7 @@ class NormwiseOptimizer(Optimizer):
             raise ValueError("`foreach` and `differentiable` cannot be `True` together.")
         if group["fused"]:
             self._step_supports_amp_scaling = True
-            for option in ("foreach", "differentiable", "stochastic_rounding"):
+            for option in ("foreach", "differentiable"):
                 if group[option]:
                     raise RuntimeError(f"`fused` and `{option}` cannot be `True` together.")
 
@@ -142,6 +154,8 @@ class NormwiseOptimizer(Optimizer):
     def _unscale(self) -> bool:
         """Do what a GradScaler leaves to a fused step; return whether all gradients are finite."""
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        if found_inf is not None and self._unscales_in_kernel():
+            return True
         if found_inf is not None and found_inf.item() != 0:
             return False
         if grad_scale is not None:

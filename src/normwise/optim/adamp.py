@@ -13,7 +13,6 @@ from normwise.optim._base import (
     NormwiseOptimizer,
     by_device_and_dtype,
     check_number,
-    decay_factors,
     new_moment,
     new_step,
     scalar_dtype,
@@ -21,7 +20,7 @@ from normwise.optim._base import (
     use_foreach,
     working,
 )
-from normwise.optim.kernels import AdamRule, Fused, use_fused
+from normwise.optim.kernels import AdamRule, Fused, Step, use_fused
 from normwise.optim.projection import ViewOption
 
 __all__ = ["AdamP", "adamp"]
@@ -345,44 +344,29 @@ def _fused_adamp(
     maximize: bool = False,
 ) -> None:
     lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
-    moments = (exp_avgs, exp_avg_sqs)
-    rate, decay = float(lr), float(weight_decay)  # no wait: both are on the CPU
-    for plan, members in fused.parts(params, grads, moments, state_steps, view=view, norm=norm):
-        ps, gs, ms, vs, steps = ([tensors[i] for i in members] for tensors in lists)
-        if plan is None:
-            _multi_tensor_adamp(
-                ps,
-                gs,
-                ms,
-                vs,
-                steps,
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                eps=eps,
-                weight_decay=weight_decay,
-                delta=delta,
-                wd_ratio=wd_ratio,
-                nesterov=nesterov,
-                view=view,
-                norm=norm,
-                stochastic_rounding=stochastic_rounding,
-                maximize=maximize,
-            )
-            continue
-        step = plan.count_(steps)
-        bias_correction1 = 1 - beta1**step
-        bias_correction2 = 1 - beta2**step
-        plan.step_(
-            ps,
-            gs,
-            ms,
-            vs,
-            rule=AdamRule(beta1, beta2, eps, nesterov),
-            grad_factor=-1 if maximize else 1,
-            step_sizes=rate / bias_correction1,
-            denominators=bias_correction2.rsqrt(),
-            decays=decay_factors([False, True], rate, decay, wd_ratio if norm == "free" else 0),
-            delta=delta,
+    step = Step(
+        AdamRule(beta1, beta2, nesterov),
+        lr,
+        weight_decay,
+        wd_ratio=wd_ratio if norm == "free" else 0.0,
+        eps=eps,
+        delta=delta,
+        maximize=maximize,
+        stochastic_rounding=stochastic_rounding,
+    )
+    if left := fused.step_(*lists, step, view=view, norm=norm):
+        _multi_tensor_adamp(
+            *([tensors[i] for i in left] for tensors in lists),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
             eps=eps,
+            weight_decay=weight_decay,
+            delta=delta,
+            wd_ratio=wd_ratio,
+            nesterov=nesterov,
+            view=view,
+            norm=norm,
+            stochastic_rounding=stochastic_rounding,
+            maximize=maximize,
         )

@@ -13,14 +13,13 @@ from normwise.optim._base import (
     NormwiseOptimizer,
     by_device_and_dtype,
     check_momentum,
-    decay_factors,
     new_moment,
     sgd_updates,
     take_step_,
     use_foreach,
     working,
 )
-from normwise.optim.kernels import Fused, SGDRule, use_fused
+from normwise.optim.kernels import Fused, SGDRule, Step, use_fused
 from normwise.optim.projection import ViewOption
 
 __all__ = ["SGDP", "sgdp"]
@@ -312,42 +311,32 @@ def _fused_sgdp(
     maximize: bool = False,
 ) -> None:
     buffered = [buffer for buffer in momentum_buffers if buffer is not None]
-    moments = [buffered] if buffered else []
-    rate, decay = float(lr), float(weight_decay)  # no wait: both are on the CPU
-    for plan, members in fused.parts(params, grads, moments, view=view, norm=norm):
-        ps, gs = ([tensors[i] for i in members] for tensors in (params, grads))
-        if plan is None:
-            _multi_tensor_sgdp(
-                ps,
-                gs,
-                [momentum_buffers[i] for i in members],
-                lr=lr,
-                momentum=momentum,
-                dampening=dampening,
-                weight_decay=weight_decay,
-                nesterov=nesterov,
-                eps=eps,
-                delta=delta,
-                wd_ratio=wd_ratio,
-                view=view,
-                norm=norm,
-                stochastic_rounding=stochastic_rounding,
-                maximize=maximize,
-            )
-            continue
-        plan.step_(
-            ps,
-            gs,
-            [buffered[i] for i in members] if buffered else None,
-            rule=SGDRule(momentum, dampening, nesterov),
-            grad_factor=-1 if maximize else 1,
-            step_sizes=rate,
-            decays=decay_factors(
-                [False, True],
-                rate / (1 - momentum),
-                decay,
-                wd_ratio if norm == "free" else 0,
-            ),
-            delta=delta,
+    step = Step(
+        SGDRule(momentum, dampening, nesterov),
+        lr,
+        weight_decay,
+        decay_scale=1 / (1 - momentum),
+        wd_ratio=wd_ratio if norm == "free" else 0.0,
+        eps=eps,
+        delta=delta,
+        maximize=maximize,
+        stochastic_rounding=stochastic_rounding,
+    )
+    if left := fused.step_(params, grads, buffered or None, None, None, step, view=view, norm=norm):
+        _multi_tensor_sgdp(
+            [params[i] for i in left],
+            [grads[i] for i in left],
+            [momentum_buffers[i] for i in left],
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
             eps=eps,
+            delta=delta,
+            wd_ratio=wd_ratio,
+            view=view,
+            norm=norm,
+            stochastic_rounding=stochastic_rounding,
+            maximize=maximize,
         )

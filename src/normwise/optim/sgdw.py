@@ -13,14 +13,13 @@ from normwise.optim._base import (
     NormwiseOptimizer,
     by_device_and_dtype,
     check_momentum,
-    decay_factors,
     new_moment,
     sgd_updates,
     take_step_,
     use_foreach,
     working,
 )
-from normwise.optim.kernels import Fused, SGDRule, use_fused
+from normwise.optim.kernels import Fused, SGDRule, Step, use_fused
 
 __all__ = ["SGDW", "sgdw"]
 
@@ -283,31 +282,26 @@ def _fused_sgdw(
     maximize: bool,
 ) -> None:
     buffered = [buffer for buffer in momentum_buffers if buffer is not None]
-    moments = [buffered] if buffered else []
-    rate, decay = float(lr), float(weight_decay)  # no wait: both are on the CPU
-    for plan, members in fused.parts(params, grads, moments, view=None, norm="free"):
-        ps, gs = ([tensors[i] for i in members] for tensors in (params, grads))
-        if plan is None:
-            _multi_tensor_sgdw(
-                ps,
-                gs,
-                [momentum_buffers[i] for i in members],
-                lr=lr,
-                momentum=momentum,
-                dampening=dampening,
-                weight_decay=weight_decay,
-                nesterov=nesterov,
-                variant=variant,
-                stochastic_rounding=stochastic_rounding,
-                maximize=maximize,
-            )
-            continue
-        plan.step_(
-            ps,
-            gs,
-            [buffered[i] for i in members] if buffered else None,
-            rule=SGDRule(momentum, dampening, nesterov),
-            grad_factor=(rate if variant == "paper" else 1) * (-1 if maximize else 1),
-            step_sizes=1.0 if variant == "paper" else rate,
-            decays=decay_factors([False, True], rate, decay, 1.0),
+    step = Step(
+        SGDRule(momentum, dampening, nesterov, lr_in_buffer=variant == "paper"),
+        lr,
+        weight_decay,
+        maximize=maximize,
+        stochastic_rounding=stochastic_rounding,
+    )
+    if left := fused.step_(
+        params, grads, buffered or None, None, None, step, view=None, norm="free"
+    ):
+        _multi_tensor_sgdw(
+            [params[i] for i in left],
+            [grads[i] for i in left],
+            [momentum_buffers[i] for i in left],
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            variant=variant,
+            stochastic_rounding=stochastic_rounding,
+            maximize=maximize,
         )

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normwise.geometry import View, computing_dtype
-from normwise.optim.kernels import AdamRule, SGDRule
+from normwise.geometry import computing_dtype
+from normwise.optim.kernels import AdamRule, Step
 from normwise.optim.kernels import _cpu_numba as k
+from normwise.optim.kernels._layout import memory_layout, mode, slicing
 from normwise.optim.projection import ViewOption
 
 Table = np.ndarray[Any, Any]
@@ -51,21 +52,7 @@ def _run(dtype: torch.dtype, block: Table, threads: int) -> None:
         _DIRECTLY(task.address)(block.ctypes.data)
 
 
-def memory_layout(w: Tensor, view: View) -> tuple[int, int, int] | None:
-    """The shape (outer, slices, inner) that ``w`` has in memory order, if it is dense."""
-    dims = sorted((d for d in range(w.ndim) if w.shape[d] != 1), key=w.stride, reverse=True)
-    outer, slices, inner = 1, 1, 1
-    for d in reversed(dims):
-        if w.stride(d) != outer * slices * inner:
-            return None
-        if view.kind != "layer" and d == view.dim:
-            slices = view.count if view.kind == "blocks" else w.shape[d]
-            inner *= w.shape[d] // slices
-        elif slices == 1:
-            inner *= w.shape[d]
-        else:
-            outer *= w.shape[d]
-    return outer, slices, inner
+_MODES = {"free": k.FREE, "explicit": k.EXPLICIT, "fixed": k.FIXED, "auto": k.AUTO}
 
 
 def _chunks(outer: int, slices: int, inner: int, mode: int) -> tuple[bool, list[Table]]:
@@ -105,21 +92,16 @@ class Plan:
         tables = []
         slots = n_chunks = 0
         for t, p in enumerate(params):
-            mode = k.FREE
-            if view is not None and p.ndim > 1:
-                mode = k.AUTO if view == "auto" else k.FIXED if norm == "fixed" else k.EXPLICIT
-            outer, slices, inner = 1, 1, p.numel()
-            if mode != k.FREE:
-                slicing = view if isinstance(view, View) else View.channel()
-                layout = memory_layout(p, slicing)
-                assert layout is not None
-                outer, slices, inner = layout
-            whole, bounds = _chunks(outer, slices, inner, mode)
+            kind = _MODES[mode(p, view, norm)]
+            layout = memory_layout(p, slicing(p, view))
+            assert layout is not None
+            outer, slices, inner = layout
+            whole, bounds = _chunks(outer, slices, inner, kind)
             table = np.zeros((len(bounds[0]), 8), np.int64)
             table[:, k.TENSOR] = t
             table[:, k.OUTER_0 : k.INNER_1 + 1] = np.stack(bounds, 1)
             totals = slots
-            if mode != k.FREE:
+            if kind != k.FREE:
                 if not whole:
                     slots += slices
                 widths = table[:, k.SLICE_1] - table[:, k.SLICE_0]
@@ -129,7 +111,7 @@ class Plan:
                 outer,
                 slices,
                 inner,
-                mode,
+                kind,
                 n_chunks,
                 n_chunks + len(table),
                 totals,
@@ -168,57 +150,46 @@ class Plan:
             ).any()
         )
 
-    def count_(self, steps: Sequence[Tensor]) -> Tensor:
-        """Add 1 to the step counts; return them in float64."""
-        counted = np.empty(len(steps))
-        k.count_steps(np.array(list(map(Tensor.data_ptr, steps))), counted)
-        return torch.from_numpy(counted)
-
     def step_(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         firsts: Sequence[Tensor] | None,
-        seconds: Sequence[Tensor] | None = None,
-        *,
-        rule: AdamRule | SGDRule,
-        grad_factor: float | Tensor,
-        step_sizes: float | Tensor,
-        denominators: float | Tensor = 1.0,
-        decays: Sequence[float | Tensor],
-        delta: float = 0.0,
-        eps: float = 0.0,
+        seconds: Sequence[Tensor] | None,
+        counts: Sequence[Tensor] | None,
+        step: Step,
     ) -> None:
-        """Update moments and weights, in place.
+        """Update moments, step counts and weights, in place.
 
         Args:
             params, grads: of the forms that the plan was made for.
             firsts: first moments or momentum buffers; None for a momentum of 0.
-            seconds: second moments; None for k.SGD.
-            rule: how directions are made of gradients and moments.
-            grad_factor: what the gradients are multiplied by.
-            step_sizes: σ in w ← αw − σu, one number or one for each weight.
-            denominators: 1/√(1 − β2^t), likewise.
-            decays: the decay factors of a weight that is not, and that is projected.
-            delta, eps: of the gate.
+            seconds, counts: second moments and step counts; None for SGD.
+            step: what kind of step to take.
         """
         for column, tensors in ((k.W, params), (k.G, grads), (k.M, firsts), (k.V, seconds)):
             self.tensors[:, column] = 0 if tensors is None else list(map(Tensor.data_ptr, tensors))
-        factors = (step_sizes, denominators, *decays)
-        for column, factor in zip(
-            (k.STEP, k.DENOMINATOR, k.DECAY, k.DECAY_PROJECTED), factors, strict=True
-        ):
-            self.factors[:, column] = (
-                factor.detach().numpy() if isinstance(factor, Tensor) else factor
-            )
-        options = self.options
-        options[k.GRAD], options[k.EPS], options[k.GATE] = float(grad_factor), eps, delta
-        options[k.GUARD] = max(eps, torch.finfo(computing_dtype(self.dtype)).tiny)
+        lr, weight_decay = float(step.lr), float(step.weight_decay)  # no wait: on the CPU
+        decay = lr * step.decay_scale * weight_decay
+        self.factors[:, k.DECAY] = 1 - decay
+        self.factors[:, k.DECAY_PROJECTED] = 1 - decay * step.wd_ratio
+        options, rule = self.options, step.rule
+        options[k.GRAD] = -1 if step.maximize else 1
+        options[k.EPS], options[k.GATE] = step.eps, step.delta
+        options[k.GUARD] = max(step.eps, torch.finfo(computing_dtype(self.dtype)).tiny)
         if isinstance(rule, AdamRule):
+            assert counts is not None
+            t = np.empty(len(counts))
+            k.count_steps(np.array(list(map(Tensor.data_ptr, counts))), t)
+            self.factors[:, k.STEP] = lr / (1 - rule.beta1**t)
+            self.factors[:, k.DENOMINATOR] = 1 / np.sqrt(1 - rule.beta2**t)
             options[k.M_ADD] = 1 - rule.beta1
             options[k.V_KEEP], options[k.V_ADD] = rule.beta2, 1 - rule.beta2
             options[k.LOOK_AHEAD] = (1 - rule.beta1) * rule.nesterov
         else:
+            self.factors[:, k.STEP] = 1 if rule.lr_in_buffer else lr
+            if rule.lr_in_buffer:
+                options[k.GRAD] *= lr
             options[k.M_KEEP], options[k.M_ADD] = rule.momentum, 1 - rule.dampening
             options[k.LOOK_AHEAD] = rule.nesterov
         self.block[k.RULE] = k.SGD if seconds is None else k.ADAM

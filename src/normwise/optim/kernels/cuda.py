@@ -1,0 +1,321 @@
+"""Plans of fused steps on a CUDA device; the kernels are in ``_cuda_triton``."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from normwise.geometry import computing_dtype
+from normwise.optim.kernels import AdamRule, SGDRule, Step
+from normwise.optim.kernels import _cuda_triton as kernels
+from normwise.optim.kernels._layout import memory_layout, mode, slicing
+from normwise.optim.projection import ViewOption
+
+# The kernels' constants as numbers.
+k: Any = SimpleNamespace(
+    **{name: x.value for name, x in vars(kernels).items() if isinstance(x, tl.constexpr)}
+)
+
+# Entries of a tile, 16 for each thread; slices up to 4 of them are the work of one program.
+LOG_BLOCK = 12
+WARPS = 8
+BLOCKS_A_PROGRAM = 4
+
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_HALF = (torch.bfloat16, torch.float16)
+_MODES = {"free": k.FREE, "explicit": k.EXPLICIT, "fixed": k.FIXED, "auto": k.AUTO}
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    """A form of tiles: rows that each hold a slice, or as much of it as fits at a time.
+
+    Args:
+        rows: slices in a tile; 0 for weights without slices.
+        columns: entries of each.
+        looped: whether a slice is taken block by block.
+        strided: whether a slice is not contiguous.
+        aligned: whether all rows begin and end at multiples of 16 bytes.
+    """
+
+    rows: int
+    columns: int
+    looped: bool = False
+    strided: bool = False
+    aligned: bool = False
+
+    @classmethod
+    def of(cls, layout: tuple[int, int, int], free: bool, log_block: int) -> Tile:
+        """The form for a weight.
+
+        Args:
+            layout: its shape (outer, slices, inner) in memory order.
+            free: whether its slices do not matter.
+            log_block: the base-2 logarithm of the entries of a tile.
+        """
+        outer, slices, inner = layout
+        block, length = 1 << log_block, outer * inner
+        if free:
+            return cls(0, block, aligned=outer * slices * inner % k.ALIGNMENT == 0)
+        if outer > 1 and slices > 1:
+            # Places computed entry by entry need registers: less of them at a time.
+            return cls(16, block // 64, looped=True, strided=True)
+        aligned = length % k.ALIGNMENT == 0
+        exponent = max(4, math.ceil(math.log2(length)))
+        if exponent < 8 or not aligned:
+            exponent += exponent % 2  # fewer forms to compile, of what is rarely much of a model
+        if exponent > log_block:
+            return cls(1, block, looped=True, aligned=aligned)
+        return cls(block >> exponent, 1 << exponent, aligned=aligned)
+
+    def chunks(self, tensor: int, slices: int, length: int, width: int) -> Tensor:
+        """The rows of the table of chunks for a weight, ``width`` entries of a slice in each."""
+        starts = torch.arange(0, slices, max(1, self.rows))
+        begins = torch.arange(0, length, width)
+        table = torch.zeros(len(starts), len(begins), k.CHUNK_COLUMNS, dtype=torch.int64)
+        table[..., k.TENSOR] = tensor
+        table[..., k.SLICE] = starts[:, None]
+        table[..., k.BEGIN] = begins
+        table[..., k.END] = (begins + width).clamp_max(length)
+        return table.flatten(0, 1)
+
+
+class Plan:
+    """The work list of one list of tensors on one device, and what a step leaves for the next.
+
+    All of it is on the device, so that a step waits for nothing and can be captured in a CUDA
+    graph. The host sends addresses and numbers when they have changed.
+
+    Args:
+        params: dense tensors of one dtype on one device, none empty.
+        view: as in :func:`normwise.optim.projection.project_`.
+        norm: ``"free"`` or ``"fixed"``.
+        log_block: the base-2 logarithm of the entries of a tile (default: 12).
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        view: ViewOption,
+        norm: str,
+        log_block: int = LOG_BLOCK,
+    ) -> None:
+        self.dtype, self.device = params[0].dtype, params[0].device
+        self.log_block = log_block
+        self.gated = view == "auto"
+        block = 1 << log_block
+        layouts = []
+        for p in params:
+            layout = memory_layout(p, slicing(p, view))
+            assert layout is not None
+            layouts.append((mode(p, view, norm), layout))
+        tiles = [Tile.of(layout, kind == "free", log_block) for kind, layout in layouts]
+
+        tensors = torch.zeros(len(params), k.TENSOR_COLUMNS, dtype=torch.int64)
+        tensors[:, k.GUESS] = tensors[:, k.DECISION] = k.UNKNOWN
+        chunks: dict[Tile, list[Tensor]] = {}
+        runs = []
+        n_chunks = slots = 0
+        # The chunks of one form lie together, as one launch takes them.
+        for t in sorted(range(len(params)), key=tiles.__getitem__):
+            (kind, (outer, slices, inner)), tile = layouts[t], tiles[t]
+            size, length = params[t].numel(), outer * inner
+            pieces, width = 0, length
+            if tile.rows == 1 and length > block * BLOCKS_A_PROGRAM:
+                width = block * BLOCKS_A_PROGRAM
+                pieces = math.ceil(length / width)
+            if kind == "free":
+                table = tile.chunks(t, 1, size, block)
+            else:
+                table = tile.chunks(t, slices, length, width)
+            chunks.setdefault(tile, []).append(table)
+            row = tensors[t]
+            row[k.SLICES], row[k.INNER], row[k.LENGTH] = slices, inner, length
+            row[k.MODE], row[k.PIECES], row[k.SLOT] = _MODES[kind], pieces, slots
+            row[k.FIRST], row[k.LAST] = n_chunks, n_chunks + len(table)
+            n_chunks += len(table)
+            if kind == "auto" or pieces:
+                runs.append(Tile(0, block).chunks(t, 1, size, block))
+                slots += slices
+        self.tensors = tensors.to(self.device)
+        self.chunks = torch.cat([t for tables in chunks.values() for t in tables]).to(self.device)
+        counts = [sum(map(len, tables)) for tables in chunks.values()]
+        self.launches = list(zip(chunks, torch.split(self.chunks, counts), strict=True))
+        self.runs = torch.cat(runs).to(self.device) if runs else None
+        self.slices = torch.zeros(slots, k.SLICE_COLUMNS, dtype=torch.int64, device=self.device)
+        size = k.ADDRESSES + len(params) * k.ADDRESS_COLUMNS
+        self.state = torch.zeros(size, dtype=torch.int64, device=self.device)
+        self._sent: list[int] = []
+        self._spare: Tensor | None = None
+        self._captured: list[Tensor] = []
+        self._seed: int | None = None
+
+    def step_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        firsts: Sequence[Tensor] | None,
+        seconds: Sequence[Tensor] | None,
+        counts: Sequence[Tensor] | None,
+        step: Step,
+    ) -> None:
+        """Update moments, step counts and weights, in place; nothing waits for the device.
+
+        Args:
+            params, grads: of the forms that the plan was made for.
+            firsts: first moments or momentum buffers; None for a momentum of 0.
+            seconds, counts: second moments and step counts; None for SGD.
+            step: what kind of step to take.
+        """
+        nowhere = [0] * len(params)
+        columns = [
+            nowhere if tensors is None else list(map(Tensor.data_ptr, tensors))
+            for tensors in (params, grads, firsts, seconds, counts)
+        ]
+        lr, weight_decay, scale, found_inf = (
+            self._on_device(x)
+            for x in (step.lr, step.weight_decay, step.grad_scale, step.found_inf)
+        )
+        numbers = _numbers(step, self.dtype, lr is None, weight_decay is None)
+        self._send([*numbers, *chain.from_iterable(zip(*columns, strict=True))])
+        flags = {
+            k.ADAM: isinstance(step.rule, AdamRule),
+            k.NESTEROV: step.rule.nesterov,
+            k.BUFFERED: firsts is not None,
+            k.LR_IN_BUFFER: isinstance(step.rule, SGDRule) and step.rule.lr_in_buffer,
+            k.SCALED: found_inf is not None,
+            k.STOCHASTIC: step.stochastic_rounding and self.dtype in _HALF,
+            k.GATED: self.gated,
+            k.LR_ON_DEVICE: lr is not None,
+            k.WEIGHT_DECAY_ON_DEVICE: weight_decay is not None,
+        }
+        how = sum(flag for flag, is_set in flags.items() if is_set)
+        aligned = not any(address % 16 for column in columns[:4] for address in column)
+        if step.stochastic_rounding and self._seed is None:
+            self._seed = int(torch.randint(2**31 - 1, ()))
+        seed = self._seed or 0
+        dtypes = {"dtype": _DTYPES[self.dtype], "compute": _DTYPES[computing_dtype(self.dtype)]}
+        block = 1 << self.log_block
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            kernels.prepare[(math.ceil(len(params) / block),)](
+                self.state,
+                self.tensors,
+                *(self.state if x is None else x for x in (lr, weight_decay, scale, found_inf)),
+                len(params),
+                how=how,
+                block=block,
+            )
+            for tile, chunks in self.launches:
+                form: dict[str, Any] = {
+                    "how": how,
+                    "aligned": tile.aligned and aligned,
+                    "num_warps": WARPS,
+                    **dtypes,
+                }
+                if tile.rows == 0:
+                    kernels.flat_pass[(len(chunks),)](
+                        self.state, self.tensors, chunks, seed, block=block, **form
+                    )
+                    continue
+                kernels.first_pass[(len(chunks),)](
+                    self.state,
+                    self.tensors,
+                    chunks,
+                    self.slices,
+                    seed,
+                    rows=tile.rows,
+                    columns=tile.columns,
+                    looped=tile.looped,
+                    strided=tile.strided,
+                    **form,
+                )
+            if self.runs is not None:
+                kernels.decide[(len(params),)](
+                    self.state, self.tensors, self.chunks, self.slices, how=how, block=block
+                )
+                kernels.second_pass[(len(self.runs),)](
+                    self.state,
+                    self.tensors,
+                    self.runs,
+                    self.slices,
+                    seed,
+                    how=how,
+                    block=block,
+                    num_warps=WARPS,
+                    **dtypes,
+                )
+        torch.autograd.graph.increment_version(params)
+
+    def _on_device(self, value: float | Tensor | None) -> Tensor | None:
+        """A tensor that is to be read on the device; None for what the host knows."""
+        if not isinstance(value, Tensor) or value.device.type == "cpu" != self.device.type:
+            return None
+        return value.to(self.device, non_blocking=True)
+
+    def _send(self, entries: list[int]) -> None:
+        """Bring addresses and numbers to the device if they are not there already.
+
+        What a CUDA graph copies is read from the host's memory whenever it is replayed, so the
+        buffer of a copy that is captured is kept for good; and it must exist before the capture.
+        """
+        if entries == self._sent:
+            return
+        self._sent = entries
+        target = self.state[k.LR :]
+        if self.device.type != "cuda":
+            target.copy_(torch.tensor(entries))
+        elif torch.cuda.is_current_stream_capturing():
+            if self._spare is None:
+                raise RuntimeError(
+                    "take a step with these parameters before a step is captured in a CUDA graph"
+                )
+            self._captured.append(self._spare.copy_(torch.tensor(entries)))
+            target.copy_(self._spare, non_blocking=True)
+            self._spare = None
+        else:
+            if self._spare is None:
+                self._spare = torch.empty(len(entries), dtype=torch.int64, pin_memory=True)
+            target.copy_(torch.tensor(entries).pin_memory(), non_blocking=True)
+
+
+def _numbers(
+    step: Step, dtype: torch.dtype, knows_lr: bool, knows_weight_decay: bool
+) -> tuple[int, ...]:
+    """The bits of the numbers from LR to GUARD; those that the host does not know are 0."""
+    rule = step.rule
+    if isinstance(rule, AdamRule):
+        beta1, beta2 = rule.beta1, rule.beta2
+        rates = [_log(beta1), _log(beta2), 0.0, 1 - beta1, beta2, 1 - beta2, 1 - beta1]
+    else:
+        rates = [0.0, 0.0, rule.momentum, 1 - rule.dampening, 0.0, 0.0, rule.momentum]
+    numbers = [
+        float(step.lr) if knows_lr else 0.0,
+        float(step.weight_decay) if knows_weight_decay else 0.0,
+        step.decay_scale,
+        step.wd_ratio,
+        -1.0 if step.maximize else 1.0,
+        *rates,
+        step.eps,
+        step.delta,
+        max(step.eps, torch.finfo(computing_dtype(dtype)).tiny),
+    ]
+    return struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf

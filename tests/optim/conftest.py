@@ -1,0 +1,55 @@
+"""Both backends of the fused step, where there is no GPU."""
+
+import importlib.util
+
+import pytest
+
+from normwise.optim import kernels
+
+
+def use_triton_on_the_cpu(monkeypatch, log_block):
+    """Run the CUDA kernels in Triton's interpreter, on CPU tensors and with small tiles."""
+    from triton import knobs
+    from triton.runtime import interpreter
+
+    from normwise.optim.kernels import cuda
+
+    if not knobs.runtime.interpret:
+        pytest.skip("Triton was imported without TRITON_INTERPRET=1")
+    monkeypatch.setitem(kernels._BACKENDS, "cpu", kernels._BACKENDS["cuda"])
+    monkeypatch.setattr(cuda.Plan.__init__, "__defaults__", (log_block,))
+
+    # The interpreter patches the language again at each call of a function within a kernel, which
+    # is most of the time it takes; once for each module that such functions are from will do.
+    patch, patched = interpreter._patch_lang, {}
+
+    class Patched:
+        def __init__(self, fn):
+            module = id(fn.__globals__)
+            if module not in patched:
+                patched[module] = patch(fn)
+
+        def restore(self):
+            while patched:
+                patched.popitem()[1].restore()
+
+    monkeypatch.setattr(interpreter, "_patch_lang", Patched)
+
+
+def require(compiler):
+    if importlib.util.find_spec(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+
+
+@pytest.fixture(params=["numba", "triton"])
+def compiler(request, monkeypatch):
+    """Whose kernels ``fused=True`` takes on CPU tensors."""
+    require(request.param)
+    if request.param == "triton":
+        use_triton_on_the_cpu(monkeypatch, log_block=8)
+    return request.param
+
+
+@pytest.fixture
+def numba():
+    require("numba")
