@@ -76,7 +76,7 @@ class _Deferred:
 
 
 class Exchange:
-    """One step of an optimizer that has parameters which are DTensors.
+    """One step of an optimizer that may have parameters which are DTensors.
 
     Args:
         layouts: those that earlier steps have found; new ones are added.
@@ -99,33 +99,44 @@ class Exchange:
             The group's options, with a view that is the shards'; parameters, gradients and states;
             and what ends the step: :func:`take_step_` or :meth:`defer_`.
         """
-        view: ViewOption = group.get("view")
-        parts: dict[tuple[bool, ViewOption], list[int]] = {}
-        shards = [local(p) for p in params]
-        layouts: dict[Tensor, Layout] = {}
-        for i, p in enumerate(params):
-            layout = self.layout(p, view)
-            if layout is not None and layout.whole is None:
-                layouts[shards[i]] = layout
-                parts.setdefault((True, view), []).append(i)
-            else:
-                whole = view if layout is None or view == "auto" else layout.whole
-                parts.setdefault((False, whole), []).append(i)
-        for (split, local_view), members in parts.items():
+        views = [group.get("view")] * len(params)
+        for members, shards, view, finish in self.located(params, views):
             options = {**group, "params": [params[i] for i in members]}
             if "view" in group:
-                options["view"] = local_view
-            if split:
+                options["view"] = view
+            if finish is not take_step_:
                 options["fused"] = False
             yield (
                 options,
-                [shards[i] for i in members],
+                shards,
                 [local(grads[i]) for i in members],
                 [{key: local(value) for key, value in states[i].items()} for i in members],
-                functools.partial(self.defer_, layouts) if split else take_step_,
+                finish,
             )
 
-    def layout(self, p: Tensor, view: ViewOption) -> Layout | None:
+    def located(
+        self, params: Sequence[Tensor], views: Sequence[ViewOption]
+    ) -> Iterator[tuple[list[int], list[Tensor], ViewOption, Callable[..., None]]]:
+        """Split parameters by the view of their shards, and by whether slices are on other ranks.
+
+        Yields:
+            The indices of some; their shards; the view of those; and what ends a step of them.
+        """
+        parts: dict[tuple[bool, ViewOption], list[int]] = {}
+        shards = [local(p) for p in params]
+        layouts: dict[Tensor, Layout] = {}
+        for i, (p, view) in enumerate(zip(params, views, strict=True)):
+            layout = self._layout(p, view)
+            if layout is not None and layout.whole is None:
+                layouts[shards[i]] = layout
+            elif layout is not None and view != "auto":
+                view = layout.whole
+            parts.setdefault((shards[i] in layouts, view), []).append(i)
+        for (split, view), members in parts.items():
+            finish = functools.partial(self.defer_, layouts) if split else take_step_
+            yield members, [shards[i] for i in members], view, finish
+
+    def _layout(self, p: Tensor, view: ViewOption) -> Layout | None:
         """Where the slices of a weight live; None for one of which nothing need be known."""
         if view is None or p.ndim < 2 or p.numel() == 0 or not is_sharded(p):
             return None
