@@ -71,6 +71,13 @@ class Layout:
         """The view of the shard in which this rank sums."""
         return View.channel(self.dim)
 
+    @property
+    def slices(self) -> int:
+        """The number of slices of the whole weight."""
+        if self.view.kind == "channel":
+            return self.shape[self.view.dim]
+        return self.view.count
+
     def by_slice(self, sums: Tensor) -> Tensor:
         """Sums over channels, shape ``(channels, ...)``, to sums over slices, ``(count, ...)``."""
         return torch.segment_reduce(sums, "sum", lengths=self._lengths, initial=0, unsafe=True)

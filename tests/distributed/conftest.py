@@ -46,10 +46,7 @@ class World:
                 self.close()
                 pytest.fail(f"ranks {sorted(waiting.values())} hang in {function.__name__}{args}")
             for pipe in ready:
-                try:
-                    answers[waiting[pipe]] = pipe.recv()
-                except (EOFError, ConnectionError):
-                    answers[waiting[pipe]] = (False, "this rank died")
+                answers[waiting[pipe]] = received(pipe)
         for rank, (fine, answer) in enumerate(answers):
             if not fine:
                 pytest.fail(f"rank {rank}: {answer}")
@@ -60,12 +57,23 @@ class World:
             with contextlib.suppress(OSError, BrokenPipeError):
                 pipe.send(None)
         for process in self.processes:
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end(process)
         self._folder.cleanup()
+
+
+def received(pipe):
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        return False, "this rank died"
+
+
+def end(process):
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="package")
