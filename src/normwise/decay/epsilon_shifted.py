@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from normwise.geometry import View, at_least_float32, unit
+from normwise.sharding import Layout, is_sharded, lay_out, local, sum_over_ranks_
 
 __all__ = [
     "AttachedRegularizer",
@@ -98,7 +99,8 @@ class _Weight:
     def scales(self) -> Tensor:
         """The norm or std of each slice, the quantity that ε is compared with."""
         found = []
-        for piece in self.tensor.chunk(self.groups):
+        tensor = self.tensor
+        for piece in (tensor.full_tensor() if is_sharded(tensor) else tensor).chunk(self.groups):
             slices = self.view.slices(at_least_float32(piece))
             if self.scale == "std":
                 slices = slices - slices.mean(tuple(range(1, slices.ndim)), keepdim=True)
@@ -109,6 +111,21 @@ class _Weight:
     def penalty(self, eps: float) -> Tensor:
         pieces = self.tensor.chunk(self.groups)
         return torch.stack([shifted_penalty(p, self.view, self.scale, eps) for p in pieces]).sum()
+
+    def layout(self) -> Layout | None:
+        """Where the slices are, of a weight that is a DTensor.
+
+        Raises:
+            ValueError: for one that is normalized in groups and sharded.
+        """
+        if not is_sharded(self.tensor):
+            return None
+        if self.groups > 1:
+            raise ValueError(
+                f"EpsilonShiftedL2 cannot act on {self.name}: it is normalized in {self.groups} "
+                "groups, whose slices cannot be told apart in the shards of a DTensor"
+            )
+        return lay_out(self.tensor, self.view)
 
     def decay(self, eps: float) -> Tensor:
         if self.groups == 1:
@@ -201,6 +218,8 @@ class EpsilonShiftedL2:
             for group, weights in zip(self.groups, self._weights, strict=True)
             for w in weights
         ]
+        # Of DTensors each rank gets the whole, and its backward pass the gradients of its shards.
+        terms = [t.full_tensor() if is_sharded(t) else t for t in terms]
         return torch.stack([t.to(terms[0].device) for t in terms]).sum()
 
     def attach(
@@ -257,20 +276,23 @@ class EpsilonShiftedL2:
         # Set by GradScaler around the step of a fused optimizer, which unscales by itself.
         grad_scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
+        work = []
         for group, weights in zip(self.groups, self._weights, strict=True):
             _check(group)
             tensors = [(w, p) for w in weights if (p := w.tensor) in lr and p.grad is not None]
-            if not tensors or group.weight_decay == 0:
-                continue
-            decays = [w.decay(group.eps) for w, _ in tensors]
+            if tensors and group.weight_decay != 0:
+                work.append((group, tensors))
+        of_all = iter(_decays([(w, group.eps) for group, ws in work for w, _ in ws]))
+        for group, tensors in work:
+            decays = [next(of_all) for _ in tensors]
             torch._foreach_mul_(decays, group.weight_decay)
             if coupling == "coupled":
-                targets = [cast(Tensor, p.grad) for _, p in tensors]
+                targets = [local(_placed_gradient(p)) for _, p in tensors]
                 if grad_scale is not None:
                     decays = [d * grad_scale.to(d.device) for d in decays]
             else:
-                targets = [p for _, p in tensors]
-                factors = [-lr[p] for p in targets]
+                targets = [local(p) for _, p in tensors]
+                factors = [-lr[p] for _, p in tensors]
                 if found_inf is not None:
                     factors = [f * (1 - found_inf) for f in factors]
                 decays = [d * f for d, f in zip(decays, factors, strict=True)]
@@ -401,6 +423,53 @@ def _find(modules: Iterable[nn.Module]) -> Iterator[_Weight]:
                     cast(int, getattr(says, "groups", 1)),
                     "norm" if scale == "norm" else "std",
                 )
+
+
+def _decays(weights: Sequence[tuple[_Weight, float]]) -> list[Tensor]:
+    """The gradients of the penalties with these ε; of DTensors, this rank's shards of them.
+
+    Slices that are split over ranks are summed in one collective a process group.
+    """
+    decays: list[Tensor] = []
+    split: list[tuple[int, Layout, Tensor]] = []
+    for w, eps in weights:
+        layout = w.layout()
+        if layout is None:
+            decays.append(w.decay(eps))
+        elif layout.whole is not None:
+            decays.append(shifted_decay(local(w.tensor), layout.whole, w.scale, eps))
+        else:
+            shard = at_least_float32(local(w.tensor))
+            wide = layout.channels.slices(shard).flatten(1).double()
+            sums = torch.stack([wide.square().sum(1), wide.sum(1)], 1)
+            split.append((len(decays), layout, layout.by_slice(sums)))
+            decays.append(shard.clone())
+    sum_over_ranks_([sums for _, _, sums in split], [layout for _, layout, _ in split])
+    for i, layout, sums in split:
+        w, eps = weights[i]
+        squares, means = sums.unbind(1)
+        if w.scale == "norm":
+            means, lengths = torch.zeros_like(means), squares.sqrt()
+        else:
+            entries = layout.shape.numel() // layout.slices
+            means = means / entries
+            lengths = (squares / entries - means.square()).clamp_min(0).add(1e-30).sqrt()
+        lengths = torch.where(lengths > 0, lengths, torch.inf)
+        slices = layout.channels.slices(decays[i])
+        means, lengths = (
+            layout.by_channel(t).to(slices.dtype).view(-1, *(1 for _ in slices.shape[1:]))
+            for t in (means, lengths)
+        )
+        slices.sub_((slices - means) / lengths, alpha=eps)
+    return decays
+
+
+def _placed_gradient(p: Tensor) -> Tensor:
+    """The gradient of a weight, which for a DTensor must be placed as it is."""
+    grad = cast(Tensor, p.grad)
+    if is_sharded(grad) and is_sharded(p) and grad.placements != p.placements:
+        grad = p.grad = grad.redistribute(p.device_mesh, p.placements)
+    return grad
 
 
 def _check(group: DecayGroup) -> None:

@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
 from normwise.geometry import View, at_least_float32, computing_dtype
 from normwise.optim.kernels import Fused, check_available, takes_scaler
 from normwise.optim.projection import ViewOption, norms_by_slice, project_, retract_
+from normwise.sharding import is_sharded, local, shard_like, summed_gradients
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -44,7 +45,15 @@ class NormwiseOptimizer(Optimizer):
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+        finish: Callable[..., None],
+    ) -> None:
+        """Step some parameters of a group; ``finish`` is :func:`take_step_` or stands in for it."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -68,6 +77,7 @@ class NormwiseOptimizer(Optimizer):
             if group["fused"]:
                 check_available(group["params"], stochastic_rounding=group["stochastic_rounding"])
             for p in group["params"]:
+                check_not_flattened(p, group.get("view"))
                 if isinstance(group.get("view"), View) and p.ndim > 1:
                     group["view"].check(p.shape)
         except (ValueError, RuntimeError, ImportError):
@@ -136,20 +146,46 @@ class NormwiseOptimizer(Optimizer):
         if not self._unscale():
             return loss
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            for group in self.param_groups:
-                params = [p for p in group["params"] if p.grad is not None]
-                for p in params:
-                    if p.grad.is_sparse:
-                        raise RuntimeError(
-                            f"{type(self).__name__} does not support sparse gradients, but a "
-                            f"parameter of shape {tuple(p.shape)} has one; make it dense"
-                        )
-                    if not self.state[p]:
-                        self.state[p].update(self._init_state(p, group))
-                if params:
-                    scheduled = {key: _scheduled(group[key]) for key in ("lr", "weight_decay")}
-                    self._update({**group, **scheduled}, params, [p.grad for p in params])
+            work = [self._work(group) for group in self.param_groups]
+            if any(is_sharded(p) for _, params, _ in work for p in params):
+                self._step_sharded(work)
+            else:
+                for group, params, grads in work:
+                    if params:
+                        states = [self.state[p] for p in params]
+                        self._update(group, params, grads, states, take_step_)
         return loss
+
+    def _work(self, group: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor], list[Tensor]]:
+        """The options of a group in this step, its parameters that have gradients, and those."""
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if p.grad.is_sparse:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients, but a "
+                    f"parameter of shape {tuple(p.shape)} has one; make it dense"
+                )
+            if not self.state[p]:
+                check_not_flattened(p, group.get("view"))
+                self.state[p].update(self._init_state(p, group))
+        scheduled = {key: _scheduled(group[key]) for key in ("lr", "weight_decay")}
+        return {**group, **scheduled}, params, [p.grad for p in params]
+
+    def _step_sharded(self, work: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]) -> None:
+        """Step DTensors, alone or among others, with one exchange for all groups."""
+        from normwise.optim.sharded import Exchange
+
+        if self.defaults["differentiable"]:
+            raise RuntimeError("differentiable=True cannot be had with DTensor parameters")
+        exchange = Exchange(self.__dict__.setdefault("_layouts", {}))
+        pairs = [(p, g) for _, params, grads in work for p, g in zip(params, grads, strict=True)]
+        summed = iter(summed_gradients(pairs))
+        for group, params, grads in work:
+            for part in exchange.parts(
+                group, params, [next(summed) for _ in grads], [self.state[p] for p in params]
+            ):
+                self._update(*part)
+        exchange.finish_()
 
     def _unscale(self) -> bool:
         """Do what a GradScaler leaves to a fused step; return whether all gradients are finite."""
@@ -160,7 +196,7 @@ class NormwiseOptimizer(Optimizer):
             return False
         if grad_scale is not None:
             grads = [p.grad for p in _flat(self.param_groups)]
-            torch._foreach_div_([grad for grad in grads if grad is not None], grad_scale)
+            torch._foreach_div_([local(grad) for grad in grads if grad is not None], grad_scale)
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,6 +234,10 @@ class NormwiseOptimizer(Optimizer):
                         f"{type(self).__name__} cannot continue this state dict: {key} of a "
                         f"parameter of shape {tuple(p.shape)} has shape {tuple(value.shape)}"
                     )
+        for saved_id, p in pairs:
+            for key in set(self._state_keys) - {"step"}:
+                if state.get(saved_id, {}).get(key) is not None:
+                    state[saved_id][key] = shard_like(state[saved_id][key], p)
         super().load_state_dict({**state_dict, "param_groups": groups, "state": state})
 
         # torch casts state to the parameter's dtype; ours is float32 or better.
@@ -280,6 +320,16 @@ def as_view_option(value: object) -> ViewOption:
     if isinstance(value, str):
         return View.parse(value)
     raise ValueError(f"Invalid view: {value!r}; must be 'auto', a normwise.View or None")
+
+
+def check_not_flattened(p: Tensor, view: object) -> None:
+    """Raise ValueError if a view is to be taken of a parameter that FSDP1 has made flat."""
+    if view is not None and p.ndim < 2 and getattr(p, "_fsdp_flattened", False):
+        raise ValueError(
+            f"view {str(view)!r} is of a weight's slices, but FullyShardedDataParallel has made "
+            f"this parameter flat: its shape is {tuple(p.shape)}. Shard the model with "
+            "torch.distributed.fsdp.fully_shard, or give view=None, which never projects"
+        )
 
 
 def check_norm_option(norm: object, view: object) -> None:
@@ -401,17 +451,45 @@ def take_step_(
     views = [view if p.ndim > 1 else None for p in params]
     fixed = norms_by_slice(weights, views) if norm == "fixed" else None
     projected = project_(updates, weights, grads, views, delta=delta, eps=eps)
+    descend_(
+        weights,
+        updates,
+        projected,
+        step_sizes,
+        decay_lr=decay_lr,
+        weight_decay=weight_decay,
+        wd_ratio=wd_ratio if fixed is None else 0.0,
+        foreach=foreach,
+    )
+    if fixed is not None:
+        retract_(weights, views, fixed)
+    round_back_(params, weights, stochastic_rounding)
+
+
+def descend_(
+    weights: Tensors,
+    updates: Tensors,
+    projected: Sequence[Tensor | bool],
+    step_sizes: Sequence[float | Tensor],
+    *,
+    decay_lr: float | Tensor,
+    weight_decay: float | Tensor,
+    wd_ratio: float,
+    foreach: bool,
+) -> None:
+    """Decay the weights, less where projected, and subtract step size × update."""
     if is_nonzero(weight_decay):
-        ratio = wd_ratio if fixed is None else 0.0
-        scale_(weights, decay_factors(projected, decay_lr, weight_decay, ratio), foreach)
+        scale_(weights, decay_factors(projected, decay_lr, weight_decay, wd_ratio), foreach)
     scale_(updates, step_sizes, foreach)
     if foreach:
         torch._foreach_sub_(weights, updates)
     else:
         for weight, update in zip(weights, updates, strict=True):
             weight.sub_(update)
-    if fixed is not None:
-        retract_(weights, views, fixed)
+
+
+def round_back_(params: Tensors, weights: Tensors, stochastic_rounding: bool) -> None:
+    """Put weights that are float32 copies back into parameters of half precision."""
     for p, weight in zip(params, weights, strict=True):
         if computing_dtype(p.dtype) != p.dtype:
             p.copy_(round_stochastically(weight, p.dtype) if stochastic_rounding else weight)

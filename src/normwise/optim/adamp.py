@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -128,8 +129,14 @@ class AdamP(NormwiseOptimizer):
             "exp_avg_sq": new_moment(p),
         }
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        states = [self.state[p] for p in params]
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+        finish: Callable[..., None] = take_step_,
+    ) -> None:
         adamp(
             params,
             grads,
@@ -150,6 +157,7 @@ class AdamP(NormwiseOptimizer):
             norm=group["norm"],
             stochastic_rounding=group["stochastic_rounding"],
             maximize=group["maximize"],
+            finish=finish,
         )
 
 
@@ -174,12 +182,16 @@ def adamp(
     norm: str = "free",
     stochastic_rounding: bool = False,
     maximize: bool = False,
+    finish: Callable[..., None] = take_step_,
 ) -> None:
     """Functional form of one step of :class:`AdamP`, in place on parameters and state.
 
-    With ``fused``, which remembers the plans of these parameters, the fused step is taken.
+    With ``fused``, which remembers the plans of these parameters, the fused step is taken;
+    otherwise ``finish`` ends the step once the moments and the updates are made.
     """
-    step = _multi_tensor_adamp if foreach else _single_tensor_adamp
+    step = functools.partial(
+        _multi_tensor_adamp if foreach else _single_tensor_adamp, finish=finish
+    )
     if fused is not None:
         step = functools.partial(_fused_adamp, fused)
     step(
@@ -222,6 +234,7 @@ def _single_tensor_adamp(
     norm: str = "free",
     stochastic_rounding: bool = False,
     maximize: bool = False,
+    finish: Callable[..., None] = take_step_,
 ) -> None:
     for param, raw_grad, exp_avg, exp_avg_sq, step_t in zip(
         params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True
@@ -243,7 +256,7 @@ def _single_tensor_adamp(
         direction = m.clone() if torch.is_grad_enabled() else m
         update = (m.lerp(grad, 1 - beta1) if nesterov else direction) / denom
 
-        take_step_(
+        finish(
             [param],
             [weight],
             [update],
@@ -280,6 +293,7 @@ def _multi_tensor_adamp(
     norm: str = "free",
     stochastic_rounding: bool = False,
     maximize: bool = False,
+    finish: Callable[..., None] = take_step_,
 ) -> None:
     lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
     for group in by_device_and_dtype(*lists):
@@ -304,7 +318,7 @@ def _multi_tensor_adamp(
         updates = torch._foreach_div(directions, denoms)
         del denoms, directions
 
-        take_step_(
+        finish(
             group[0],
             weights,
             updates,

@@ -15,7 +15,7 @@ ViewOption = View | Literal["auto"] | None
 
 _CHANNEL = View.channel()
 # Weights beyond this many entries are large enough to be handled alone, without a copy.
-_BATCHED_ENTRIES = 1 << 18
+BATCHED_ENTRIES = 1 << 18
 
 
 def project_(
@@ -46,26 +46,26 @@ def project_(
     projected: list[Tensor | bool] = [view is not None for view in views]
     for view, members in _buckets(views, weights):
         slicing = view if isinstance(view, View) else _CHANNEL
-        u, w = (_batch(tensors, members, slicing) for tensors in (updates, weights))
+        u, w = (batch(tensors, members, slicing) for tensors in (updates, weights))
         if isinstance(view, View):
             direction, _ = unit(w, 2)
             radial = dot(direction, u, 2)
         else:
-            g = _batch(grads, members, slicing)
+            g = batch(grads, members, slicing)
             direction, radial, open_ = gated_radial(u, w, g, delta=delta, eps=eps)
             for i, gate in zip(members, open_.unbind(), strict=True):
                 projected[i] = gate
-        if _is_alias(members):
+        if is_alias(members):
             u.addcmul_(direction, radial, value=-1)
         else:
-            _unbatch_(updates, members, slicing, u - direction * radial)
+            unbatch_(updates, members, slicing, u - direction * radial)
     return projected
 
 
 def norms_by_slice(weights: Sequence[Tensor], views: Sequence[ViewOption]) -> list[Tensor]:
     """The norms of the slices of weights that have a :class:`View`, for :func:`retract_`."""
     return [
-        slice_norms(_batch(weights, members, view), 2)
+        slice_norms(batch(weights, members, view), 2)
         for view, members in _buckets(views, weights)
         if isinstance(view, View)
     ]
@@ -81,9 +81,10 @@ def retract_(
     remaining = iter(norms)
     for view, members in _buckets(views, weights):
         if isinstance(view, View):
-            w = _batch(weights, members, view)
-            direction, _ = unit(w, 2)
-            _unbatch_(weights, members, view, direction * next(remaining))
+            w = batch(weights, members, view)
+            norm = slice_norms(w, 2)
+            # A factor, which is exactly 1 where nothing has changed.
+            unbatch_(weights, members, view, w * (next(remaining) / torch.where(norm > 0, norm, 1)))
 
 
 def _buckets(
@@ -93,13 +94,13 @@ def _buckets(
     buckets: dict[tuple[View | Literal["auto"], torch.Size, int], list[int]] = {}
     for i, (view, w) in enumerate(zip(views, weights, strict=True)):
         if view is not None and w.numel() > 0:
-            alone = i if w.numel() > _BATCHED_ENTRIES else -1
+            alone = i if w.numel() > BATCHED_ENTRIES else -1
             buckets.setdefault((view, w.shape, alone), []).append(i)
     for (view, _, _), members in buckets.items():
         yield view, members
 
 
-def _is_alias(members: list[int]) -> bool:
+def is_alias(members: list[int]) -> bool:
     """Whether a batch of these is an alias: of one member, changed in place.
 
     Not in the sight of autograd, which must not see what it saved change.
@@ -107,14 +108,14 @@ def _is_alias(members: list[int]) -> bool:
     return len(members) == 1 and not torch.is_grad_enabled()
 
 
-def _batch(tensors: Sequence[Tensor], members: list[int], view: View) -> Tensor:
+def batch(tensors: Sequence[Tensor], members: list[int], view: View) -> Tensor:
     """Slices of some tensors: an alias (1, slices, ...), or a copy (members, slices, entries)."""
-    if _is_alias(members):
+    if is_alias(members):
         return view.slices(tensors[members[0]]).unsqueeze(0)
     return torch.stack([view.slices(tensors[i]) for i in members]).flatten(2)
 
 
-def _unbatch_(tensors: Sequence[Tensor], members: list[int], view: View, batch: Tensor) -> None:
+def unbatch_(tensors: Sequence[Tensor], members: list[int], view: View, batch: Tensor) -> None:
     """Copy a batch into the tensors that it was made of."""
     for i, result in zip(members, batch.unbind(), strict=True):
         slices = view.slices(tensors[i])

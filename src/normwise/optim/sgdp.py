@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -123,11 +124,18 @@ class SGDP(NormwiseOptimizer):
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"momentum_buffer": new_moment(p)} if group["momentum"] != 0 else {}
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+        finish: Callable[..., None] = take_step_,
+    ) -> None:
         sgdp(
             params,
             grads,
-            [self.state[p]["momentum_buffer"] if group["momentum"] else None for p in params],
+            [state["momentum_buffer"] if group["momentum"] else None for state in states],
             foreach=use_foreach(group, params),
             fused=self._fused(group) if use_fused(group, params) else None,
             lr=group["lr"],
@@ -142,6 +150,7 @@ class SGDP(NormwiseOptimizer):
             norm=group["norm"],
             stochastic_rounding=group["stochastic_rounding"],
             maximize=group["maximize"],
+            finish=finish,
         )
 
 
@@ -164,13 +173,15 @@ def sgdp(
     norm: str = "free",
     stochastic_rounding: bool = False,
     maximize: bool = False,
+    finish: Callable[..., None] = take_step_,
 ) -> None:
     """Functional form of one step of :class:`SGDP`, in place on parameters and buffers.
 
     A buffer of ``None`` stands for a momentum of 0. With ``fused``, which remembers the plans of
-    these parameters, the fused step is taken.
+    these parameters, the fused step is taken;
+    otherwise ``finish`` ends the step once the buffers and the updates are made.
     """
-    step = _multi_tensor_sgdp if foreach else _single_tensor_sgdp
+    step = functools.partial(_multi_tensor_sgdp if foreach else _single_tensor_sgdp, finish=finish)
     if fused is not None:
         step = functools.partial(_fused_sgdp, fused)
     step(
@@ -209,6 +220,7 @@ def _single_tensor_sgdp(
     norm: str = "free",
     stochastic_rounding: bool = False,
     maximize: bool = False,
+    finish: Callable[..., None] = take_step_,
 ) -> None:
     for param, raw_grad, momentum_buffer in zip(params, grads, momentum_buffers, strict=True):
         weight, grad = working(param), working(raw_grad)
@@ -223,7 +235,7 @@ def _single_tensor_sgdp(
             nesterov=nesterov,
             foreach=False,
         )
-        take_step_(
+        finish(
             [param],
             [weight],
             updates,
@@ -258,6 +270,7 @@ def _multi_tensor_sgdp(
     norm: str = "free",
     stochastic_rounding: bool = False,
     maximize: bool = False,
+    finish: Callable[..., None] = take_step_,
 ) -> None:
     buffered = [buffer for buffer in momentum_buffers if buffer is not None]
     for group in by_device_and_dtype(params, grads, *([buffered] if buffered else [])):
@@ -273,7 +286,7 @@ def _multi_tensor_sgdp(
             nesterov=nesterov,
             foreach=True,
         )
-        take_step_(
+        finish(
             group[0],
             weights,
             updates,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -114,11 +115,18 @@ class SGDW(NormwiseOptimizer):
                 if "momentum_buffer" in state:
                     state["momentum_buffer"] = state["momentum_buffer"] * saved["lr"]
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+        finish: Callable[..., None] = take_step_,
+    ) -> None:
         sgdw(
             params,
             grads,
-            [self.state[p]["momentum_buffer"] if group["momentum"] else None for p in params],
+            [state["momentum_buffer"] if group["momentum"] else None for state in states],
             foreach=use_foreach(group, params),
             fused=self._fused(group) if use_fused(group, params) else None,
             lr=group["lr"],

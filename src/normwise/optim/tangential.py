@@ -13,12 +13,15 @@ from torch.optim.optimizer import Optimizer
 from normwise.geometry import View
 from normwise.optim._base import (
     as_view_option,
+    by_device_and_dtype,
     check_norm_option,
+    check_not_flattened,
     check_number,
-    real_alias,
-    take_step_,
     working,
 )
+from normwise.optim.projection import ViewOption
+from normwise.optim.sharded import Exchange
+from normwise.sharding import local
 
 __all__ = ["Tangential", "tangential"]
 
@@ -100,25 +103,33 @@ class Tangential(Optimizer):
         with self._without_decay():
             loss = self.optimizer.step(closure)
         with torch.no_grad():
+            exchange = Exchange(self.__dict__.setdefault("_layouts", {}))
             for group in self.param_groups:
-                self._remove_radial_part_(group, before)
+                params = [p for p in group["params"] if p in before and p.grad is not None]
+                views = [self._views[p] for p in params]
+                for members, shards, view, finish in exchange.located(params, views):
+                    olds = [local(before[params[i]]) for i in members]
+                    self._remove_radial_part_(group, shards, olds, view, finish)
+            exchange.finish_()
         return loss
 
-    def _remove_radial_part_(self, group: dict[str, Any], before: dict[Tensor, Tensor]) -> None:
-        by_view: dict[tuple[View, torch.dtype], list[Tensor]] = {}
-        for p in group["params"]:
-            if p in before and p.grad is not None:
-                by_view.setdefault((self._views[p], p.dtype), []).append(p)
-        for (view, _), params in by_view.items():
-            after = [working(p) for p in params]
-            weights = [working(before[p]) for p in params]
-            steps = torch._foreach_sub(weights, after)
-            take_step_(
-                params,
-                weights,
+    def _remove_radial_part_(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        before: list[Tensor],
+        view: ViewOption,
+        finish: Callable[..., None],
+    ) -> None:
+        for ps, olds in by_device_and_dtype(params, before):
+            steps = torch._foreach_sub([working(w) for w in olds], [working(p) for p in ps])
+            torch._foreach_copy_(ps, olds)
+            finish(
+                ps,
+                [working(p) for p in ps],
                 steps,
                 steps,
-                [1.0] * len(params),
+                [1.0] * len(ps),
                 view=view,
                 delta=0.0,
                 eps=0.0,
@@ -129,7 +140,6 @@ class Tangential(Optimizer):
                 stochastic_rounding=False,
                 foreach=True,
             )
-            torch._foreach_copy_([real_alias(p) for p in params], weights)
 
     def _decay_lr(self, group: dict[str, Any]) -> float | Tensor:
         """What λ is multiplied by: η, or for SGD the η/(1 − μ) that L2 through its buffer is."""
@@ -208,6 +218,9 @@ def tangential(
     """
     check_number("wd_ratio", wd_ratio)
     resolved = _resolved(optimizer, views)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            check_not_flattened(p, "of tangential")
     for p, view in resolved.items():
         view.check(p.shape)
         check_norm_option(norm, view)

@@ -1,0 +1,311 @@
+"""Steps of weights that are DTensors: FSDP2, HSDP, tensor parallelism, and their combinations.
+
+A rank steps its own shards. Weights whose slices lie whole on ranks take the step of any other
+weight, fused kernels included. For the others the end of the step is put off: each rank sums
+⟨w, u⟩, ‖w‖², … over its pieces of slices, in float64, where neither overflows nor underflows for
+norms from 1e-30 to 1e30; the sums of all weights of the model are added up together; and then what
+is removed is a multiple of the weight, ``u -= coefficient * w``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normwise.geometry import View
+from normwise.optim._base import Tensors, descend_, round_back_, scalar_dtype, take_step_
+from normwise.optim.projection import BATCHED_ENTRIES, ViewOption, batch, is_alias, unbatch_
+from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
+
+__all__ = ["Exchange"]
+
+# Sums over a slice: ⟨w, u⟩, ‖w‖², then for the gate ⟨w, g⟩, ‖g‖², or for a fixed norm ⟨w, u⟩, ‖u‖².
+WU, WW, WG, GG, SHUT = range(5)
+UU = GG
+
+_CHANNEL, _LAYER = View.channel(), View.layer()
+# Sums are taken of pieces of about this many entries, of which there are copies in float64.
+_SUMMED_ENTRIES = 1 << 20
+
+Part = tuple[
+    dict[str, Any], list[Tensor], list[Tensor], list[dict[str, Tensor]], Callable[..., None]
+]
+
+
+@dataclass
+class _Batch:
+    """Weights of one layout, handled together.
+
+    Attributes:
+        layout: theirs.
+        members: which they are of those in a call.
+        entries: the number of entries of a channel of the whole weight.
+        channel_sums: sums over channels of the shard, shape ``(channels, members, k)``.
+        sums: what is exchanged of each, shape ``(count, k)``. Of a weight in ``"auto"`` whose
+            channels are whole, a last column says whether those of this rank shut the gate.
+    """
+
+    layout: Layout
+    members: list[int]
+    entries: int
+    channel_sums: Tensor
+    sums: list[Tensor]
+
+
+@dataclass
+class _Deferred:
+    """The arguments of a :func:`take_step_` that was put off, and the sums that it needs."""
+
+    params: Tensors
+    weights: Tensors
+    updates: Tensors
+    step_sizes: Sequence[float | Tensor]
+    view: ViewOption
+    delta: float
+    eps: float
+    norm: str
+    stochastic_rounding: bool
+    options: dict[str, Any]
+    batches: list[_Batch]
+
+
+class Exchange:
+    """One step of an optimizer that may have parameters which are DTensors.
+
+    Args:
+        layouts: those that earlier steps have found; new ones are added.
+    """
+
+    def __init__(self, layouts: dict[Any, Layout]) -> None:
+        self._known = layouts
+        self._deferred: list[_Deferred] = []
+
+    def parts(
+        self,
+        group: dict[str, Any],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+    ) -> Iterator[Part]:
+        """Split a group into parts that are updated one after the other, as local tensors.
+
+        Yields:
+            The group's options, with a view that is the shards'; parameters, gradients and states;
+            and what ends the step: :func:`take_step_` or :meth:`defer_`.
+        """
+        views = [group.get("view")] * len(params)
+        for members, shards, view, finish in self.located(params, views):
+            options = {**group, "params": [params[i] for i in members]}
+            if "view" in group:
+                options["view"] = view
+            if finish is not take_step_:
+                options["fused"] = False
+            yield (
+                options,
+                shards,
+                [local(grads[i]) for i in members],
+                [{key: local(value) for key, value in states[i].items()} for i in members],
+                finish,
+            )
+
+    def located(
+        self, params: Sequence[Tensor], views: Sequence[ViewOption]
+    ) -> Iterator[tuple[list[int], list[Tensor], ViewOption, Callable[..., None]]]:
+        """Split parameters by the view of their shards, and by whether slices are on other ranks.
+
+        Yields:
+            The indices of some; their shards; the view of those; and what ends a step of them.
+        """
+        parts: dict[tuple[bool, ViewOption], list[int]] = {}
+        shards = [local(p) for p in params]
+        layouts: dict[Tensor, Layout] = {}
+        for i, (p, view) in enumerate(zip(params, views, strict=True)):
+            layout = self._layout(p, view)
+            if layout is not None and layout.whole is None:
+                layouts[shards[i]] = layout
+            elif layout is not None and view != "auto":
+                view = layout.whole
+            parts.setdefault((shards[i] in layouts, view), []).append(i)
+        for (split, view), members in parts.items():
+            finish = functools.partial(self.defer_, layouts) if split else take_step_
+            yield members, [shards[i] for i in members], view, finish
+
+    def _layout(self, p: Tensor, view: ViewOption) -> Layout | None:
+        """Where the slices of a weight live; None for one of which nothing need be known."""
+        if view is None or p.ndim < 2 or p.numel() == 0 or not is_sharded(p):
+            return None
+        key = (p.shape, p.placements, p.device_mesh, view)
+        if key not in self._known:
+            self._known[key] = _lay_out(p, view)
+        return self._known[key]
+
+    def defer_(
+        self,
+        layouts: Mapping[Tensor, Layout],
+        params: Tensors,
+        weights: Tensors,
+        updates: Tensors,
+        grads: Tensors,
+        step_sizes: Sequence[float | Tensor],
+        *,
+        view: ViewOption,
+        delta: float,
+        eps: float,
+        norm: str,
+        stochastic_rounding: bool,
+        **options: Any,
+    ) -> None:
+        """Put off a :func:`take_step_`, whose arguments these are, until :meth:`finish_`."""
+        buckets: dict[tuple[Layout, int], list[int]] = {}
+        for i, (p, w) in enumerate(zip(params, weights, strict=True)):
+            alone = i if w.numel() > BATCHED_ENTRIES else -1
+            buckets.setdefault((layouts[p], alone), []).append(i)
+        batches = []
+        for (layout, _), members in buckets.items():
+            u, w, g = (
+                batch(tensors, members, layout.channels) for tensors in (updates, weights, grads)
+            )
+            sums = _channel_sums(u, w, g if view == "auto" else u if norm == "fixed" else None)
+            exchanged = layout.by_slice(sums)
+            numbers = 2 if params[members[0]].is_complex() else 1
+            entries = numbers * layout.shape.numel() // layout.shape[layout.dim]
+            if view == "auto" and layout.view == _LAYER:
+                shut = _shut(sums, entries, w.dtype, delta, eps)
+                exchanged = torch.cat([exchanged, shut[None, :, None].to(sums.dtype)], 2)
+            batches.append(_Batch(layout, members, entries, sums, list(exchanged.unbind(1))))
+        if norm == "fixed":
+            options["wd_ratio"] = 0.0
+        how = (view, delta, eps, norm, stochastic_rounding)
+        self._deferred.append(
+            _Deferred(params, weights, updates, step_sizes, *how, options, batches)
+        )
+
+    def finish_(self) -> None:
+        """Exchange the sums of all steps that were put off, and take them."""
+        # In the order of parameters: shards of unequal sizes may fall into other batches elsewhere.
+        slots = [
+            (d, i, b, j)
+            for d, deferred in enumerate(self._deferred)
+            for b, members in enumerate(deferred.batches)
+            for j, i in enumerate(members.members)
+        ]
+        slots.sort(key=lambda slot: slot[:2])
+        where = [(self._deferred[d].batches[b], j) for d, _, b, j in slots]
+        sum_over_ranks_([b.sums[j] for b, j in where], [b.layout for b, _ in where])
+        for deferred in self._deferred:
+            _finish_(deferred)
+        self._deferred.clear()
+
+
+def _lay_out(p: Any, view: ViewOption) -> Layout:
+    if isinstance(view, View):
+        return lay_out(p, view)
+    layer = lay_out(p, _LAYER)
+    if layer.whole is not None or lay_out(p, _CHANNEL).whole is not None:
+        return layer
+    return lay_out_channels(p)
+
+
+def _finish_(step: _Deferred) -> None:
+    projected: list[Tensor | bool] = [True] * len(step.params)
+    for b in step.batches:
+        view = b.layout.channels
+        u, w = (batch(tensors, b.members, view) for tensors in (step.updates, step.weights))
+        sums = torch.stack(b.sums, 1)
+        if step.view == "auto":
+            coefficients, open_ = _gated_coefficients(b, sums, w.dtype, step.delta, step.eps)
+            for i, gate in zip(b.members, open_.unbind(), strict=True):
+                projected[i] = gate
+        else:
+            coefficients = b.layout.by_channel(sums[..., WU] / _positive(sums[..., WW]))
+        coefficients = coefficients.T.to(w.dtype).view(*w.shape[:2], *(1 for _ in w.shape[2:]))
+        if is_alias(b.members):
+            u.addcmul_(w, coefficients, value=-1)
+        else:
+            unbatch_(step.updates, b.members, view, u - w * coefficients)
+    descend_(step.weights, step.updates, projected, step.step_sizes, **step.options)
+    if step.norm == "fixed":
+        for b in step.batches:
+            for i, sums in zip(b.members, b.sums, strict=True):
+                factors = b.layout.by_channel(_retraction(sums, step.step_sizes[i]))
+                slices = b.layout.channels.slices(step.weights[i])
+                slices.mul_(factors.to(slices.dtype).view(-1, *(1 for _ in slices.shape[1:])))
+    round_back_(step.params, step.weights, step.stochastic_rounding)
+
+
+def _channel_sums(u: Tensor, w: Tensor, other: Tensor | None) -> Tensor:
+    """⟨w, u⟩, ‖w‖² and, if there is another, ⟨w, other⟩, ‖other‖² of each channel.
+
+    Args:
+        u, w, other: batches of shape ``(members, channels, ...)``.
+
+    Returns:
+        Shape ``(channels, members, 2 or 4)``, in float64 where the device has it.
+    """
+    tensors = [t for t in (u, w, other) if t is not None]
+    pairs = [(1, 0), (1, 1), (1, 2), (2, 2)][: 2 if other is None else 4]
+    channels = max(1, _SUMMED_ENTRIES // max(1, w[:, :1].numel()))
+    sums = []
+    for pieces in zip(*(torch.split(t, channels, 1) for t in tensors), strict=True):
+        wide = [piece.flatten(2).to(scalar_dtype(w.device)) for piece in pieces]
+        sums.append(torch.stack([(wide[a] * wide[b]).sum(2).T for a, b in pairs], 2))
+    return torch.cat(sums)
+
+
+def _shut(sums: Tensor, entries: int, dtype: torch.dtype, delta: float, eps: float) -> Tensor:
+    """Whether a channel's cosine shuts the gate of the channel view, for each weight."""
+    return ~(_cosine(sums, dtype, eps) < delta / math.sqrt(entries)).all(0)
+
+
+def _gated_coefficients(
+    b: _Batch, sums: Tensor, dtype: torch.dtype, delta: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """What projection.gated_radial decides, from sums over ranks, shape ``(count, members, k)``.
+
+    Returns:
+        The multiple of each channel of ``w`` to subtract, shape ``(channels, members)``; and
+        whether the gate is open, shape ``(members,)``.
+    """
+    by_channel = _shrunk(sums if b.layout.view == _CHANNEL else b.channel_sums, eps)
+    if b.layout.view == _CHANNEL:
+        by_channel = b.layout.by_channel(by_channel)
+        shut = _shut(sums, b.entries, dtype, delta, eps)
+        total = sums.sum(0)
+    else:
+        total, shut = sums[0], sums[0, :, SHUT] > 0
+    evidence = total[:, GG] > 0
+    channel_open = evidence & ~shut
+    layer_gate = delta / math.sqrt(b.entries * b.layout.shape[0])
+    layer_open = evidence & (_cosine(total, dtype, eps) < layer_gate)
+    by_layer = torch.where(layer_open, _shrunk(total, eps), 0)
+    return torch.where(channel_open, by_channel, by_layer), channel_open | layer_open
+
+
+def _cosine(sums: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    """|⟨g, w⟩| / (max(‖w‖, eps)·max(‖g‖, eps))."""
+    guard = max(eps, torch.finfo(dtype).tiny)
+    norms = [sums[..., square].sqrt().clamp_min(guard) for square in (WW, GG)]
+    return sums[..., WG].abs() / norms[0] / norms[1]
+
+
+def _shrunk(sums: Tensor, eps: float) -> Tensor:
+    """⟨w, u⟩/(‖w‖ + eps)²: the multiple of w that the official code subtracts."""
+    return sums[..., WU] / _positive((sums[..., WW].sqrt() + eps).square())
+
+
+def _retraction(sums: Tensor, step_size: float | Tensor) -> Tensor:
+    """‖w‖/‖w − σu‖ of slices whose u has lost its radial part; 0 for a slice that is zero."""
+    tangential = (sums[:, UU] - sums[:, WU].square() / _positive(sums[:, WW])).clamp_min(0)
+    after = sums[:, WW] + step_size * step_size * tangential
+    return (sums[:, WW] / _positive(after)).sqrt()
+
+
+def _positive(t: Tensor) -> Tensor:
+    """``t``, but where it is zero, a divisor that makes zero of zero."""
+    return torch.where(t == 0, 1, t)
