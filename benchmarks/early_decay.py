@@ -171,7 +171,7 @@ def train(condition: str, seed: int, epochs: int, lr: float, weight_decay: float
     }
 
 
-def measured(model, weights, images, labels, some, step, optimizer, losses) -> dict[str, float]:
+def measured(model, weights, images, labels, test, step, optimizer, losses) -> dict[str, float]:
     norms = torch.stack([w.detach().norm() for w in weights])
     lr = optimizer.param_groups[0]["lr"]
     recent = losses[-100:]

@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from normwise.decay.attached import attached_to, check_unscheduled, label, split_groups
 from normwise.decay.native import Coupling, Native, native_decay
@@ -316,8 +315,10 @@ class Corrected(Policy):
 
     def effect(self, decay: Number, lr: Number, reference: Number, native: Native | None) -> Effect:
         corrected = decay * lr / (reference if self.max_lr is None else self.max_lr)
-        coupling: Coupling = "decoupled" if native is None else native.coupling
-        return Effect(coupling, corrected, lr * corrected)
+        if native is None:
+            return Effect("decoupled", corrected, lr * corrected)
+        corrected = corrected * native.rate
+        return Effect(native.coupling, corrected, lr * corrected)
 
 
 # The options of a group that a policy may change for the time of a step.
