@@ -228,10 +228,10 @@ ADDED = {
 }
 
 
-@pytest.mark.parametrize(("kind", "rule"), list(itertools.product(FUSED, RULES)))
+@pytest.mark.parametrize(
+    ("kind", "rule"), list(itertools.product(FUSED, [r for r in RULES if r != "cautious"]))
+)
 def test_fused_optimizers_stay_fused_and_run_no_more_than_one_operation(kind, rule):
-    if rule == "cautious":
-        pytest.skip("it looks at the update, around the step")
     params = [weight(torch.float32, seed=i) for i in range(3)]
     plain = operations(FUSED[kind](params), params)
     optimizer = FUSED[kind](params)

@@ -204,7 +204,7 @@ def _half_life(
     optimizer: Optimizer, group: dict[str, Any], effect: Effect, value: float
 ) -> float | None:
     """Steps in which a weight without a gradient halves."""
-    if value == 0:
+    if value == 0 or float(effect.shrink) == 0:
         return math.inf
     if effect.coupling == "decoupled":
         kept = 1 - float(effect.shrink) * (group["wd_ratio"] if _is_projected(group) else 1)
@@ -275,7 +275,8 @@ def _equilibrium(
     A step with momentum μ turns g into a displacement of η/(1 − μ) over time, so that ‖w‖² grows by
     η²‖g‖²/(1 − μ)² a step. SGD's L2 passes the buffer too and takes 2ηλ/(1 − μ) of it, SGDW's decay
     2ηλ: its equilibrium is SGD's for λ(1 − μ). A projected step grows ‖w‖² by its own square alone,
-    and decays it by 2ηλρ, ρ = wd_ratio.
+    and decays it by 2ηλρ, ρ = wd_ratio, as long as a step turns w by far less than 1 − μ: else
+    the buffer has turned against w, and the projection shortens it.
     """
     kind, lr = _kind(optimizer), float(group["lr"])
     if kind in ("AdamP", "SGDP") and group["norm"] == "fixed":
