@@ -1,5 +1,38 @@
-"""Weight decay as a policy: regularizers that attach to any optimizer."""
+"""Weight decay as a policy: what decays, when, and on what, with any optimizer."""
 
 from normwise.decay.epsilon_shifted import AttachedRegularizer, EpsilonShiftedL2
+from normwise.decay.explanation import Explanation, GroupDecay, explain
+from normwise.decay.groups import Groups, Rule, by_analysis, by_rules
+from normwise.decay.policies import L2, AttachedPolicy, Cautious, Corrected, Decoupled, Policy
+from normwise.decay.schedule import DecayScheduler, WarmRestarts, normalized, warm_restarts
+from normwise.decay.when import Cosine, Linear, Piecewise, Restarts, When, Window, early, late
 
-__all__ = ["AttachedRegularizer", "EpsilonShiftedL2"]
+__all__ = [
+    "L2",
+    "AttachedPolicy",
+    "AttachedRegularizer",
+    "Cautious",
+    "Corrected",
+    "Cosine",
+    "DecayScheduler",
+    "Decoupled",
+    "EpsilonShiftedL2",
+    "Explanation",
+    "GroupDecay",
+    "Groups",
+    "Linear",
+    "Piecewise",
+    "Policy",
+    "Restarts",
+    "Rule",
+    "WarmRestarts",
+    "When",
+    "Window",
+    "by_analysis",
+    "by_rules",
+    "early",
+    "explain",
+    "late",
+    "normalized",
+    "warm_restarts",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from normwise.decay.attached import attached_to, check_unscheduled, split_groups
 from normwise.geometry import View, at_least_float32, unit
 from normwise.sharding import Layout, is_sharded, lay_out, local, sum_over_ranks_
 
@@ -246,7 +247,8 @@ class EpsilonShiftedL2:
             A handle whose ``remove()`` ends it, and which prints what was done.
 
         Raises:
-            ValueError: if the optimizer has none of these weights, or has this regularizer already.
+            ValueError: if the optimizer has none of these weights, or has this regularizer already,
+                or if a policy or a schedule acts on them.
             RuntimeError: in a step with a closure, which would recompute the gradients.
         """
         if coupling not in ("coupled", "decoupled"):
@@ -261,18 +263,36 @@ class EpsilonShiftedL2:
                 "the optimizer has none of the weights of EpsilonShiftedL2; make it after the "
                 "model is converted, from model.parameters()"
             )
+        for other in attached_to(optimizer):
+            for p in names.keys() & set(other.params):
+                raise ValueError(
+                    f"{other.label} is attached to {names[p]} already; attach it after "
+                    "EpsilonShiftedL2, which it then leaves alone, or to other weights"
+                )
         excluded = _exclude(optimizer, names)
         self._attached.add(optimizer)
         handle = optimizer.register_step_pre_hook(_Hook(self, coupling))
         missing = tuple(name for w, name in names.items() if w not in held)
-        return AttachedRegularizer(
-            coupling, tuple(present), excluded, missing, handle, self, weakref.ref(optimizer)
+        attached = AttachedRegularizer(
+            coupling,
+            tuple(present),
+            excluded,
+            missing,
+            held & names.keys(),
+            handle,
+            self,
+            weakref.ref(optimizer),
         )
+        attached_to(optimizer).append(attached)
+        return attached
 
     @torch.no_grad()
     def _apply(self, optimizer: Optimizer, coupling: str) -> None:
         """Add the gradients, or decay the weights, of what ``optimizer`` is about to step."""
         lr = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        ascending = {
+            p for group in optimizer.param_groups if group.get("maximize") for p in group["params"]
+        }
         # Set by GradScaler around the step of a fused optimizer, which unscales by itself.
         grad_scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
@@ -290,6 +310,10 @@ class EpsilonShiftedL2:
                 targets = [local(_placed_gradient(p)) for _, p in tensors]
                 if grad_scale is not None:
                     decays = [d * grad_scale.to(d.device) for d in decays]
+                # An optimizer that maximizes turns the gradient round, decay included.
+                decays = [
+                    -d if p in ascending else d for d, (_, p) in zip(decays, tensors, strict=True)
+                ]
             else:
                 targets = [local(p) for _, p in tensors]
                 factors = [-lr[p] for _, p in tensors]
@@ -321,7 +345,7 @@ class EpsilonShiftedL2:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttachedRegularizer:
     """What :meth:`EpsilonShiftedL2.attach` did; ``print`` it, ``remove()`` it.
 
@@ -330,12 +354,14 @@ class AttachedRegularizer:
         weights: the names of the weights that it acts on in this optimizer.
         excluded: those that were taken out of the optimizer's own decay, and what that was.
         missing: the names of the weights of the regularizer that the optimizer does not have.
+        params: the weights that it acts on.
     """
 
     coupling: str
     weights: tuple[str, ...]
     excluded: dict[str, float]
     missing: tuple[str, ...]
+    params: Collection[Tensor]
     _handle: RemovableHandle
     _regularizer: EpsilonShiftedL2
     _optimizer: weakref.ref[Optimizer]
@@ -344,8 +370,14 @@ class AttachedRegularizer:
         """End it. The optimizer's own decay of the weights stays 0."""
         self._handle.remove()
         optimizer = self._optimizer()
-        if optimizer is not None:
+        if optimizer is not None and optimizer in self._regularizer._attached:
             self._regularizer._attached.discard(optimizer)
+            attached_to(optimizer).remove(self)
+
+    @property
+    def label(self) -> str:
+        """The regularizer's name."""
+        return "EpsilonShiftedL2"
 
     def __str__(self) -> str:
         lines = []
@@ -485,24 +517,15 @@ def _check(group: DecayGroup) -> None:
 
 def _exclude(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, float]:
     """Set the optimizer's own decay of these weights to 0; return what it was, where it was not."""
-    excluded: dict[str, float] = {}
-    for group in list(optimizer.param_groups):
-        decay = group.get("weight_decay", 0)
-        ours = [i for i, p in enumerate(group["params"]) if p in names]
-        if not ours or decay == 0:
-            continue
-        excluded.update({names[group["params"][i]]: float(decay) for i in ours})
-        if len(ours) == len(group["params"]):
-            group["weight_decay"] = 0.0
-            continue
-        split = {**group, "weight_decay": 0.0}
-        for key in ("params", "param_names"):
-            if key in group:
-                split[key] = [group[key][i] for i in ours]
-                group[key] = [x for i, x in enumerate(group[key]) if i not in ours]
-        # torch forms param_names itself, from pairs.
-        param_names = split.pop("param_names", None)
-        if param_names is not None:
-            split["params"] = list(zip(param_names, split["params"], strict=True))
-        optimizer.add_param_group(split)
-    return excluded
+    decayed = {
+        p: float(decay)
+        for group in optimizer.param_groups
+        if (decay := group.get("weight_decay", 0)) != 0
+        for p in group["params"]
+        if p in names
+    }
+    if decayed:
+        check_unscheduled(optimizer, "attach EpsilonShiftedL2")
+    for group in split_groups(optimizer, decayed.keys()):
+        group["weight_decay"] = 0.0
+    return {names[p]: decay for p, decay in decayed.items()}

@@ -1,0 +1,505 @@
+"""Policies: what the ``weight_decay`` of a parameter group means, for any torch optimizer.
+
+A policy says how weights decay, the groups say how much: λ stays in ``group["weight_decay"]``,
+where schedules and checkpoints look for it. For the time of a step the policy puts there what makes
+the optimizer's own decay, fused or not, that of the policy. Where no value does, it puts 0 there
+and acts beside the step.
+
+[DW] arXiv 1711.05101, [ADC] arXiv 2506.02285, [CWD] arXiv 2510.12402.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from normwise.decay.attached import attached_to, check_unscheduled, label, split_groups
+from normwise.decay.native import Coupling, Native, native_decay
+
+__all__ = ["L2", "AttachedPolicy", "Cautious", "Corrected", "Decoupled", "Effect", "Policy"]
+
+Number = float | Tensor
+
+
+class _Report(Protocol):
+    def parameter_views(self) -> Mapping[Any, Any]: ...
+
+
+On = _Report | str | Iterable[Tensor | str | int]
+
+
+class Effect(NamedTuple):
+    """What a step does to a weight.
+
+    Attributes:
+        coupling: ``"L2"`` or ``"decoupled"``.
+        weight_decay: λ as torch means it: of the gradient λw, or of the factor 1 − ηλ. None where
+            no such λ exists: decay that η does not change, where η is 0.
+        shrink: ηλ, of the factor 1 − ηλ.
+    """
+
+    coupling: Coupling
+    weight_decay: Number | None
+    shrink: Number
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of :class:`L2`, :class:`Decoupled`, :class:`Cautious` and :class:`Corrected`.
+
+    Args:
+        weight_decay: λ of the weights that it is attached to (default: what their groups have).
+
+    Raises:
+        ValueError: for λ that is negative or not finite.
+    """
+
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"Invalid weight_decay value: {self.weight_decay}; must be finite and 0 or more"
+            )
+
+    def effect(self, decay: Number, lr: Number, reference: Number, native: Native | None) -> Effect:
+        """What λ = ``decay`` does at the learning rate ``lr``.
+
+        Args:
+            decay: λ of the group.
+            lr: η of this step.
+            reference: η where the schedule's multiplier is 1.
+            native: what the optimizer does by itself.
+        """
+        raise NotImplementedError
+
+    def attach(self, optimizer: Optimizer, on: On | None = None) -> AttachedPolicy:
+        """Decay weights of ``optimizer`` by this policy from now on.
+
+        A group that mixes these weights with others is split. So attach before making schedulers,
+        of either kind, and before loading the optimizer's state; attach again after copying or
+        unpickling the optimizer, which torch does without hooks.
+
+        Args:
+            optimizer: any torch optimizer.
+            on: a report of :func:`normwise.analyze`, for the weights that it finds scale-invariant
+                (those of two dimensions or more); or a group's name or number, a pattern of
+                parameter names (of an optimizer made from named parameters), a parameter, or
+                several of these. Default: every group that nothing else is attached to.
+
+        Returns:
+            A handle, which prints what was done, and whose ``remove()`` ends it.
+
+        Raises:
+            ValueError: if ``on`` names nothing of the optimizer's, or weights that something else
+                is attached to; if no weight has a λ; or if this policy has one, and a group has
+                another that is not 0.
+            RuntimeError: in a step with a closure, where the policy acts before the step: the
+                closure would compute the gradients anew.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+        chosen = _chosen(optimizer, on)
+        others = {p: other for other in attached_to(optimizer) for p in other.params}
+        if on is None:
+            chosen -= others.keys()
+        for p in chosen & others.keys():
+            raise ValueError(
+                f"{others[p].label} is attached to a parameter of shape {tuple(p.shape)} already; "
+                "remove it first, or name other weights with `on`"
+            )
+        if not chosen:
+            attached = ", ".join(dict.fromkeys(other.label for other in others.values()))
+            raise ValueError(f"no weights are left for {self.label}: they have {attached}")
+        self._check_decays(optimizer, chosen)
+        groups = split_groups(optimizer, chosen)
+        for group in groups:
+            if self.weight_decay is not None:
+                group["weight_decay"] = self.weight_decay
+            _check_lr(group)
+        return AttachedPolicy(self, optimizer, groups)
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return type(self).__name__
+
+    def _check_decays(self, optimizer: Optimizer, chosen: set[Tensor]) -> None:
+        """Raise ValueError unless policy and groups agree on λ, and there is one."""
+        groups = {
+            i: float(group.get("weight_decay", 0.0))
+            for i, group in enumerate(optimizer.param_groups)
+            if not chosen.isdisjoint(group["params"])
+        }
+        if self.weight_decay is None:
+            if not any(groups.values()):
+                raise ValueError(
+                    f"{self.label} has no weight_decay, and those of the groups are 0; give one"
+                )
+            return
+        check_unscheduled(optimizer, f"attach {self.label}({self.weight_decay:g})")
+        for i, decay in groups.items():
+            if decay not in (0, self.weight_decay):
+                raise ValueError(
+                    f"{label(optimizer, i)} has weight_decay {decay:g}, which "
+                    f"{self.label}({self.weight_decay:g}) would replace; make the optimizer with "
+                    f"weight_decay=0, or take the group's with {self.label}()"
+                )
+
+    def _before_step(
+        self, optimizer: Optimizer, group: dict[str, Any], reference: Number, closure: bool
+    ) -> Any:
+        """Prepare a group for a step; what is returned is handed to :meth:`_after_step`."""
+        native = native_decay(optimizer, group)
+        effect = self.effect(group["weight_decay"], group["lr"], reference, native)
+        value = effect.weight_decay
+        if (
+            native is not None
+            and value is not None
+            and (native.is_switch or native.coupling == effect.coupling)
+            and (native.takes_tensor or not isinstance(value, Tensor))
+        ):
+            group["weight_decay"] = value / native.rate
+            if native.is_switch:
+                group["decoupled_weight_decay"] = effect.coupling == "decoupled"
+            return
+        group["weight_decay"] = 0.0
+        if not isinstance(value, Tensor) and value == 0:
+            return
+        if closure:
+            raise RuntimeError(
+                f"{self.label} is attached to an optimizer that is stepped with a closure, which "
+                f"would compute the gradients anew after {self.label} has acted"
+            )
+        if params := _with_gradient(group):
+            _act(optimizer, group, params, effect)
+
+    def _after_step(self, optimizer: Optimizer, memo: Any) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class L2(Policy):
+    """λw is added to the gradient, before moments see it: the gradient of ½λ‖w‖².
+
+    Args:
+        weight_decay: λ (default: what the groups have).
+    """
+
+    def effect(self, decay: Number, lr: Number, reference: Number, native: Native | None) -> Effect:
+        return Effect("L2", decay, lr * decay)
+
+
+@dataclass(frozen=True)
+class Decoupled(Policy):
+    """w ← (1 − d)w, apart from the gradient and the moments ([DW]).
+
+    ============== ============ =====================================================
+    ``per``        d            meant by
+    ============== ============ =====================================================
+    ``"lr"``       η_t·λ        torch: twice the learning rate, twice the decay
+    ``"schedule"`` s_t·λ        [DW]: s_t = η_t/η, the schedule without the rate
+    ``"step"``     λ            a decay that no learning rate changes
+    ============== ============ =====================================================
+
+    η of ``"schedule"`` is the ``max_lr`` that OneCycleLR writes into a group, or else the
+    ``initial_lr`` of any scheduler, or else the learning rate when the policy was attached.
+
+    Args:
+        weight_decay: λ (default: what the groups have).
+        per: what λ is counted by (default: ``"lr"``).
+    """
+
+    per: Literal["lr", "schedule", "step"] = "lr"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per not in ("lr", "schedule", "step"):
+            raise ValueError(f"Invalid per: {self.per!r}; must be 'lr', 'schedule' or 'step'")
+        if self.per != "lr" and self.weight_decay is not None and self.weight_decay >= 1:
+            raise ValueError(
+                f"Invalid weight_decay value: {self.weight_decay}; per {self.per} it must be "
+                "below 1, which takes all of a weight in one step"
+            )
+
+    def effect(self, decay: Number, lr: Number, reference: Number, native: Native | None) -> Effect:
+        if self.per == "lr":
+            return Effect("decoupled", decay, lr * decay)
+        if self.per == "schedule":
+            return Effect("decoupled", decay / reference, lr / reference * decay)
+        at_rest = not isinstance(lr, Tensor) and lr == 0
+        return Effect("decoupled", None if at_rest else decay / lr, decay)
+
+
+@dataclass(frozen=True)
+class Cautious(Decoupled):
+    """Decoupled decay of those entries alone that the step moves towards zero, or not ([CWD]).
+
+    w ← w − u − d·1[u∘w ≥ 0]∘w, where u is what the optimizer took from w, measured around its step,
+    whichever optimizer it is. That costs a copy of the weights for the time of the step and eight
+    multi-tensor operations.
+
+    Args:
+        weight_decay: λ (default: what the groups have).
+        per: as of :class:`Decoupled`.
+    """
+
+    def _before_step(
+        self, optimizer: Optimizer, group: dict[str, Any], reference: Number, closure: bool
+    ) -> Any:
+        shrink = self.effect(group["weight_decay"], group["lr"], reference, None).shrink
+        group["weight_decay"] = 0.0
+        # Real aliases of complex weights: signs are of entries.
+        params = [torch.view_as_real(p) if p.is_complex() else p for p in _with_gradient(group)]
+        if not params or (not isinstance(shrink, Tensor) and shrink == 0):
+            return None
+        return shrink, params, torch._foreach_mul(params, 1)
+
+    def _after_step(self, optimizer: Optimizer, memo: Any) -> None:
+        if memo is None:
+            return
+        shrink, params, before = memo
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None:  # a step that a fused optimizer skips leaves u = 0
+            shrink = shrink * (1 - _scalar(found_inf))
+        # 1 where u·w >= 0, else 0, by signs: the product of two small numbers could vanish.
+        taken = list(torch._foreach_sub(before, params))
+        torch._foreach_sign_(taken)
+        torch._foreach_mul_(taken, before)
+        torch._foreach_sign_(taken)
+        torch._foreach_clamp_max_(taken, 0.0)
+        torch._foreach_add_(taken, 1.0)
+        _scale_(taken, -1 * shrink)
+        torch._foreach_addcmul_(params, before, taken)
+
+
+@dataclass(frozen=True)
+class Corrected(Policy):
+    """λ_t = λ·η_t/η_max, for the weights that feed a normalization (AdamC, [ADC]).
+
+    Under a schedule plain decay lets the equilibrium norm, √(ηC/2λ) under AdamW, fall with the
+    learning rate, and gradients rise; with this it stays. It is meant for the weights whose output
+    is normalized, not for the norm's own gain. So ``on`` must be given: a report, as a rule.
+
+    The coupling is the optimizer's own; decoupled where that is not known.
+
+    Args:
+        weight_decay: λ (default: what the groups have).
+        max_lr: η_max (default: as η of :class:`Decoupled`).
+    """
+
+    max_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_lr is not None and not 0 < self.max_lr < math.inf:
+            raise ValueError(f"Invalid max_lr: {self.max_lr}; must be finite and above 0")
+
+    def attach(self, optimizer: Optimizer, on: On | None = None) -> AttachedPolicy:
+        if on is None:
+            raise ValueError(
+                "Corrected must be told which weights feed a normalization: "
+                "attach(optimizer, on=normwise.analyze(model, batch)), or a group's name"
+            )
+        return super().attach(optimizer, on)
+
+    attach.__doc__ = Policy.attach.__doc__
+
+    def effect(self, decay: Number, lr: Number, reference: Number, native: Native | None) -> Effect:
+        corrected = decay * lr / (reference if self.max_lr is None else self.max_lr)
+        if native is None:
+            return Effect("decoupled", corrected, lr * corrected)
+        corrected = corrected * native.rate
+        return Effect(native.coupling, corrected, lr * corrected)
+
+
+# The options of a group that a policy may change for the time of a step.
+_SWAPPED = ("weight_decay", "decoupled_weight_decay")
+
+
+class AttachedPolicy:
+    """What :meth:`Policy.attach` did; ``print`` it, ``remove()`` it.
+
+    Attributes:
+        policy: the policy.
+        params: the parameters that it acts on.
+    """
+
+    def __init__(self, policy: Policy, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+        self.policy = policy
+        self.params = frozenset(p for group in groups for p in group["params"])
+        self._optimizer = weakref.ref(optimizer)
+        # Of a group's first parameter: load_state_dict makes new groups.
+        self._lrs: dict[Tensor, Number] = {
+            group["params"][0]: lr.clone() if isinstance(lr := group["lr"], Tensor) else lr
+            for group in groups
+        }
+        # Of each group, for the time of a step: its own options, and the policy's memo.
+        self._in_step: list[tuple[dict[str, Any], dict[str, Any], Any]] = []
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
+        attached_to(optimizer).append(self)
+
+    @property
+    def label(self) -> str:
+        """The policy's name."""
+        return self.policy.label
+
+    def remove(self) -> None:
+        """End it. The groups keep their ``weight_decay``, which is the optimizer's own again."""
+        for hook in self._hooks:
+            hook.remove()
+        optimizer = self._optimizer()
+        if optimizer is not None and self in attached_to(optimizer):
+            attached_to(optimizer).remove(self)
+
+    def groups(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The groups that it acts on at present, with their numbers."""
+        optimizer = self._optimizer()
+        for i, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
+            if group["params"] and group["params"][0] in self.params:
+                yield i, group
+
+    def effect(self, group: dict[str, Any]) -> Effect:
+        """What the next step does to the weights of one of its groups."""
+        optimizer = self._optimizer()
+        native = None if optimizer is None else native_decay(optimizer, group)
+        return self.policy.effect(group["weight_decay"], group["lr"], self._lr(group), native)
+
+    def __str__(self) -> str:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return f"{self.policy}: its optimizer is gone"
+        lines = [f"{self.policy} on {len(self.params)} parameters of {type(optimizer).__name__}"]
+        for i, group in self.groups():
+            lines.append(
+                f"  {label(optimizer, i)}: {len(group['params'])} parameters, "
+                f"λ = {float(group['weight_decay']):g}"
+            )
+        return "\n".join(lines)
+
+    def _lr(self, group: dict[str, Any]) -> Number:
+        at_attach = self._lrs[group["params"][0]]
+        return cast(Number, group.get("max_lr", group.get("initial_lr", at_attach)))
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._restore()  # what a step that raised has left
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is self
+        for _, group in self.groups():
+            kept: dict[str, Any] = {key: group[key] for key in _SWAPPED if key in group}
+            self._in_step.append((group, kept, None))
+            memo = self.policy._before_step(optimizer, group, self._lr(group), closure is not None)
+            self._in_step[-1] = group, kept, memo
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for _, _, memo in self._in_step:
+            self.policy._after_step(optimizer, memo)
+        self._restore()
+
+    def _restore(self) -> None:
+        for group, kept, _ in self._in_step:
+            group.update(kept)
+        self._in_step.clear()
+
+
+def _act(optimizer: Optimizer, group: dict[str, Any], params: list[Tensor], effect: Effect) -> None:
+    """Add λw to the gradients, or shrink the weights, before the optimizer's step."""
+    # Set by GradScaler around the step of a fused optimizer, which unscales by itself.
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    found_inf = getattr(optimizer, "found_inf", None)
+    if effect.coupling == "decoupled":
+        shrink = effect.shrink
+        if found_inf is not None:
+            shrink = shrink * (1 - _scalar(found_inf))
+        _scale_(params, 1 - shrink)
+        return
+    value = cast(Number, effect.weight_decay) * (-1 if group.get("maximize", False) else 1)
+    grads = [cast(Tensor, p.grad) for p in params]
+    if grad_scale is None and not isinstance(value, Tensor):
+        torch._foreach_add_(grads, params, alpha=value)
+        return
+    penalties = list(torch._foreach_mul(params, 1))
+    _scale_(penalties, value if grad_scale is None else value * _scalar(grad_scale))
+    torch._foreach_add_(grads, penalties)
+
+
+def _with_gradient(group: dict[str, Any]) -> list[Tensor]:
+    """The parameters that a step moves."""
+    return [p for p in group["params"] if p.grad is not None]
+
+
+def _scalar(t: Tensor) -> Tensor:
+    """0-dimensional, and in float64 where the device has it."""
+    return t.reshape(()) if t.device.type == "mps" else t.reshape(()).double()
+
+
+def _scale_(tensors: list[Tensor], factor: Number) -> None:
+    """Multiply by a number, or by a tensor that is brought to their devices."""
+    if not isinstance(factor, Tensor):
+        torch._foreach_mul_(tensors, factor)
+        return
+    for device in dict.fromkeys(t.device for t in tensors):
+        here = _scalar(factor).to(device, non_blocking=True)
+        torch._foreach_mul_([t for t in tensors if t.device == device], here)
+
+
+def _chosen(optimizer: Optimizer, on: On | None) -> set[Tensor]:
+    """The parameters of ``optimizer`` that ``on`` means."""
+    groups = optimizer.param_groups
+    held = {p for group in groups for p in group["params"]}
+    if on is None:
+        return held
+    if hasattr(on, "parameter_views"):
+        found = {p for p in on.parameter_views() if p.ndim > 1} & held
+        if not found:
+            raise ValueError("the optimizer has none of the weights that the report finds")
+        return found
+    items = [on] if isinstance(on, str | int | Tensor) else on
+    chosen: set[Tensor] = set()
+    for item in items:
+        if isinstance(item, Tensor):
+            if item not in held:
+                raise ValueError(
+                    f"a parameter of shape {tuple(item.shape)} is not one of the optimizer's"
+                )
+            chosen.add(item)
+        else:
+            chosen |= _named(groups, item)
+    return chosen
+
+
+def _named(groups: list[dict[str, Any]], name: str | int) -> set[Tensor]:
+    """The parameters of a group, by its number or name, or else those whose names match."""
+    for i, group in enumerate(groups):
+        if name == i or (isinstance(name, str) and name == group.get("name")):
+            return set(group["params"])
+    matching = {
+        p
+        for group in groups
+        for n, p in zip(group.get("param_names", ()), group["params"], strict=False)
+        if isinstance(name, str) and fnmatch.fnmatchcase(n, name)
+    }
+    if not matching:
+        known = [str(i) if "name" not in g else repr(g["name"]) for i, g in enumerate(groups)]
+        raise ValueError(
+            f"unknown group {name!r}; the optimizer has the groups {', '.join(known)}"
+            + ("" if "param_names" in groups[0] else ", and no names of parameters")
+        )
+    return matching
+
+
+def _check_lr(group: dict[str, Any]) -> None:
+    if "lr" not in group:
+        raise ValueError("a policy needs groups with an lr, and this optimizer has none")

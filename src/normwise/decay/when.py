@@ -1,0 +1,170 @@
+"""When weights decay: factors on λ by step, which multiply and follow one another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Cosine", "Linear", "Piecewise", "Restarts", "When", "Window", "early", "late"]
+
+
+class When:
+    """A factor on λ for each step, counted from 0.
+
+    Call it with a step. ``a * b`` multiplies two, or one with a function or a number;
+    ``a.then(steps, b)`` is ``a`` for so many steps, and then ``b``, which counts from 0 again.
+    Where a :class:`DecayScheduler` is stepped once an epoch, read "epoch" for "step".
+    """
+
+    def __call__(self, step: int) -> float:
+        raise NotImplementedError
+
+    def __mul__(self, other: Callable[[int], float] | float) -> When:
+        return _Product(self, other if callable(other) else _Constant(other))
+
+    __rmul__ = __mul__
+
+    def then(self, steps: int, other: Callable[[int], float]) -> When:
+        """This for ``steps`` steps, and then ``other``, from its beginning."""
+        return _Then(self, _checked_steps(steps), other)
+
+
+@dataclass(frozen=True)
+class Window(When):
+    """1 from ``start`` on and before ``stop``, else 0."""
+
+    start: int
+    stop: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"Invalid window: from {self.start} to {self.stop}")
+
+    def __call__(self, step: int) -> float:
+        return float(self.start <= step < self.stop)
+
+
+def early(steps: int) -> Window:
+    """Decay for the first ``steps`` steps and never after (arXiv 2012.13841)."""
+    return Window(0, _checked_steps(steps))
+
+
+def late(start: int) -> Window:
+    """No decay before step ``start``, and full decay from there on."""
+    return Window(start)
+
+
+@dataclass(frozen=True)
+class Linear(When):
+    """From ``first`` to ``last`` in equal increments over ``steps`` steps, then ``last``."""
+
+    steps: int
+    first: float = 1.0
+    last: float = 0.0
+
+    def __post_init__(self) -> None:
+        _checked_steps(self.steps)
+
+    def __call__(self, step: int) -> float:
+        return self.first + (self.last - self.first) * min(step / self.steps, 1)
+
+
+@dataclass(frozen=True)
+class Cosine(When):
+    """From ``first`` to ``last`` on half a cosine over ``steps`` steps, then ``last``."""
+
+    steps: int
+    first: float = 1.0
+    last: float = 0.0
+
+    def __post_init__(self) -> None:
+        _checked_steps(self.steps)
+
+    def __call__(self, step: int) -> float:
+        angle = math.pi * min(step / self.steps, 1)
+        return self.last + (self.first - self.last) * (1 + math.cos(angle)) / 2
+
+
+@dataclass(frozen=True)
+class Piecewise(When):
+    """``values[i]`` from ``milestones[i − 1]`` on and before ``milestones[i]``.
+
+    Args:
+        milestones: steps, in ascending order.
+        values: factors, one more than milestones.
+    """
+
+    milestones: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.milestones) + 1:
+            raise ValueError(
+                f"{len(self.milestones)} milestones need {len(self.milestones) + 1} values, but "
+                f"there are {len(self.values)}"
+            )
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"Invalid milestones: {self.milestones}; must ascend")
+
+    def __call__(self, step: int) -> float:
+        return self.values[sum(step >= milestone for milestone in self.milestones)]
+
+
+@dataclass(frozen=True)
+class Restarts(When):
+    """√(1/T_i) relative to the first restart, T_i the length of the restart that a step is in.
+
+    What normalized decay (:func:`normalized`) changes by at warm restarts, since it holds the
+    epochs of the current restart (arXiv 1711.05101, appendix B.1). The lengths are those of
+    ``torch.optim.lr_scheduler.CosineAnnealingWarmRestarts``: the first of ``steps``, and each of
+    the next ``factor`` times as long as the one before.
+    """
+
+    steps: int
+    factor: int = 1
+
+    def __post_init__(self) -> None:
+        _checked_steps(self.steps)
+        if self.factor < 1:
+            raise ValueError(f"Invalid factor: {self.factor}; must be 1 or more")
+
+    def __call__(self, step: int) -> float:
+        length, end = self.steps, self.steps
+        while step >= end and self.factor > 1:
+            length *= self.factor
+            end += length
+        return math.sqrt(self.steps / length)
+
+
+@dataclass(frozen=True)
+class _Constant(When):
+    value: float
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Product(When):
+    left: Callable[[int], float]
+    right: Callable[[int], float]
+
+    def __call__(self, step: int) -> float:
+        return self.left(step) * self.right(step)
+
+
+@dataclass(frozen=True)
+class _Then(When):
+    first: Callable[[int], float]
+    steps: int
+    second: Callable[[int], float]
+
+    def __call__(self, step: int) -> float:
+        return self.first(step) if step < self.steps else self.second(step - self.steps)
+
+
+def _checked_steps(steps: int) -> int:
+    if steps < 1:
+        raise ValueError(f"Invalid number of steps: {steps}; must be 1 or more")
+    return steps
