@@ -196,7 +196,8 @@ def sgd_with_decay(
     """
     check(weight_decay=weight_decay, momentum=momentum)
     _check_momentum(momentum)
-    scales, rates = [1.0], []
+    scales = [1.0]
+    rates: list[float] = []
     buffered = 0.0  # c_t
     for t, lr in enumerate(checked(lrs)):
         if momentum and rates and rates[-1] == 0:

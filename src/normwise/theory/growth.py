@@ -100,7 +100,8 @@ def momentum_norms(
     for rate, p in zip(lrs, squares, strict=True):
         course.append(course[-1] + rate**2 * p + 2 * rate * past)
         past = momentum * (past + rate * p)
-    return torch.stack(torch.broadcast_tensors(*course)).sqrt()
+    course[0] = course[0].expand(course[-1].shape)
+    return torch.stack(course).sqrt()
 
 
 def growth_ratio(momentum: float, steps: int | None = None) -> float:

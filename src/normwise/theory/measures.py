@@ -57,8 +57,8 @@ def scaled_fisher_trace(
     whole batch, and F is that of the batch's joint distribution.
 
     Args:
-        logits: a function that runs the model and returns logits of shape ``(batch, ..., classes)``.
-            It is called once.
+        logits: a function that runs the model and returns logits, of shape
+            ``(batch, ..., classes)``. It is called once.
         views: the weights, and how they split into slices.
         draws: the number of draws; the relative error of a trace is about √(2/draws) or less
             (default: 10).
