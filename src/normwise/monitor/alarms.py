@@ -146,7 +146,8 @@ class RangeForecast(Rule):
     A line is fitted to the logarithm of the norm over the last ``window`` measurements.
 
     Args:
-        horizon: alarm if it leaves within so many steps (default: 1000).
+        horizon: how far to believe the line, in multiples of the steps that it was fitted to: alarm
+            if the norm leaves within those (default: 5, so 1000 steps of measurements every 50).
         window: how many measurements to fit (default: 5).
         range_of: the dtype whose range counts, such as that of autocast (default: the weight's).
     """
@@ -154,7 +155,7 @@ class RangeForecast(Rule):
     needs = ("norm",)
 
     def __init__(
-        self, horizon: int = 1000, window: int = 5, range_of: torch.dtype | None = None
+        self, horizon: float = 5.0, window: int = 5, range_of: torch.dtype | None = None
     ) -> None:
         if window < 3:
             raise ValueError(f"Invalid window: {window}; a line through fewer than 3 says nothing")
@@ -178,10 +179,11 @@ class RangeForecast(Rule):
             steps = torch.where(ahead > 0, ahead, steps)
         outside = (now <= low) | (now >= high)
         steps = torch.where(outside, 0, steps)
+        believed = self.horizon * (m.step - self._past[0][0])
         for layer in m.layers:
             mine = steps[layer.slices]
             worst = int(mine.argmin())
-            if not float(mine[worst]) <= self.horizon:
+            if not float(mine[worst]) <= believed:
                 continue
             dtype = str(self.range_of or layer.dtype).removeprefix("torch.")
             index = layer.slices.start + worst

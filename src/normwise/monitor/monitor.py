@@ -99,6 +99,7 @@ class Monitor:
             without the values of single slices.
         raised: the alarms so far.
         update: as given, or found.
+        writers: as given; more may be appended.
 
     Raises:
         ValueError: if nothing is left to watch, a view does not fit, a name is unknown, or a rule
@@ -132,7 +133,7 @@ class Monitor:
         self._names = tuple(q.name for q in self._quantities)
         self._rules = tuple(standard_rules() if rules is None else rules)
         self._check_names()
-        self._writers = tuple(writers)
+        self.writers = list(writers)
         self._on_alarm: OnAlarm = alarms
         self._fetch_every = fetch_every
 
@@ -230,7 +231,7 @@ class Monitor:
         try:
             self.fetch()
         finally:
-            for writer in self._writers:
+            for writer in self.writers:
                 close = getattr(writer, "close", None)
                 if close is not None:
                     close()
@@ -370,7 +371,7 @@ class Monitor:
             if self.history:
                 self.history[-1] = _without_slices(self.history[-1])
             self.history.append(m)
-            for writer in self._writers:
+            for writer in self.writers:
                 writer(m)
             for rule in self._rules:
                 for alarm in rule(m, rules):

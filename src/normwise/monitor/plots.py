@@ -12,6 +12,7 @@ from normwise.theory import Update
 
 if TYPE_CHECKING:
     from normwise.monitor.monitor import Monitor
+    from normwise.monitor.plan import Plan
 
 __all__ = ["PANELS", "draw", "panels"]
 
@@ -150,7 +151,7 @@ def _lines(ax: Any, monitor: Monitor, name: str) -> None:
         colour = colormaps["viridis"](0.92 * i / max(count - 1, 1))
         label = layer if i in (0, count - 1) else None
         ax.plot(steps, _finite(values[:, i]), color=colour, linewidth=1.5, label=label)
-    ax.set_yscale("log")
+    _log(ax)
     ax.set_xlabel("step", color=_MUTED)
     _plain(ax)
     ax.legend(frameon=False, labelcolor=_INK, fontsize=8)
@@ -163,6 +164,17 @@ def _finite(t: Tensor) -> list[float]:
 def _title(ax: Any, title: str, note: str) -> None:
     ax.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK, pad=20)
     ax.text(0, 1.025, note, transform=ax.transAxes, fontsize=8.5, color=_MUTED)
+
+
+def _log(ax: Any) -> None:
+    """A logarithmic axis with ticks at 1, 2 and 5 where there is room, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
 
 
 def _plain(ax: Any) -> None:
@@ -192,4 +204,45 @@ def _figure(size: tuple[float, float]) -> Any:
         ) from error
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_plan(plan: Plan) -> Any:
+    """The expected norms and angles of a plan, over its steps.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: for Lion, of whose norms no closed form is known.
+    """
+    from matplotlib import colormaps
+
+    if plan.settings.optimizer == "lion":
+        raise ValueError("there is no picture for Lion: no closed form of its norms is known")
+    figure = _figure((11.0, 4.4))
+    left, right = figure.subplots(1, 2)
+    count = len(plan.rows)
+    for i, row in enumerate(plan.rows):
+        norms_, angles_ = plan.course(row.weights)
+        colour = colormaps["viridis"](0.92 * i / max(count - 1, 1))
+        label = row.weights.name if i in (0, count - 1) else None
+        left.plot(norms_, color=colour, linewidth=1.6, label=label)
+        right.plot([a or math.nan for a in angles_], color=colour, linewidth=1.6, label=label)
+        if math.isfinite(row.norm):
+            left.axhline(row.norm, color=colour, linewidth=0.8, linestyle=(0, (1, 3)))
+    angle = next((row.angle for row in plan.rows if row.angle > 0), None)
+    if angle is not None:
+        right.axhline(angle, color=_MUTED, linewidth=0.8, linestyle=(0, (1, 3)))
+    constant = plan.settings.schedule == "constant"
+    note = "dotted: equilibrium" + ("" if constant else " at the highest learning rate")
+    _title(left, "Expected norm", note)
+    _title(right, "Expected angle that a step turns a slice by", f"radians; {note}")
+    for ax in (left, right):
+        _log(ax)
+        ax.set_xlabel("step", color=_MUTED)
+        _plain(ax)
+    # A cosine ends at 0, which would leave no room for the rest.
+    top = right.get_ylim()[1]
+    right.set_ylim(max(right.get_ylim()[0], top / 1e4), top)
+    if count > 1:
+        left.legend(frameon=False, labelcolor=_INK, fontsize=8)
     return figure

@@ -15,11 +15,13 @@ from normwise.theory.decay_schedule import sgd_decay_limit
 
 __all__ = [
     "Equilibrium",
+    "adamw_angle",
     "adamw_equilibrium",
     "adamw_norms",
     "adamw_time_to_equilibrium",
     "epsilon_shifted_equilibrium",
     "lion_equilibrium_angle",
+    "sgd_angle",
     "sgd_equilibrium",
     "sgd_norms",
     "sgd_time_to_equilibrium",
@@ -119,6 +121,25 @@ def epsilon_shifted_equilibrium(
     while (middle := (low + high) / 2) not in (low, high):
         low, high = (middle, high) if middle**3 * (middle - eps) < target else (low, middle)
     return high
+
+
+def sgd_angle(lr: float, norm: float, gradient_square: float, momentum: float = 0.0) -> float:
+    """The RMS angle of a step of SGD at any norm, √(η²E‖g̃‖²/(1 − α²))/‖w‖², in radians.
+
+    At the norm of :func:`sgd_equilibrium` it is the angle of the equilibrium.
+    """
+    check_positive(norm=norm)
+    check(lr=lr, gradient_square=gradient_square)
+    check_below_one(momentum=momentum)
+    return lr * math.sqrt(gradient_square / (1 - momentum**2)) / norm**2
+
+
+def adamw_angle(lr: float, norm: float, entries: int, beta1: float = 0.9) -> float:
+    """The RMS angle of a step of AdamW at any norm, η√(C(1 − β1)/(1 + β1))/‖w‖, in radians."""
+    check_positive(norm=norm, entries=entries)
+    check(lr=lr)
+    check_below_one(beta1=beta1)
+    return lr * math.sqrt(entries * (1 - beta1) / (1 + beta1)) / norm
 
 
 def sgd_time_to_equilibrium(
