@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from normwise import __version__
 from normwise.invariance.cli import add_inspect_parser
 from normwise.lab.errors import UsageError, nearest, require_lab
+from normwise.monitor.cli import add_plan_parser
 
 __all__ = ["main"]
 
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--quiet", action="store_true", help="show no progress")
 
     add_inspect_parser(commands)
+    add_plan_parser(commands)
 
     toy = commands.add_parser(
         "toy",

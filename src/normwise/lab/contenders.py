@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from normwise.optim import SGDP, AdamP
+from normwise.theory import Update, effective_lr
 
 if TYPE_CHECKING:
     from normwise.lab.settings import Settings
@@ -27,17 +28,18 @@ class Family(Enum):
     ADAM = "adam"
 
     def effective_lr(self, lr: float, norm: float) -> float:
-        """How fast the direction of a scale-invariant weight of this norm moves.
+        """How fast the direction of a scale-invariant weight of this norm moves."""
+        return effective_lr(lr, norm, self.update)
 
-        It is η/‖w‖² for SGD, whose gradients shrink as 1/‖w‖, and η/‖w‖ for Adam, whose updates
-        have a length of their own. arXiv 1911.05920 takes η/‖w‖ for SGD too, which is wrong.
-        """
-        return lr / norm**self.exponent
+    @property
+    def update(self) -> Update:
+        """How the update of this family depends on the scale of the weights."""
+        return Update.GRADIENT if self is Family.SGD else Update.NORMALIZED
 
     @property
     def exponent(self) -> int:
         """The power of the norm in the effective learning rate: 2 or 1."""
-        return 2 if self is Family.SGD else 1
+        return self.update.exponent
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,380 @@
+"""Alarms and forecasts: what is about to stall, overflow or die, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normwise.monitor.layout import Layer
+from normwise.monitor.measurement import Measurement
+from normwise.monitor.rules import UpdateRule
+from normwise.theory import norm_range
+
+__all__ = [
+    "Alarm",
+    "AlarmError",
+    "DeadSlices",
+    "EffectiveLRFell",
+    "ExplodingSlices",
+    "NotFinite",
+    "RangeForecast",
+    "Rule",
+    "Tumbling",
+    "standard_rules",
+]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that a person should see. ``str(alarm)`` is a sentence or two.
+
+    Attributes:
+        kind: which rule it is from, as ``"dead slices"``.
+        step: at which step it was measured.
+        layer: which weight, or None for the whole network.
+        slices: which of its slices.
+        message: what is the matter.
+        advice: what to do.
+    """
+
+    kind: str
+    step: int
+    layer: str | None
+    slices: tuple[int, ...]
+    message: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.message} {self.advice}"
+
+
+class AlarmError(RuntimeError):
+    """Raised for an alarm, where the user wants that. ``error.alarm`` is the alarm."""
+
+    def __init__(self, alarm: Alarm) -> None:
+        super().__init__(str(alarm))
+        self.alarm = alarm
+
+
+class Rule(ABC):
+    """Looks at each measurement in turn and says what is wrong.
+
+    A rule may say the same again: the monitor passes on only the first alarm of a kind of a layer.
+
+    Attributes:
+        needs: the quantities that it reads.
+    """
+
+    needs: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __call__(self, m: Measurement, rules: tuple[UpdateRule, ...]) -> Iterator[Alarm]:
+        """The alarms of this measurement; ``rules`` are those of the layers."""
+
+
+def standard_rules(range_of: torch.dtype | None = None) -> tuple[Rule, ...]:
+    """New rules with their defaults; ``range_of`` is that of :class:`RangeForecast`."""
+    return (
+        NotFinite(),
+        RangeForecast(range_of=range_of),
+        EffectiveLRFell(),
+        DeadSlices(),
+        ExplodingSlices(),
+        Tumbling(),
+    )
+
+
+class NotFinite(Rule):
+    """A weight or its gradient is not finite: which slice went first.
+
+    Exactly, where ``check_finite`` of the monitor looked at every step; else among the slices of
+    the first measurement with one, and if then all are bad, the one whose norm was the most
+    extreme before.
+    """
+
+    needs = ("norm", "scaled_gradient")
+
+    def __init__(self) -> None:
+        self._before: Tensor | None = None
+
+    def __call__(self, m: Measurement, rules: tuple[UpdateRule, ...]) -> Iterator[Alarm]:
+        norms, gradients = m.of_slices("norm"), m.of_slices("scaled_gradient")
+        bad = ~(norms.isfinite() & gradients.isfinite())
+        step, exact = m.step, False
+        if m.first_bad is not None and bool((m.first_bad > 0).any()):
+            step = int(m.first_bad[m.first_bad > 0].min())
+            bad, exact = m.first_bad == step, True
+        if not bad.any():
+            self._before = norms
+            return
+        how = ""
+        if bad.all() and len(bad) > 1 and self._before is not None:
+            extreme = self._before.log().abs()
+            worst = int(extreme.argmax())
+            bad = torch.zeros_like(bad)
+            bad[worst] = True
+            how = (
+                " (all of them by then; this one had the most extreme norm before, "
+                f"{float(self._before[worst]):.3g})"
+            )
+        for layer in m.layers:
+            if bad[layer.slices].any():
+                which = _indices(bad[layer.slices])
+                whole = not exact and bool(norms[layer.slices].isfinite().all())
+                what = "gradient" if whole else "weights"
+                yield Alarm(
+                    "not finite",
+                    step,
+                    None,
+                    which,
+                    f"the {what} of {_slices(layer, which)} went first to be not finite{how}.",
+                    "Go back to a checkpoint before it and lower the learning rate, clip the "
+                    "gradient, or compute in a wider dtype.",
+                )
+                return
+
+
+class RangeForecast(Rule):
+    """The norm of a slice is about to leave the range of its dtype, at the rate of late.
+
+    A line is fitted to the logarithm of the norm over the last ``window`` measurements.
+
+    Args:
+        horizon: how far to believe the line, in multiples of the steps that it was fitted to: alarm
+            if the norm leaves within those (default: 5, so 1000 steps of measurements every 50).
+        window: how many measurements to fit (default: 5).
+        range_of: the dtype whose range counts, such as that of autocast (default: the weight's).
+    """
+
+    needs = ("norm",)
+
+    def __init__(
+        self, horizon: float = 5.0, window: int = 5, range_of: torch.dtype | None = None
+    ) -> None:
+        if window < 3:
+            raise ValueError(f"Invalid window: {window}; a line through fewer than 3 says nothing")
+        self.horizon = horizon
+        self.range_of = range_of
+        self._past: deque[tuple[int, Tensor]] = deque(maxlen=window)
+
+    def __call__(self, m: Measurement, rules: tuple[UpdateRule, ...]) -> Iterator[Alarm]:
+        norms = m.of_slices("norm").double()
+        self._past.append((m.step, norms.log()))
+        low, high = torch.empty_like(norms), torch.empty_like(norms)
+        for layer in m.layers:
+            smallest, largest = norm_range(self.range_of or layer.dtype)
+            low[layer.slices], high[layer.slices] = math.log(smallest), math.log(largest)
+        now = norms.log()
+        steps = torch.full_like(norms, math.inf)
+        if len(self._past) == self._past.maxlen:
+            slope = self._slope()
+            target = torch.where(slope < 0, low, high)
+            ahead = (target - now) / slope
+            steps = torch.where(ahead > 0, ahead, steps)
+        outside = (now <= low) | (now >= high)
+        steps = torch.where(outside, 0, steps)
+        believed = self.horizon * (m.step - self._past[0][0])
+        for layer in m.layers:
+            mine = steps[layer.slices]
+            worst = int(mine.argmin())
+            if not float(mine[worst]) <= believed:
+                continue
+            dtype = str(self.range_of or layer.dtype).removeprefix("torch.")
+            index = layer.slices.start + worst
+            norm = float(norms[index])
+            small = float(now[index]) < float(low[index] + high[index]) / 2
+            gauge = "1/‖w‖" if small else "‖w‖"
+            where = _slices(layer, (worst,))
+            if float(mine[worst]) == 0:
+                message = f"{gauge} of {where} is beyond {dtype}'s range."
+            else:
+                message = (
+                    f"at this rate {gauge} of {where} passes {dtype}'s range in about "
+                    f"{float(mine[worst]):.0f} steps (‖w‖ is {norm:.3g})."
+                )
+            yield Alarm(
+                "range",
+                m.step,
+                layer.name,
+                (worst,),
+                message,
+                "Lower the weight decay of this weight, or shift it (EpsilonShiftedL2)."
+                if small
+                else "Add weight decay to it, or remove the radial part of its steps (tangential).",
+            )
+
+    def _slope(self) -> Tensor:
+        """The change of log norm a step; 0 where a line does not explain 4/5 of its variance."""
+        t = torch.tensor([float(step) for step, _ in self._past], dtype=torch.float64)
+        y = torch.stack([logs for _, logs in self._past])
+        t = (t - t.mean())[:, None]
+        y = y - y.mean(0)
+        slope = (t * y).sum(0) / t.square().sum()
+        explained = slope.square() * t.square().sum() >= 0.8 * y.square().sum(0)
+        return torch.where(explained, slope, 0.0)
+
+
+class EffectiveLRFell(Rule):
+    """Norms alone took most of the learning rate of many weights away.
+
+    Args:
+        factor: by which the effective learning rate must have fallen, through the norm alone, since
+            its highest (default: 10).
+        share: of the entries of all weights that are watched (default: 0.5).
+    """
+
+    needs = ("norm",)
+
+    def __init__(self, factor: float = 10.0, share: float = 0.5) -> None:
+        self.factor, self.share = factor, share
+        self._least: Tensor | None = None
+        self._when: Tensor
+        self._lrs: dict[int, float] = {}
+
+    def __call__(self, m: Measurement, rules: tuple[UpdateRule, ...]) -> Iterator[Alarm]:
+        logs = m.of_slices("norm").double().log()
+        if self._least is None:
+            self._least = torch.full_like(logs, math.inf)
+            self._when = torch.zeros(logs.shape, dtype=torch.int64)
+        lower = logs < self._least
+        self._when = torch.where(lower, m.step, self._when)
+        self._least = least = torch.where(lower, logs, self._least)
+        weights, power = torch.empty_like(logs), torch.empty_like(logs)
+        for layer, rule in zip(m.layers, rules, strict=True):
+            weights[layer.slices] = layer.entries
+            power[layer.slices] = rule.update.exponent
+        self._lrs[m.step] = sum(m.lrs) / len(m.lrs)
+        fell = power * (logs - least) >= math.log(self.factor)
+        share = float(weights[fell].sum() / weights.sum())
+        if share < self.share:
+            return
+        since = int(self._when[fell].median())
+        worst = max(m.layers, key=lambda la: float((logs - least)[la.slices].mean()))
+        yield Alarm(
+            "effective learning rate",
+            m.step,
+            None,
+            (),
+            f"the effective learning rate of {share:.0%} of the weights fell {self.factor:g}× or "
+            f"more since step {since} because their norms grew, most in {worst.name}, while the "
+            f"learning rate went from {self._lrs.get(since, math.nan):.3g} to "
+            f"{self._lrs[m.step]:.3g}.",
+            "Add weight decay to these weights, or remove the radial part of their steps (SGDP, "
+            "AdamP, tangential).",
+        )
+
+
+class DeadSlices(Rule):
+    """Slices whose gradient is exactly zero, time and again.
+
+    Args:
+        measurements: how many in a row (default: 3).
+    """
+
+    needs = ("scaled_gradient", "norm")
+
+    def __init__(self, measurements: int = 3) -> None:
+        self.measurements = measurements
+        self._zero: Tensor | None = None
+
+    def __call__(self, m: Measurement, rules: tuple[UpdateRule, ...]) -> Iterator[Alarm]:
+        zero = (m.of_slices("scaled_gradient") == 0) & (m.of_slices("norm") > 0)
+        count = torch.where(zero, 1 if self._zero is None else self._zero + 1, 0)
+        self._zero = count
+        for layer in m.layers:
+            which = _indices(count[layer.slices] >= self.measurements)
+            if which:
+                yield Alarm(
+                    "dead slices",
+                    m.step,
+                    layer.name,
+                    which,
+                    f"{_slices(layer, which)} had no gradient in {self.measurements} measurements "
+                    "in a row: dead, and only decay moves it.",
+                    "Look at the activation behind it, lower the learning rate, or prune it; if it "
+                    "is meant to be unused, take it out of the optimizer.",
+                )
+
+
+class ExplodingSlices(Rule):
+    """Slices whose norm has grown many times over.
+
+    Args:
+        factor: how many, since the first measurement (default: 100).
+    """
+
+    needs = ("norm",)
+
+    def __init__(self, factor: float = 100.0) -> None:
+        self.factor = factor
+        self._start: Tensor | None = None
+
+    def __call__(self, m: Measurement, rules: tuple[UpdateRule, ...]) -> Iterator[Alarm]:
+        norms = m.of_slices("norm")
+        if self._start is None:
+            self._start = norms
+        for layer in m.layers:
+            growth = norms[layer.slices] / self._start[layer.slices]
+            which = _indices((growth > self.factor) & norms[layer.slices].isfinite())
+            if which:
+                most = float(growth[list(which)].max())
+                yield Alarm(
+                    "exploding slices",
+                    m.step,
+                    layer.name,
+                    which,
+                    f"the norm of {_slices(layer, which)} has grown {most:.0f}× since the start.",
+                    "Lower the learning rate, clip the gradient, or add weight decay.",
+                )
+
+
+class Tumbling(Rule):
+    """Weights that turn so far in a step that they cannot keep what they learn.
+
+    Args:
+        angle: the RMS angle a step of a layer, in radians (default: 0.5).
+        measurements: how many in a row (default: 5).
+    """
+
+    needs = ("angular_update",)
+
+    def __init__(self, angle: float = 0.5, measurements: int = 5) -> None:
+        self.angle, self.measurements = angle, measurements
+        self._count: dict[str, int] = {}
+
+    def __call__(self, m: Measurement, rules: tuple[UpdateRule, ...]) -> Iterator[Alarm]:
+        for name, angle in m["angular_update"].items():
+            self._count[name] = self._count.get(name, 0) + 1 if angle > self.angle else 0
+            if self._count[name] >= self.measurements:
+                yield Alarm(
+                    "tumbling",
+                    m.step,
+                    name,
+                    (),
+                    f"{name} turns by {angle:.2g} rad a step, so it forgets what it learned within "
+                    f"{max(1, round(1 / angle**2))} steps.",
+                    "Lower lr·weight_decay, which sets the angle at equilibrium, or the learning "
+                    "rate.",
+                )
+
+
+def _indices(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero().flatten().tolist())
+
+
+def _slices(layer: Layer, which: tuple[int, ...]) -> str:
+    """A few slices in words: ``conv1.weight, channels 3, 7 and 2 more``."""
+    if len(layer) == 1:
+        return layer.name
+    if len(which) == len(layer):
+        return f"{layer.name}, all {len(layer)} slices"
+    noun = "channel" if layer.view.kind == "channel" else "block"
+    shown = ", ".join(map(str, which[:5]))
+    more = f" and {len(which) - 5} more" if len(which) > 5 else ""
+    return f"{layer.name}, {noun}{'s' if len(which) > 1 else ''} {shown}{more}"

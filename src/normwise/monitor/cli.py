@@ -1,0 +1,112 @@
+"""``normwise plan``: what the norms of a run will do, before it is run."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normwise.monitor.plan import Settings, Weights, plan, weights_of
+
+__all__ = ["add_plan_parser", "run_plan"]
+
+_DESCRIPTION = """\
+Say where the norms of scale-invariant weights will settle, how far each step will turn them, and
+how long it takes to get there, from the optimizer's settings alone. With --model, for every
+scale-invariant weight of a network at random weights; nothing is downloaded."""
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def add_plan_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add ``plan`` to the subcommands of ``normwise``; its ``run`` is :func:`run_plan`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "plan", help="what the norms will do, before training", description=_DESCRIPTION
+    )
+    option = parser.add_argument
+    option("--optimizer", choices=("sgd", "adamw", "lion"), required=True)
+    option("--lr", type=float, required=True, help="the highest of the schedule")
+    option("--weight-decay", type=float, required=True)
+    option("--momentum", type=float, default=0.9, help="of SGD (default: 0.9)")
+    option(
+        "--betas",
+        type=float,
+        nargs=2,
+        default=None,
+        metavar=("B1", "B2"),
+        help="of AdamW and Lion (default: 0.9 and 0.999; Lion 0.9 and 0.99)",
+    )
+    option("--steps", type=int, default=10_000, help="of the run (default: 10000)")
+    option("--schedule", choices=("constant", "cosine"), default="constant")
+    option("--gradient", type=float, default=1.0, help="RMS norm at weight norm 1 (default: 1)")
+    option("--dtype", choices=_DTYPES, default="float32", help="whose range must hold")
+    option("--entries", type=int, default=576, help="of a slice, without --model (default: 576)")
+    option("--norm", type=float, default=1.0, help="of a slice at first (default: 1)")
+    option("--model", metavar="SOURCE", help="a network, as of `normwise inspect`")
+    option("--batch", help="as of `normwise inspect` (default: what the model says)")
+    option("--set", action="append", default=[], metavar="KEY=VALUE", help="as of inspect")
+    option("--json", action="store_true", help="print JSON, and nothing else")
+    option("--plot", type=Path, metavar="FILE", help="draw the run in a new file")
+    parser.set_defaults(run=run_plan)
+    return parser
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Print the plan; 0, or 2 for settings that the closed forms do not hold for."""
+    try:
+        if args.plot is not None and args.plot.exists():
+            raise ValueError(f"--plot {str(args.plot)!r} exists; name a file that does not")
+        betas = args.betas or (0.9, 0.99 if args.optimizer == "lion" else 0.999)
+        settings = Settings(
+            optimizer=args.optimizer,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            steps=args.steps,
+            momentum=args.momentum if args.optimizer == "sgd" else 0.0,
+            betas=tuple(betas),
+            schedule=args.schedule,
+            gradient=args.gradient,
+            dtype=_DTYPES[args.dtype],
+        )
+        found = plan(settings, _weights(args))
+        if args.json:
+            print(json.dumps(found.as_json(), allow_nan=False))
+        else:
+            print(found)
+        if args.plot is not None:
+            found.plot(args.plot)
+    except (ValueError, RuntimeError, ImportError, OSError, TypeError) as error:
+        print(f"normwise: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _weights(args: argparse.Namespace) -> list[Weights]:
+    if args.model is None:
+        if args.batch is not None or args.set:
+            raise ValueError("--batch and --set are of a --model, and none is given")
+        return [Weights("any slice", 1, args.entries, args.norm)]
+    from normwise.invariance import analyze
+    from normwise.invariance.sources import batch_for, load
+
+    settings: dict[str, Any] = {}
+    for pair in args.set:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"Invalid --set: {pair!r}; must be KEY=VALUE")
+        try:
+            settings[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[key] = value
+    model, batch = load(args.model, settings)
+    if args.batch is not None or batch is None:
+        batch = batch_for(model, args.batch)
+    weights = weights_of(model, analyze(model, batch, joint=False).views())
+    if not weights:
+        raise ValueError(f"{args.model} has no scale-invariant weight")
+    return weights

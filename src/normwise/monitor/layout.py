@@ -1,0 +1,149 @@
+"""Weights laid out so that all slices of one length are measured together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normwise.geometry import View, computing_dtype
+
+__all__ = ["Bucket", "Layer", "Layout"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight that is watched.
+
+    Attributes:
+        name: of the parameter in the model.
+        view: how it splits into slices.
+        dtype: of the parameter.
+        group: the index of its parameter group.
+        entries: of each slice.
+        slices: where its slices are among those of all layers.
+    """
+
+    name: str
+    view: View
+    dtype: torch.dtype
+    group: int
+    entries: int
+    slices: slice
+
+    def __len__(self) -> int:
+        """The number of slices."""
+        return int(self.slices.stop - self.slices.start)
+
+
+class Bucket:
+    """Weights whose slices have one length, on one device, computed with in one dtype.
+
+    Args:
+        params: the weights.
+        views: how each splits.
+        groups: the index of each weight's parameter group.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], views: Sequence[View], groups: Sequence[int]
+    ) -> None:
+        self.params = list(params)
+        self.device = params[0].device
+        self.dtype = computing_dtype(_real(params[0]).dtype)
+        self._views = list(views)
+        self._shapes = [view.slices(_real(p)).shape for p, view in zip(params, views, strict=True)]
+        counts = [shape[0] for shape in self._shapes]
+        self.entries = math.prod(self._shapes[0][1:])
+        self.rows = sum(counts)
+        self.group_index = torch.repeat_interleave(
+            torch.tensor(groups), torch.tensor(counts), output_size=self.rows
+        ).to(self.device)
+
+    @property
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """The first row of each weight, and the one after its last."""
+        begin = 0
+        for shape in self._shapes:
+            yield begin, begin + shape[0]
+            begin += shape[0]
+
+    def gather(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """A copy of the slices of tensors shaped as the weights, zeros for None.
+
+        Returns:
+            Shape ``(rows, entries)``.
+        """
+        rows = torch.empty(self.rows, self.entries, dtype=self.dtype, device=self.device)
+        if any(t is None for t in tensors):
+            rows.zero_()
+        to, source = [], []
+        for t, view, shape, (begin, end) in zip(
+            tensors, self._views, self._shapes, self.spans, strict=True
+        ):
+            if t is not None:
+                to.append(rows[begin:end].view(shape))
+                source.append(view.slices(_real(t.detach())))
+        if to:
+            torch._foreach_copy_(to, source)
+        return rows
+
+    def gradients(self) -> list[Tensor | None]:
+        """The gradients of the weights, dense."""
+        return [
+            p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad
+            for p in self.params
+        ]
+
+
+class Layout:
+    """All weights that are watched, in buckets.
+
+    Args:
+        views: the view of each parameter.
+        names: the name of each parameter.
+        groups: the index of each parameter's group.
+
+    Attributes:
+        buckets: the slices of all buckets, one bucket after the other, are those of all layers.
+        layers: in the order of ``views``.
+    """
+
+    def __init__(
+        self,
+        views: Mapping[nn.Parameter, View],
+        names: Mapping[nn.Parameter, str],
+        groups: Mapping[nn.Parameter, int],
+    ) -> None:
+        by_length: dict[tuple[torch.device, torch.dtype, int], list[nn.Parameter]] = {}
+        for p, view in views.items():
+            view.check(p.shape)
+            real = _real(p)
+            entries = math.prod(view.slices(real).shape[1:])
+            by_length.setdefault((p.device, computing_dtype(real.dtype), entries), []).append(p)
+        self.buckets = [
+            Bucket(params, [views[p] for p in params], [groups[p] for p in params])
+            for params in by_length.values()
+        ]
+        placed: dict[nn.Parameter, Layer] = {}
+        offset = 0
+        for bucket, params in zip(self.buckets, by_length.values(), strict=True):
+            for p, (begin, end) in zip(params, bucket.spans, strict=True):
+                placed[p] = Layer(
+                    names[p],
+                    views[p],
+                    p.dtype,
+                    groups[p],
+                    bucket.entries,
+                    slice(offset + begin, offset + end),
+                )
+            offset += bucket.rows
+        self.layers = tuple(placed[p] for p in views)
+        self.rows = offset
+
+
+def _real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t) if t.is_complex() else t

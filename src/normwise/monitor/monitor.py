@@ -1,0 +1,483 @@
+"""The monitor: hooks around an optimizer's step, buffers on the device, alarms, writers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normwise.geometry import View
+from normwise.monitor.alarms import Alarm, AlarmError, Rule, standard_rules
+from normwise.monitor.layout import Bucket, Layout
+from normwise.monitor.measurement import Measurement, aggregate
+from normwise.monitor.quantities import STANDARD, Quantity, Slices
+from normwise.monitor.rules import UpdateRule, rule_of, update_of
+from normwise.monitor.schedules import Schedule, every
+from normwise.theory import Update
+
+if TYPE_CHECKING:
+    from normwise.invariance import Report
+
+__all__ = ["Monitor", "Writer"]
+
+_LOG = logging.getLogger("normwise.monitor")
+
+Writer = Callable[[Measurement], object]
+OnAlarm = Literal["log", "raise"] | Callable[[Alarm], object]
+
+
+class _HasViews(Protocol):
+    def parameter_views(self, model: nn.Module | None = None) -> dict[nn.Parameter, View]: ...
+
+
+@dataclass
+class _Taken:
+    """What belongs to one measurement on the device."""
+
+    step: int
+    lrs: list[float | Tensor]
+    rules: list[UpdateRule]
+
+
+@dataclass
+class _Batch:
+    """Measurements on their way to the host."""
+
+    taken: list[_Taken]
+    values: list[Tensor]  # of each bucket: (measurements, quantities, rows)
+    first_bad: list[Tensor]  # of each bucket: (rows,)
+    events: list[Any]
+
+    def arrived(self) -> bool:
+        return all(event.query() for event in self.events)
+
+
+class Monitor:
+    """Measure norms, effective learning rates and angles of weights while an optimizer trains them.
+
+    It hooks into ``optimizer.step()``; nothing else in a training loop changes. At a measured step
+    the watched weights are copied before the step, and all slices of one length, of all weights,
+    are computed with together. Results stay on the device, and nothing waits for it: they are
+    copied to the host in batches, and looked at when they have arrived. A measured step needs
+    memory for about six copies of the watched weights in float32, for as long as it lasts.
+
+    Use it as a context manager, or call :meth:`close` at the end, so that the last measurements are
+    fetched and files are complete.
+
+    Args:
+        model: gives parameters their names.
+        optimizer: whose steps are measured: any torch optimizer, or one of normwise's.
+        report: what to watch: a report of :func:`normwise.analyze` (its scale-invariant weights),
+            or a mapping from parameter names to views. By default every weight of two dimensions
+            or more that the optimizer trains, in the view of its parameter group or by output
+            channel, embeddings as a whole; then it is for you to know which are scale-invariant.
+        every: when to measure: the first step and every so many, or a schedule (default: 50).
+        quantities: what to measure (default: :data:`normwise.monitor.STANDARD`).
+        writers: where measurements go: any callables, such as those of
+            :mod:`normwise.monitor.writers`. One that has ``close()`` is closed with the monitor.
+        alarms: ``"log"`` (the default: a warning of the logger ``normwise.monitor``), ``"raise"``
+            (:class:`AlarmError`, out of ``optimizer.step()``), or a function of an :class:`Alarm`.
+        rules: what raises alarms (default: :func:`normwise.monitor.standard_rules`).
+        fetch_every: measurements a batch; alarms come by so much later (default: 4).
+        check_finite: a schedule, such as ``every(1)``, of steps after which every slice is looked
+            at, to know exactly which went first to be not finite. Each costs about as much as
+            copying the weights (default: only at measured steps).
+        update: whether updates are as long as gradients or normalized (default: by the name of
+            the optimizer's class, see :func:`normwise.monitor.update_of`).
+
+    Attributes:
+        step: how many steps the optimizer has taken.
+        history: a measurement for each measured step that has been fetched; all but the latest
+            without the values of single slices.
+        raised: the alarms so far.
+        update: as given, or found.
+        writers: as given; more may be appended.
+
+    Raises:
+        ValueError: if nothing is left to watch, a view does not fit, a name is unknown, or a rule
+            needs a quantity that is not measured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        report: Report | Mapping[str, View | str] | None = None,
+        *,
+        every: int | Schedule = 50,
+        quantities: Sequence[Quantity] = STANDARD,
+        writers: Sequence[Writer] = (),
+        alarms: OnAlarm = "log",
+        rules: Sequence[Rule] | None = None,
+        fetch_every: int = 4,
+        check_finite: Schedule | None = None,
+        update: Update | None = None,
+    ) -> None:
+        if not (alarms in ("log", "raise") or callable(alarms)):
+            raise ValueError(f"Invalid alarms: {alarms!r}; must be 'log', 'raise' or a function")
+        if fetch_every < 1:
+            raise ValueError(f"Invalid fetch_every: {fetch_every}; must be 1 or more")
+        self._optimizer = optimizer
+        self.update = update or update_of(optimizer)
+        self._schedule = every if isinstance(every, Schedule) else _interval(every)
+        self._check_finite = check_finite
+        self._quantities = tuple(quantities)
+        self._names = tuple(q.name for q in self._quantities)
+        self._rules = tuple(standard_rules() if rules is None else rules)
+        self._check_names()
+        self.writers = list(writers)
+        self._on_alarm: OnAlarm = alarms
+        self._fetch_every = fetch_every
+
+        names = {p: name for name, p in model.named_parameters()}
+        groups = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+        views = _views(model, optimizer, report, names, groups)
+        self._layout = Layout(views, names, groups)
+        self._results: list[Tensor] | None = None
+        self._first_bad: list[Tensor] | None = None
+        self._before: list[Tensor] | None = None
+        self._taken: list[_Taken] = []
+        self._under_way: list[_Batch] = []
+        self._gradient_squares: Tensor | None = None
+        self._seen: set[tuple[str, str | None]] = set()
+
+        self.step = 0
+        self.history: list[Measurement] = []
+        self.raised: list[Alarm] = []
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the weights that are watched."""
+        return tuple(layer.name for layer in self._layout.layers)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of what is known of a layer: the quantities, and the predicted equilibrium."""
+        return (*self._names, "predicted_norm", "predicted_angular_update")
+
+    def series(self, name: str) -> tuple[list[int], Tensor]:
+        """The steps measured so far, and a quantity of each layer at them.
+
+        Returns:
+            The steps, and a tensor of shape ``(steps, layers)``, the layers as in :attr:`layers`.
+
+        Raises:
+            KeyError: for an unknown quantity.
+        """
+        if name not in self.names:
+            raise KeyError(f"no quantity {name!r} is measured; there are {', '.join(self.names)}")
+        row = self.names.index(name)
+        steps = [m.step for m in self.history]
+        values = [m.values[row] for m in self.history]
+        return steps, torch.stack(values) if values else torch.empty(0, len(self.layers))
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw norms, angular updates, effective learning rates, and measured against predicted.
+
+        Args:
+            path: a file whose suffix says the format; without it nothing is written.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ImportError: without matplotlib.
+            ValueError: if nothing has been measured yet.
+        """
+        from normwise.monitor.plots import draw
+
+        figure = draw(self)
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def panels(self) -> dict[str, str]:
+        """The pictures of :meth:`plot` one by one, as ``<svg>`` elements to put into a page.
+
+        Raises:
+            ImportError: without matplotlib.
+            ValueError: if nothing has been measured yet.
+        """
+        from normwise.monitor.plots import panels
+
+        return panels(self)
+
+    def fetch(self) -> None:
+        """Get every measurement taken so far; this waits for the device."""
+        self._send()
+        while self._under_way:
+            batch = self._under_way.pop(0)
+            for event in batch.events:
+                event.synchronize()
+            self._receive(batch)
+
+    def close(self) -> None:
+        """Fetch what is left, stop measuring and close the writers."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        try:
+            self.fetch()
+        finally:
+            for writer in self.writers:
+                close = getattr(writer, "close", None)
+                if close is not None:
+                    close()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and self._on_alarm == "raise":
+            self._on_alarm = "log"  # An error is on its way already; this must not hide it.
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps, and which alarms have been raised, for a run that goes on."""
+        return {"step": self.step, "seen": [list(key) for key in sorted(self._seen, key=str)]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`; history and the rules' memory begin anew."""
+        self.step = int(state["step"])
+        self._seen = {(kind, layer) for kind, layer in state["seen"]}
+
+    # Around a step, on the device.
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        while self._under_way and self._under_way[0].arrived():
+            self._receive(self._under_way.pop(0))
+        if self._schedule(self.step + 1):
+            self._before = [bucket.gather(bucket.params) for bucket in self._layout.buckets]
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.step += 1
+        measured = self._before is not None
+        looked_at = self._check_finite is not None and self._check_finite(self.step)
+        if not (measured or looked_at):
+            return
+        after = [bucket.gather(bucket.params) for bucket in self._layout.buckets]
+        if looked_at:
+            self._look_for_bad(after)
+        if self._before is not None:
+            before, self._before = self._before, None
+            self._measure(before, after)
+            if len(self._taken) == self._fetch_every:
+                self._send()
+                if not self._under_way[0].events:
+                    self._receive(self._under_way.pop(0))
+
+    def _measure(self, before: list[Tensor], after: list[Tensor]) -> None:
+        groups = self._optimizer.param_groups
+        rules = [rule_of(self._optimizer, group, self.update) for group in groups]
+        lrs = [group["lr"] for group in groups]
+        if self._results is None:
+            self._results = [
+                torch.empty(
+                    self._fetch_every,
+                    len(self._quantities),
+                    bucket.rows,
+                    dtype=bucket.dtype,
+                    device=bucket.device,
+                )
+                for bucket in self._layout.buckets
+            ]
+        place = len(self._taken)
+        for bucket, old, new, into in zip(
+            self._layout.buckets, before, after, self._results, strict=True
+        ):
+            lr = _column(lrs, bucket)
+            s = Slices(
+                old,
+                new,
+                bucket.gather(bucket.gradients()),
+                lr,
+                lr * _column([rule.decay_per_lr for rule in rules], bucket),
+                _column([float(rule.update.exponent) for rule in rules], bucket),
+            )
+            for row, quantity in enumerate(self._quantities):
+                into[place, row] = quantity(s)
+        snapshot = [
+            lr.detach().to("cpu", non_blocking=True, copy=True) if isinstance(lr, Tensor) else lr
+            for lr in lrs
+        ]
+        self._taken.append(_Taken(self.step, snapshot, rules))
+
+    def _look_for_bad(self, after: list[Tensor]) -> None:
+        if self._first_bad is None:
+            self._first_bad = [
+                torch.zeros(b.rows, dtype=torch.int64, device=b.device)
+                for b in self._layout.buckets
+            ]
+        for rows, first in zip(after, self._first_bad, strict=True):
+            finite = rows.abs().amax(1).isfinite()
+            first.copy_(torch.where(finite | (first > 0), first, self.step))
+
+    def _send(self) -> None:
+        """Start to copy what has been measured to the host."""
+        if not self._taken or self._results is None:
+            return
+        count = len(self._taken)
+        values = [_to_host(results[:count]) for results in self._results]
+        first_bad = [_to_host(first) for first in self._first_bad or ()]
+        events = []
+        for device in {b.device for b in self._layout.buckets}:
+            if device.type == "cuda":
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types here
+                event.record(torch.cuda.current_stream(device))
+                events.append(event)
+        self._under_way.append(_Batch(self._taken, values, first_bad, events))
+        self._taken = []
+
+    # On the host.
+
+    def _receive(self, batch: _Batch) -> None:
+        values = torch.cat([v.double() for v in batch.values], dim=2)
+        first_bad = torch.cat(batch.first_bad) if batch.first_bad else None
+        for taken, slices in zip(batch.taken, values, strict=True):
+            of_groups = [float(lr) for lr in taken.lrs]
+            layers = self._layout.layers
+            lrs = tuple(of_groups[layer.group] for layer in layers)
+            rules = tuple(taken.rules[layer.group] for layer in layers)
+            measured = aggregate(slices, self._quantities, layers)
+            predicted = self._predict(slices, lrs, rules)
+            m = Measurement(
+                taken.step,
+                layers,
+                self.names,
+                torch.cat([measured, predicted]),
+                slices,
+                lrs,
+                None if first_bad is None else torch.where(first_bad <= taken.step, first_bad, 0),
+            )
+            if self.history:
+                self.history[-1] = _without_slices(self.history[-1])
+            self.history.append(m)
+            for writer in self.writers:
+                writer(m)
+            for rule in self._rules:
+                for alarm in rule(m, rules):
+                    self._raise(alarm)
+
+    def _predict(
+        self, slices: Tensor, lrs: tuple[float, ...], rules: tuple[UpdateRule, ...]
+    ) -> Tensor:
+        """The equilibrium of each layer; E‖g̃‖² is the mean over the last ten or so measurements."""
+        predicted = torch.full((2, len(lrs)), math.nan, dtype=torch.float64)
+        if "scaled_gradient" in self._names:
+            squares = slices[self._names.index("scaled_gradient")].square()
+            old = self._gradient_squares
+            self._gradient_squares = squares if old is None else old.lerp(squares, 0.1)
+        for i, (layer, lr, rule) in enumerate(zip(self._layout.layers, lrs, rules, strict=True)):
+            mean = math.nan
+            if self._gradient_squares is not None:
+                alive = self._gradient_squares[layer.slices]
+                mean = float(alive[alive > 0].log().mean().exp())
+            predicted[:, i] = torch.tensor(rule.equilibrium(lr, mean, layer.entries))
+        return predicted
+
+    def _raise(self, alarm: Alarm) -> None:
+        key = (alarm.kind, alarm.layer)
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.raised.append(alarm)
+        if self._on_alarm == "log":
+            _LOG.warning("%s", alarm)
+        elif self._on_alarm == "raise":
+            raise AlarmError(alarm)
+        else:
+            self._on_alarm(alarm)
+
+    def _check_names(self) -> None:
+        if len(set(self._names)) < len(self._names):
+            raise ValueError(f"two quantities have one name: {', '.join(self._names)}")
+        for rule in self._rules:
+            missing = set(rule.needs) - set(self._names)
+            if missing:
+                raise ValueError(
+                    f"the rule {type(rule).__name__} needs {', '.join(sorted(missing))}, which "
+                    "quantities= does not have"
+                )
+
+
+def _interval(steps: int) -> Schedule:
+    return every(steps)
+
+
+def _column(values: Sequence[float | Tensor], bucket: Bucket) -> Tensor:
+    """A value of each group, spread over the slices of a bucket."""
+    if any(isinstance(value, Tensor) for value in values):
+        of_groups = torch.stack(
+            [
+                torch.as_tensor(value, dtype=bucket.dtype, device=bucket.device).reshape(())
+                for value in values
+            ]
+        )
+    else:
+        of_groups = torch.tensor(values, dtype=bucket.dtype, device=bucket.device)
+    return of_groups.index_select(0, bucket.group_index)
+
+
+def _to_host(t: Tensor) -> Tensor:
+    if t.device.type == "cpu":
+        return t.clone()
+    host = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.device.type == "cuda")
+    return host.copy_(t, non_blocking=t.device.type == "cuda")
+
+
+def _without_slices(m: Measurement) -> Measurement:
+    return Measurement(m.step, m.layers, m.names, m.values, m.slices[:0], m.lrs)
+
+
+def _views(
+    model: nn.Module,
+    optimizer: Optimizer,
+    report: _HasViews | Mapping[str, View | str] | None,
+    names: Mapping[nn.Parameter, str],
+    groups: Mapping[nn.Parameter, int],
+) -> dict[nn.Parameter, View]:
+    """What to watch, in the model's order."""
+    views: dict[nn.Parameter, View] = {}
+    if isinstance(report, Mapping):
+        by_name = dict(model.named_parameters(remove_duplicate=False))
+        for name, view in report.items():
+            if name not in by_name:
+                raise ValueError(f"the model has no parameter {name!r}")
+            views[by_name[name]] = view if isinstance(view, View) else View.parse(view)
+    elif report is not None:
+        views = dict(report.parameter_views(model))
+    else:
+        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+        for p in names:
+            if p in groups and p.ndim > 1:
+                option = optimizer.param_groups[groups[p]].get("view")
+                whole = View.layer() if p in tables else View.channel()
+                views[p] = option if isinstance(option, View) else whole
+    views = {p: view for p, view in views.items() if p in groups and p.numel()}
+    if not views:
+        raise ValueError("nothing to watch: the optimizer trains none of the weights in question")
+    for p in views:
+        if not p.is_floating_point() and not p.is_complex():
+            raise ValueError(f"{names[p]} is of dtype {p.dtype}; only floating-point has a norm")
+        if hasattr(p, "device_mesh"):
+            raise ValueError(f"{names[p]} is a DTensor; a Monitor reads whole weights only")
+    return views

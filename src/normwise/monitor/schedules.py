@@ -1,0 +1,78 @@
+"""When to measure. A schedule is asked once a step, with the number of the step, from 1."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+__all__ = ["Schedule", "every", "first", "log_spaced"]
+
+
+class Schedule(ABC):
+    """Says of each step whether to measure it. ``a | b`` measures whenever one of the two does."""
+
+    @abstractmethod
+    def __call__(self, step: int) -> bool:
+        """Whether to measure this ``step``, counted from 1."""
+
+    def __or__(self, other: Schedule) -> Schedule:
+        return _Either(self, other)
+
+
+@dataclass(frozen=True)
+class _Either(Schedule):
+    one: Schedule
+    other: Schedule
+
+    def __call__(self, step: int) -> bool:
+        return self.one(step) or self.other(step)
+
+
+@dataclass(frozen=True)
+class _Every(Schedule):
+    interval: int
+
+    def __call__(self, step: int) -> bool:
+        return step == 1 or step % self.interval == 0
+
+
+@dataclass(frozen=True)
+class _First(Schedule):
+    steps: int
+
+    def __call__(self, step: int) -> bool:
+        return step <= self.steps
+
+
+@dataclass(frozen=True)
+class _LogSpaced(Schedule):
+    per_decade: int
+
+    def __call__(self, step: int) -> bool:
+        # Whether a mark 10^(k/per_decade), rounded up, falls on this step.
+        def mark(n: int) -> int:
+            return math.floor(self.per_decade * math.log10(n) + 1e-9)
+
+        return step == 1 or mark(step) > mark(step - 1)
+
+
+def every(interval: int) -> Schedule:
+    """The first step, and every multiple of ``interval``."""
+    return _Every(_at_least_one("interval", interval))
+
+
+def first(steps: int) -> Schedule:
+    """The first so many ``steps``."""
+    return _First(_at_least_one("steps", steps))
+
+
+def log_spaced(per_decade: int = 10) -> Schedule:
+    """About ``per_decade`` steps between 10^k and 10^(k+1): dense at first, ever rarer later."""
+    return _LogSpaced(_at_least_one("per_decade", per_decade))
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"Invalid {name}: {value!r}; must be a whole number, 1 or more")
+    return value
