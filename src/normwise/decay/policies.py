@@ -244,7 +244,7 @@ class Cautious(Decoupled):
     """Decoupled decay of those entries alone that the step moves towards zero, or not ([CWD]).
 
     w ← w − u − d·1[u∘w ≥ 0]∘w, where u is what the optimizer took from w, measured around its step,
-    whichever optimizer it is. That costs a copy of the weights for the time of the step and eight
+    whichever optimizer it is. That costs a copy of the weights for the time of the step and seven
     multi-tensor operations.
 
     Args:
@@ -277,8 +277,10 @@ class Cautious(Decoupled):
         torch._foreach_sign_(taken)
         torch._foreach_clamp_max_(taken, 0.0)
         torch._foreach_add_(taken, 1.0)
-        _scale_(taken, -1 * shrink)
-        torch._foreach_addcmul_(params, before, taken)
+        if isinstance(shrink, Tensor):
+            _scale_(taken, shrink)
+            shrink = 1.0
+        torch._foreach_addcmul_(params, before, taken, value=-shrink)
 
 
 @dataclass(frozen=True)
