@@ -123,10 +123,11 @@ def main() -> None:
                 row = f"| {model}, {1e3 * base:.1f} ms | {kind} | {name} "
                 row += f"| {middle:.3f} ({low:.3f}–{high:.3f}) "
                 row += f"| {statistics.quantiles(times[name], n=4)[0] / base:.3f} "
+                cell = "not timed"
                 if name in optimizers:
                     alone = hooks(optimizers[name], arguments.rounds)
-                    row += f"| {1e6 * alone:.0f} µs, {100 * alone / base:.2f}% "
-                print(row + "|" * (1 + (name == last)), flush=True)
+                    cell = f"{1e6 * alone:.0f} µs, {100 * alone / base:.2f}%"
+                print(row + f"| {cell} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ measures of sharpness over time::
 
 ``NORMWISE_DATA`` is a directory with CIFAR-10 in its published binary version
 (``cifar-10-batches-bin`` or ``cifar10`` with ``data_batch_1.bin`` and ``test_batch.bin``).
+Accuracy is on 2,000 test images on the way, and on all 10,000 at the end.
 
 The measures, over the weights w_l that feed a batch normalization, each scale-invariant, so that
 neither changes when any of them is multiplied by a positive number:
@@ -197,8 +198,12 @@ COLUMNS = {
 
 
 def show(results: list[dict], picture: Path | None) -> None:
+    done = {(r["condition"], r["seed"]) for r in results}
+    seeds = sorted(
+        s for s in {r["seed"] for r in results} if all((c, s) in done for c in CONDITIONS)
+    )
+    results = [r for r in results if r["seed"] in seeds]
     first = results[0]
-    seeds = sorted({r["seed"] for r in results})
     print(
         f"{first['epochs']} epochs, lr {first['lr']:g}, λ = {first['weight_decay']:g}, seeds "
         f"{seeds}. At the end, mean (range of seeds):\n"

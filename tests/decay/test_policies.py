@@ -197,6 +197,17 @@ def test_the_peak_of_one_cycle_is_the_reference():
     assert attached.effect(group).shrink == pytest.approx(0.04 * DECAY)
 
 
+def test_a_peak_of_zero_is_an_error():
+    p = weight()
+    optimizer = OPTIMIZERS["AdamW"]([p], lr=0.0)
+    Decoupled(DECAY, per="schedule").attach(optimizer)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="learning rate was 0 when the policy was attached"):
+        optimizer.step()
+    optimizer.param_groups[0]["initial_lr"] = LR
+    optimizer.step()
+
+
 class Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()

@@ -107,6 +107,10 @@ class Policy:
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+        if any("lr" not in group for group in optimizer.param_groups):
+            raise ValueError(
+                f"{self.label} needs groups with an lr, which {type(optimizer).__name__} has not"
+            )
         chosen = _chosen(optimizer, on)
         others = {p: other for other in attached_to(optimizer) for p in other.params}
         if on is None:
@@ -124,7 +128,6 @@ class Policy:
         for group in groups:
             if self.weight_decay is not None:
                 group["weight_decay"] = self.weight_decay
-            _check_lr(group)
         return AttachedPolicy(self, optimizer, groups)
 
     @property
@@ -234,7 +237,8 @@ class Decoupled(Policy):
         if self.per == "lr":
             return Effect("decoupled", decay, lr * decay)
         if self.per == "schedule":
-            return Effect("decoupled", decay / reference, lr / reference * decay)
+            peak = _checked_peak(reference)
+            return Effect("decoupled", decay / peak, lr / peak * decay)
         at_rest = not isinstance(lr, Tensor) and lr == 0
         return Effect("decoupled", None if at_rest else decay / lr, decay)
 
@@ -306,6 +310,7 @@ class Corrected(Policy):
             raise ValueError(f"Invalid max_lr: {self.max_lr}; must be finite and above 0")
 
     def attach(self, optimizer: Optimizer, on: On | None = None) -> AttachedPolicy:
+        """As :meth:`Policy.attach`, but ``on`` must be given."""
         if on is None:
             raise ValueError(
                 "Corrected must be told which weights feed a normalization: "
@@ -313,10 +318,8 @@ class Corrected(Policy):
             )
         return super().attach(optimizer, on)
 
-    attach.__doc__ = Policy.attach.__doc__
-
     def effect(self, decay: Number, lr: Number, reference: Number, native: Native | None) -> Effect:
-        corrected = decay * lr / (reference if self.max_lr is None else self.max_lr)
+        corrected = decay * lr / _checked_peak(reference if self.max_lr is None else self.max_lr)
         if native is None:
             return Effect("decoupled", corrected, lr * corrected)
         corrected = corrected * native.rate
@@ -339,11 +342,11 @@ class AttachedPolicy:
         self.policy = policy
         self.params = frozenset(p for group in groups for p in group["params"])
         self._optimizer = weakref.ref(optimizer)
-        # Of a group's first parameter: load_state_dict makes new groups.
-        self._lrs: dict[Tensor, Number] = {
-            group["params"][0]: lr.clone() if isinstance(lr := group["lr"], Tensor) else lr
-            for group in groups
-        }
+        # By parameter: load_state_dict makes new groups.
+        self._lrs: dict[Tensor, Number] = {}
+        for group in groups:
+            lr = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+            self._lrs.update(dict.fromkeys(group["params"], lr))
         # Of each group, for the time of a step: its own options, and the policy's memo.
         self._in_step: list[tuple[dict[str, Any], dict[str, Any], Any]] = []
         self._hooks = (
@@ -500,8 +503,3 @@ def _named(groups: list[dict[str, Any]], name: str | int) -> set[Tensor]:
             + ("" if "param_names" in groups[0] else ", and no names of parameters")
         )
     return matching
-
-
-def _check_lr(group: dict[str, Any]) -> None:
-    if "lr" not in group:
-        raise ValueError("a policy needs groups with an lr, and this optimizer has none")
