@@ -262,10 +262,8 @@ def draw(results: list[dict], picture: Path) -> None:
                 linewidth=0,
             )
         axis.set_title(title, fontsize=10)
-        if key not in ("accuracy", "loss"):
-            axis.set_yscale("log")
         if key == "effective_lr":
-            axis.set_ylim(bottom=1e-5)
+            axis.set(yscale="log", ylim=(1e-5, None))
         axis.axvline(results[0]["history"][-1]["step"] // 3, color="black", lw=0.7, ls=":")
         axis.grid(alpha=0.3)
     for axis in axes[1]:

@@ -419,6 +419,15 @@ class AttachedPolicy:
         self._in_step.clear()
 
 
+def _checked_peak(lr: Number) -> Number:
+    if not isinstance(lr, Tensor) and lr == 0:
+        raise ValueError(
+            "the learning rate was 0 when the policy was attached, and decay relative to it has no "
+            'meaning; set group["initial_lr"] to the rate at which the schedule is 1'
+        )
+    return lr
+
+
 def _act(optimizer: Optimizer, group: dict[str, Any], params: list[Tensor], effect: Effect) -> None:
     """Add λw to the gradients, or shrink the weights, before the optimizer's step."""
     # Set by GradScaler around the step of a fused optimizer, which unscales by itself.
