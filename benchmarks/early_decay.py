@@ -218,7 +218,9 @@ def show(results: list[dict], picture: Path | None) -> None:
             if key != "effective_lr":
                 values = [end[key] for end in ends]
                 mean = statistics.mean(values)
-                cells.append(f"{mean:.3g} ({min(values):.3g}–{max(values):.3g})")
+                digits = {"accuracy": 1, "fisher": 0}.get(key, 2)
+                mean, low, high = (f"{v:.{digits}f}" for v in (mean, min(values), max(values)))
+                cells.append(f"{mean} ({low}–{high})")
         print(f"| {condition} | " + " | ".join(cells) + " |")
     print("\nTest accuracy less that of never, same seed: mean, and each seed")
     by_key = {(r["condition"], r["seed"]): r["history"][-1]["accuracy"] for r in results}
