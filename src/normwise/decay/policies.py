@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normwise.decay.attached import attached_to, check_unscheduled, label, split_groups
+from normwise.decay.attached import (
+    attached_to,
+    check_unscheduled,
+    label,
+    scheduled,
+    split_groups,
+)
 from normwise.decay.native import Coupling, Native, native_decay
 
 __all__ = ["L2", "AttachedPolicy", "Cautious", "Corrected", "Decoupled", "Effect", "Policy"]
@@ -126,6 +132,7 @@ class Policy:
         self._check_decays(optimizer, chosen)
         groups = split_groups(optimizer, chosen)
         for group in groups:
+            group.setdefault("weight_decay", 0.0)
             if self.weight_decay is not None:
                 group["weight_decay"] = self.weight_decay
         return AttachedPolicy(self, optimizer, groups)
@@ -143,7 +150,7 @@ class Policy:
             if not chosen.isdisjoint(group["params"])
         }
         if self.weight_decay is None:
-            if not any(groups.values()):
+            if not any(groups.values()) and not scheduled.get(optimizer):
                 raise ValueError(
                     f"{self.label} has no weight_decay, and those of the groups are 0; give one"
                 )
