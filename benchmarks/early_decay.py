@@ -8,6 +8,7 @@ measures of sharpness over time::
 
 ``NORMWISE_DATA`` is a directory with CIFAR-10 in its published binary version
 (``cifar-10-batches-bin`` or ``cifar10`` with ``data_batch_1.bin`` and ``test_batch.bin``).
+Accuracy is on 2,000 test images on the way, and on all 10,000 at the end.
 
 The measures, over the weights w_l that feed a batch normalization, each scale-invariant, so that
 neither changes when any of them is multiplied by a positive number:
@@ -197,8 +198,12 @@ COLUMNS = {
 
 
 def show(results: list[dict], picture: Path | None) -> None:
+    done = {(r["condition"], r["seed"]) for r in results}
+    seeds = sorted(
+        s for s in {r["seed"] for r in results} if all((c, s) in done for c in CONDITIONS)
+    )
+    results = [r for r in results if r["seed"] in seeds]
     first = results[0]
-    seeds = sorted({r["seed"] for r in results})
     print(
         f"{first['epochs']} epochs, lr {first['lr']:g}, λ = {first['weight_decay']:g}, seeds "
         f"{seeds}. At the end, mean (range of seeds):\n"
@@ -213,7 +218,9 @@ def show(results: list[dict], picture: Path | None) -> None:
             if key != "effective_lr":
                 values = [end[key] for end in ends]
                 mean = statistics.mean(values)
-                cells.append(f"{mean:.3g} ({min(values):.3g}–{max(values):.3g})")
+                digits = {"accuracy": 1, "fisher": 0}.get(key, 2)
+                mean, low, high = (f"{v:.{digits}f}" for v in (mean, min(values), max(values)))
+                cells.append(f"{mean} ({low}–{high})")
         print(f"| {condition} | " + " | ".join(cells) + " |")
     print("\nTest accuracy less that of never, same seed: mean, and each seed")
     by_key = {(r["condition"], r["seed"]): r["history"][-1]["accuracy"] for r in results}
@@ -257,10 +264,8 @@ def draw(results: list[dict], picture: Path) -> None:
                 linewidth=0,
             )
         axis.set_title(title, fontsize=10)
-        if key not in ("accuracy", "loss"):
-            axis.set_yscale("log")
         if key == "effective_lr":
-            axis.set_ylim(bottom=1e-5)
+            axis.set(yscale="log", ylim=(1e-5, None))
         axis.axvline(results[0]["history"][-1]["step"] // 3, color="black", lw=0.7, ls=":")
         axis.grid(alpha=0.3)
     for axis in axes[1]:

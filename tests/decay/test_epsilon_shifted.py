@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from normwise import View
-from normwise.decay import EpsilonShiftedL2
+from normwise.decay import DecayScheduler, EpsilonShiftedL2, early
 from normwise.decay.epsilon_shifted import shifted_decay, shifted_penalty
 from normwise.reparam import (
     WeightNorm,
@@ -385,3 +385,34 @@ def test_weight_norm_without_a_gain_is_found_too():
     model = nn.Sequential(nn.Linear(3, 3))
     reparametrize(model, WeightNorm, gain=False, only="0")
     assert EpsilonShiftedL2(model, weight_decay=1e-4, eps=1e-3).groups[0].names == ("0.weight",)
+
+
+@pytest.mark.parametrize("coupling", ["coupled", "decoupled"])
+def test_weights_decay_under_maximize_too(coupling):
+    """Going up along −g is going down along g."""
+    ends = []
+    for sign in (1, -1):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        weight_normalize(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, maximize=sign < 0)
+        EpsilonShiftedL2(model, weight_decay=0.5, eps=1e-3).attach(optimizer, coupling)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = sign * torch.ones_like(p)
+            optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*ends)
+
+
+def test_attached_while_a_schedule_drives_the_decay_it_is_an_error():
+    """The schedule would bring back the decay that is taken out."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    weight_normalize(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-4)
+    schedule = DecayScheduler(optimizer, early(10))
+    reg = EpsilonShiftedL2(model, weight_decay=0.5, eps=1e-3)
+    with pytest.raises(ValueError, match="already; attach EpsilonShiftedL2 before you make"):
+        reg.attach(optimizer)
+    schedule.remove()
+    reg.attach(optimizer)

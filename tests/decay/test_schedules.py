@@ -125,6 +125,26 @@ def test_early_decay_under_a_policy_is_the_loop():
     torch.testing.assert_close(w.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_policy_may_come_after_a_schedule_whose_factor_is_zero():
+    target = optimizer()
+    scheduler = DecayScheduler(target, late(1))
+    attached = Decoupled(per="step").attach(target)
+    scheduler.step()
+    assert attached.effect(target.param_groups[0]).shrink == 0.2
+
+
+def test_an_optimizer_without_decay_is_given_one():
+    w = torch.nn.Parameter(torch.ones(2))
+    target = torch.optim.Rprop([w], lr=0.1)
+    Decoupled(0.2, per="step").attach(target)
+    scheduler = DecayScheduler(target, early(1))
+    for _ in range(3):
+        w.grad = torch.zeros(2)
+        target.step()
+        scheduler.step()
+    torch.testing.assert_close(w.detach(), torch.full((2,), 0.8))
+
+
 def test_normalized_decay_is_the_papers_formula():
     assert normalized(0.05, 128, 50_000, 100) == pytest.approx(0.05 * (128 / 5e6) ** 0.5)
     for name, value in (("batch_size", 0), ("samples", -1), ("epochs", 0)):

@@ -56,7 +56,7 @@ def split_groups(optimizer: Optimizer, chosen: Collection[Tensor]) -> list[dict[
     ours = []
     for group in list(optimizer.param_groups):
         indices = [i for i, p in enumerate(group["params"]) if p in chosen]
-        if len(indices) == len(group["params"]):
+        if indices and len(indices) == len(group["params"]):
             ours.append(group)
         elif indices:
             split = dict(group)

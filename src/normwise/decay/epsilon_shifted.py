@@ -370,9 +370,9 @@ class AttachedRegularizer:
         """End it. The optimizer's own decay of the weights stays 0."""
         self._handle.remove()
         optimizer = self._optimizer()
-        if optimizer is not None and optimizer in self._regularizer._attached:
-            self._regularizer._attached.discard(optimizer)
+        if optimizer is not None and self in attached_to(optimizer):
             attached_to(optimizer).remove(self)
+            self._regularizer._attached.discard(optimizer)
 
     @property
     def label(self) -> str:

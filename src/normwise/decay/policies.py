@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normwise.decay.attached import attached_to, check_unscheduled, label, split_groups
+from normwise.decay.attached import (
+    attached_to,
+    check_unscheduled,
+    label,
+    scheduled,
+    split_groups,
+)
 from normwise.decay.native import Coupling, Native, native_decay
 
 __all__ = ["L2", "AttachedPolicy", "Cautious", "Corrected", "Decoupled", "Effect", "Policy"]
@@ -107,6 +113,10 @@ class Policy:
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+        if any("lr" not in group for group in optimizer.param_groups):
+            raise ValueError(
+                f"{self.label} needs groups with an lr, which {type(optimizer).__name__} has not"
+            )
         chosen = _chosen(optimizer, on)
         others = {p: other for other in attached_to(optimizer) for p in other.params}
         if on is None:
@@ -122,9 +132,9 @@ class Policy:
         self._check_decays(optimizer, chosen)
         groups = split_groups(optimizer, chosen)
         for group in groups:
+            group.setdefault("weight_decay", 0.0)
             if self.weight_decay is not None:
                 group["weight_decay"] = self.weight_decay
-            _check_lr(group)
         return AttachedPolicy(self, optimizer, groups)
 
     @property
@@ -140,7 +150,7 @@ class Policy:
             if not chosen.isdisjoint(group["params"])
         }
         if self.weight_decay is None:
-            if not any(groups.values()):
+            if not any(groups.values()) and not scheduled.get(optimizer):
                 raise ValueError(
                     f"{self.label} has no weight_decay, and those of the groups are 0; give one"
                 )
@@ -234,7 +244,8 @@ class Decoupled(Policy):
         if self.per == "lr":
             return Effect("decoupled", decay, lr * decay)
         if self.per == "schedule":
-            return Effect("decoupled", decay / reference, lr / reference * decay)
+            peak = _checked_peak(reference)
+            return Effect("decoupled", decay / peak, lr / peak * decay)
         at_rest = not isinstance(lr, Tensor) and lr == 0
         return Effect("decoupled", None if at_rest else decay / lr, decay)
 
@@ -244,7 +255,7 @@ class Cautious(Decoupled):
     """Decoupled decay of those entries alone that the step moves towards zero, or not ([CWD]).
 
     w ← w − u − d·1[u∘w ≥ 0]∘w, where u is what the optimizer took from w, measured around its step,
-    whichever optimizer it is. That costs a copy of the weights for the time of the step and eight
+    whichever optimizer it is. That costs a copy of the weights for the time of the step and seven
     multi-tensor operations.
 
     Args:
@@ -277,8 +288,10 @@ class Cautious(Decoupled):
         torch._foreach_sign_(taken)
         torch._foreach_clamp_max_(taken, 0.0)
         torch._foreach_add_(taken, 1.0)
-        _scale_(taken, -1 * shrink)
-        torch._foreach_addcmul_(params, before, taken)
+        if isinstance(shrink, Tensor):
+            _scale_(taken, shrink)
+            shrink = 1.0
+        torch._foreach_addcmul_(params, before, taken, value=-shrink)
 
 
 @dataclass(frozen=True)
@@ -304,6 +317,7 @@ class Corrected(Policy):
             raise ValueError(f"Invalid max_lr: {self.max_lr}; must be finite and above 0")
 
     def attach(self, optimizer: Optimizer, on: On | None = None) -> AttachedPolicy:
+        """As :meth:`Policy.attach`, but ``on`` must be given."""
         if on is None:
             raise ValueError(
                 "Corrected must be told which weights feed a normalization: "
@@ -311,10 +325,8 @@ class Corrected(Policy):
             )
         return super().attach(optimizer, on)
 
-    attach.__doc__ = Policy.attach.__doc__
-
     def effect(self, decay: Number, lr: Number, reference: Number, native: Native | None) -> Effect:
-        corrected = decay * lr / (reference if self.max_lr is None else self.max_lr)
+        corrected = decay * lr / _checked_peak(reference if self.max_lr is None else self.max_lr)
         if native is None:
             return Effect("decoupled", corrected, lr * corrected)
         corrected = corrected * native.rate
@@ -337,11 +349,11 @@ class AttachedPolicy:
         self.policy = policy
         self.params = frozenset(p for group in groups for p in group["params"])
         self._optimizer = weakref.ref(optimizer)
-        # Of a group's first parameter: load_state_dict makes new groups.
-        self._lrs: dict[Tensor, Number] = {
-            group["params"][0]: lr.clone() if isinstance(lr := group["lr"], Tensor) else lr
-            for group in groups
-        }
+        # By parameter: load_state_dict makes new groups.
+        self._lrs: dict[Tensor, Number] = {}
+        for group in groups:
+            lr = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+            self._lrs.update(dict.fromkeys(group["params"], lr))
         # Of each group, for the time of a step: its own options, and the policy's memo.
         self._in_step: list[tuple[dict[str, Any], dict[str, Any], Any]] = []
         self._hooks = (
@@ -412,6 +424,15 @@ class AttachedPolicy:
         for group, kept, _ in self._in_step:
             group.update(kept)
         self._in_step.clear()
+
+
+def _checked_peak(lr: Number) -> Number:
+    if not isinstance(lr, Tensor) and lr == 0:
+        raise ValueError(
+            "the learning rate was 0 when the policy was attached, and decay relative to it has no "
+            'meaning; set group["initial_lr"] to the rate at which the schedule is 1'
+        )
+    return lr
 
 
 def _act(optimizer: Optimizer, group: dict[str, Any], params: list[Tensor], effect: Effect) -> None:
@@ -498,8 +519,3 @@ def _named(groups: list[dict[str, Any]], name: str | int) -> set[Tensor]:
             + ("" if "param_names" in groups[0] else ", and no names of parameters")
         )
     return matching
-
-
-def _check_lr(group: dict[str, Any]) -> None:
-    if "lr" not in group:
-        raise ValueError("a policy needs groups with an lr, and this optimizer has none")
