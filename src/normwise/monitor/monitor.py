@@ -67,7 +67,8 @@ class Monitor:
     the watched weights are copied before the step, and all slices of one length, of all weights,
     are computed with together. Results stay on the device, and nothing waits for it: they are
     copied to the host in batches, and looked at when they have arrived. A measured step needs
-    memory for about six copies of the watched weights in float32, for as long as it lasts.
+    memory for three copies of the watched weights in float32, and on an accelerator twice that, for
+    as long as it lasts.
 
     Use it as a context manager, or call :meth:`close` at the end, so that the last measurements are
     fetched and files are complete.
@@ -304,17 +305,16 @@ class Monitor:
         for bucket, old, new, into in zip(
             self._layout.buckets, before, after, self._results, strict=True
         ):
+            gradient = bucket.gather(bucket.gradients())
             lr = _column(lrs, bucket)
-            s = Slices(
-                old,
-                new,
-                bucket.gather(bucket.gradients()),
-                lr,
-                lr * _column([rule.decay_per_lr for rule in rules], bucket),
-                _column([float(rule.update.exponent) for rule in rules], bucket),
-            )
-            for row, quantity in enumerate(self._quantities):
-                into[place, row] = quantity(s)
+            decay = lr * _column([rule.decay_per_lr for rule in rules], bucket)
+            exponent = _column([float(rule.update.exponent) for rule in rules], bucket)
+            for part in bucket.chunks:
+                s = Slices(
+                    old[part], new[part], gradient[part], lr[part], decay[part], exponent[part]
+                )
+                for row, quantity in enumerate(self._quantities):
+                    into[place, row, part] = quantity(s)
         snapshot = [
             lr.detach().to("cpu", non_blocking=True, copy=True) if isinstance(lr, Tensor) else lr
             for lr in lrs
@@ -327,9 +327,10 @@ class Monitor:
                 torch.zeros(b.rows, dtype=torch.int64, device=b.device)
                 for b in self._layout.buckets
             ]
-        for rows, first in zip(after, self._first_bad, strict=True):
-            finite = rows.abs().amax(1).isfinite()
-            first.copy_(torch.where(finite | (first > 0), first, self.step))
+        for bucket, rows, first in zip(self._layout.buckets, after, self._first_bad, strict=True):
+            for part in bucket.chunks:
+                fine = rows[part].abs().amax(1).isfinite() | (first[part] > 0)
+                first[part] = torch.where(fine, first[part], self.step)
 
     def _send(self) -> None:
         """Start to copy what has been measured to the host."""

@@ -86,7 +86,7 @@ class Slices:
     @cached_property
     def update_norm(self) -> Tensor:
         """‖Δ‖."""
-        return slice_norms(self.update).squeeze(1)
+        return torch.hypot(self.radial, self.tangential_norm)
 
     @cached_property
     def radial(self) -> Tensor:
@@ -120,7 +120,7 @@ class Quantity(ABC):
     """One number for each slice, computed where the weights are.
 
     A quantity of one's own needs a ``name``, how to sum up a layer (``aggregate``, default: the
-    mean), and ``__call__``. It is called once for all slices of one length together.
+    mean), and ``__call__``. It is called with many slices of one length together.
     """
 
     name: str
