@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from normwise.monitor import Monitor, Schedule
 
-INTERVAL = 50
+INTERVAL = 100
 
 
 class Turns(Schedule):

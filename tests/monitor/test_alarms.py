@@ -73,7 +73,7 @@ def test_a_healthy_run_raises_no_alarm_in_2000_steps():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     monitor = Monitor(model, optimizer, CONVS)
     assert train(model, optimizer, monitor, 2000) is None
-    assert len(monitor.history) == 41
+    assert len(monitor.history) == 21
     assert monitor.raised == []
 
 

@@ -147,7 +147,7 @@ class RangeForecast(Rule):
 
     Args:
         horizon: how far to believe the line, in multiples of the steps that it was fitted to: alarm
-            if the norm leaves within those (default: 5, so 1000 steps of measurements every 50).
+            if the norm leaves within those (default: 5, so 2000 steps of measurements every 100).
         window: how many measurements to fit (default: 5).
         range_of: the dtype whose range counts, such as that of autocast (default: the weight's).
     """

@@ -64,11 +64,11 @@ class Monitor:
     """Measure norms, effective learning rates and angles of weights while an optimizer trains them.
 
     It hooks into ``optimizer.step()``; nothing else in a training loop changes. At a measured step
-    the watched weights are copied before the step, and all slices of one length, of all weights,
-    are computed with together. Results stay on the device, and nothing waits for it: they are
-    copied to the host in batches, and looked at when they have arrived. A measured step needs
-    memory for three copies of the watched weights in float32, and on an accelerator twice that, for
-    as long as it lasts.
+    the watched weights are copied before the step, and on an accelerator all slices of one length,
+    of all weights, are computed with together. Results stay on the device, and nothing waits for
+    it: they are copied to the host in batches, and looked at when they have arrived. A measured
+    step needs memory for one copy of the watched weights on a CPU, and for about six in float32
+    elsewhere, for as long as it lasts.
 
     Use it as a context manager, or call :meth:`close` at the end, so that the last measurements are
     fetched and files are complete.
@@ -80,7 +80,7 @@ class Monitor:
             or a mapping from parameter names to views. By default every weight of two dimensions
             or more that the optimizer trains, in the view of its parameter group or by output
             channel, embeddings as a whole; then it is for you to know which are scale-invariant.
-        every: when to measure: the first step and every so many, or a schedule (default: 50).
+        every: when to measure: the first step and every so many, or a schedule (default: 100).
         quantities: what to measure (default: :data:`normwise.monitor.STANDARD`).
         writers: where measurements go: any callables, such as those of
             :mod:`normwise.monitor.writers`. One that has ``close()`` is closed with the monitor.
@@ -113,7 +113,7 @@ class Monitor:
         optimizer: Optimizer,
         report: Report | Mapping[str, View | str] | None = None,
         *,
-        every: int | Schedule = 50,
+        every: int | Schedule = 100,
         quantities: Sequence[Quantity] = STANDARD,
         writers: Sequence[Writer] = (),
         alarms: OnAlarm = "log",
@@ -275,7 +275,7 @@ class Monitor:
         looked_at = self._check_finite is not None and self._check_finite(self.step)
         if not (measured or looked_at):
             return
-        after = [bucket.gather(bucket.params) for bucket in self._layout.buckets]
+        after = [bucket.read(bucket.params) for bucket in self._layout.buckets]
         if looked_at:
             self._look_for_bad(after)
         if self._before is not None:
@@ -305,7 +305,7 @@ class Monitor:
         for bucket, old, new, into in zip(
             self._layout.buckets, before, after, self._results, strict=True
         ):
-            gradient = bucket.gather(bucket.gradients())
+            gradient = bucket.read(bucket.gradients())
             lr = _column(lrs, bucket)
             decay = lr * _column([rule.decay_per_lr for rule in rules], bucket)
             exponent = _column([float(rule.update.exponent) for rule in rules], bucket)
