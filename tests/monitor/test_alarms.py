@@ -10,6 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from normwise.monitor import (
     AlarmError,
     DeadSlices,
+    EffectiveLRFell,
     ExplodingSlices,
     Monitor,
     NotFinite,
@@ -208,6 +209,22 @@ def test_exploding_slices_are_told(training):
         training.run(1)
     (alarm,) = monitor.raised
     assert (alarm.layer, alarm.slices) == ("0.weight", (1,))
+
+
+def test_weights_that_begin_at_zero_have_lost_and_grown_nothing(training):
+    with torch.no_grad():
+        training.model[3].weight.zero_()
+        training.model[0].weight.zero_()
+    rules = [ExplodingSlices(), EffectiveLRFell()]
+    monitor = Monitor(training.model, training.optimizer, VIEWS, every=1, rules=rules)
+    training.model[3].weight.register_hook(torch.zeros_like)
+    with monitor:
+        training.run(2)
+        with torch.no_grad():
+            training.model[3].weight.fill_(0.1)
+            training.model[0].weight.fill_(0.1)
+        training.run(2)
+    assert monitor.raised == []
 
 
 def test_tumbling_weights_are_told(make_training):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,6 @@ _LOG = logging.getLogger("normwise.monitor")
 
 Writer = Callable[[Measurement], object]
 OnAlarm = Literal["log", "raise"] | Callable[[Alarm], object]
-
-
-class _HasViews(Protocol):
-    def parameter_views(self, model: nn.Module | None = None) -> dict[nn.Parameter, View]: ...
 
 
 @dataclass
@@ -452,7 +448,7 @@ def _without_slices(m: Measurement) -> Measurement:
 def _views(
     model: nn.Module,
     optimizer: Optimizer,
-    report: _HasViews | Mapping[str, View | str] | None,
+    report: Report | Mapping[str, View | str] | None,
     names: Mapping[nn.Parameter, str],
     groups: Mapping[nn.Parameter, int],
 ) -> dict[nn.Parameter, View]:
