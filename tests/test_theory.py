@@ -2,20 +2,44 @@
 
 import math
 import re
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
+import normwise
 from normwise import View
 from normwise.geometry import cosine
 from normwise.reparam import weight_normalize, weight_standardize
 from normwise.theory import (
+    PlannedGroups,
+    Update,
+    adamw_angle,
     adamw_equilibrium,
+    adamw_norms,
+    adamw_schedule_limit,
+    adamw_time_to_equilibrium,
+    adamw_with_decay,
     adamw_without_decay,
+    effective_lr,
     epsilon_shifted_equilibrium,
+    gradient_cosine,
+    growth_ratio,
+    lion_equilibrium_angle,
+    momentum_norms,
+    norm_range,
+    scaled_fisher_trace,
+    scaled_gradient_norm,
+    sgd_angle,
+    sgd_decay_limit,
     sgd_equilibrium,
+    sgd_norms,
+    sgd_schedule_limit,
+    sgd_time_to_equilibrium,
+    sgd_with_decay,
     sgd_without_decay,
+    steps_to_norm,
 )
 
 STEPS = 150
@@ -256,3 +280,501 @@ def test_equilibria_as_tabled():
     assert adamw.angle == pytest.approx(math.sqrt(2e-4 * 0.1 / 1.9))
     with pytest.raises(ValueError, match="Invalid weight_decay: 0"):
         sgd_equilibrium(0.1, 0.0, 1.0)
+
+
+# The way back: decay added, directions kept.
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_with_decay_undoes_sgd_without_decay(momentum):
+    lrs, decay = schedule(300, 0.05), 0.02
+    there = sgd_without_decay(lrs, decay, momentum, torch.float64)
+    back = sgd_with_decay(there.lrs, decay, momentum)
+    assert back.lrs == pytest.approx(lrs, rel=1e-9)
+    assert back.scales == pytest.approx(there.scales, rel=1e-9)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_run_without_decay_has_the_directions_of_one_with_decay(momentum):
+    lrs, decay, data = schedule(STEPS, 0.003), 5.0, batches(STEPS)
+    plan = sgd_with_decay(lrs, decay, momentum)
+    undecayed = train(network(weight_normalize), sgd(0.0, momentum), (lrs, lrs), data)
+    decayed = train(network(weight_normalize), sgd(decay, momentum), (plan.lrs, lrs), data)
+    assert max(angles(a, b) for a, b in zip(undecayed, decayed, strict=True)) < 1e-10
+    for a, b in zip(undecayed[-1], decayed[-1], strict=True):
+        assert float(a.norm() / b.norm()) == pytest.approx(plan.scales[-1], rel=1e-10)
+
+
+def tangent_problem(entries=8, steps=120, seed=0):
+    """Losses −⟨ŵ, target_t⟩, and a start."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randn(steps, entries, generator=generator, dtype=torch.float64)
+    return targets, torch.randn(entries, generator=generator, dtype=torch.float64)
+
+
+def follow(optimizer_of, plan, lrs):
+    """A run of torch's own optimizer whose group takes the values of a plan."""
+    targets, start = tangent_problem(steps=len(lrs))
+    w = start.clone().requires_grad_()
+    optimizer = optimizer_of(w)
+    scheduler = None if plan is None else PlannedGroups(optimizer, {0: plan})
+    history = []
+    for t, target in enumerate(targets):
+        if scheduler is None:
+            optimizer.param_groups[0]["lr"] = lrs[t]
+        optimizer.zero_grad()
+        (-(w / w.norm()) @ target).backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        history.append(w.detach().clone()[None])
+    return history
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_torchs_own_adam_follows_the_plan_without_decay(foreach):
+    """The plan's betas and rates make torch's tied moments those that are wanted."""
+    lrs, decay, betas = schedule(120, 0.01), 0.5, (0.9, 0.99)
+    plan = adamw_without_decay(lrs, decay, torch.float64)
+    options = {"betas": betas, "eps": 0.0, "foreach": foreach}
+    decayed = follow(lambda w: torch.optim.AdamW([w], weight_decay=decay, **options), None, lrs)
+    undecayed = follow(lambda w: torch.optim.Adam([w], **options), plan.groups(betas), lrs)
+    for t, (a, b) in enumerate(zip(decayed, undecayed, strict=True)):
+        assert angles([a], [b]) < 1e-12
+        assert float(b.norm() / a.norm()) == pytest.approx(plan.scales[t + 1], rel=1e-10)
+
+
+def test_torchs_own_adamw_follows_the_plan_with_decay():
+    lrs, decay, betas = schedule(120, 0.01), 0.5, (0.9, 0.99)
+    plan = adamw_with_decay(lrs, decay)
+    undecayed = follow(lambda w: torch.optim.Adam([w], betas=betas, eps=0.0), None, lrs)
+    decayed = follow(lambda w: torch.optim.AdamW([w], eps=0.0), plan.groups(betas), lrs)
+    for t, (a, b) in enumerate(zip(undecayed, decayed, strict=True)):
+        assert angles([a], [b]) < 1e-12
+        assert float(a.norm() / b.norm()) == pytest.approx(plan.scales[t + 1], rel=1e-10)
+
+
+def test_adamw_with_decay_undoes_adamw_without_decay():
+    lrs = schedule(300, 0.05)
+    there = adamw_without_decay(lrs, 0.5, torch.float64)
+    assert adamw_with_decay(there.lrs, 0.5).lrs == pytest.approx(lrs, rel=1e-10)
+
+
+def test_a_plan_resumes_where_it_was():
+    lrs = schedule(20, 0.05)
+    values = sgd_without_decay(lrs, 0.1).groups()
+
+    def made():
+        w = torch.ones(3, requires_grad=True)
+        optimizer = torch.optim.SGD([{"params": [w]}, {"params": [torch.ones(1)]}], lr=7.0)
+        return optimizer, PlannedGroups(optimizer, {0: values})
+
+    optimizer, scheduler = made()
+    for _ in range(12):
+        optimizer.step()
+        scheduler.step()
+    other, resumed = made()
+    other.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(scheduler.state_dict())
+    for _ in range(8):
+        assert other.param_groups[0]["lr"] == values[resumed.last_epoch]["lr"]
+        assert other.param_groups[0]["weight_decay"] == 0.0
+        assert other.param_groups[1]["lr"] == 7.0
+        other.step()
+        resumed.step()
+    with pytest.raises(ValueError, match="the plan of group 0 has only 20 steps"):
+        resumed.step()
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({3: []}, "Invalid group in a plan: 3; the optimizer has 1 groups"),
+        ({0: [{"weight_decay": 0.0}]}, "Invalid values in a plan for group 0, step 0"),
+        ({0: [{"lr": 1.0, "momentun": 0.0}]}, "momentun"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_an_error(plan, message):
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0)
+    with pytest.raises(ValueError, match=message):
+        PlannedGroups(optimizer, plan)
+
+
+@pytest.mark.parametrize(("lr", "decay", "momentum"), [(0.1, 0.5, 0.0), (0.01, 0.05, 0.9)])
+def test_the_limit_of_the_schedule_is_where_the_schedule_ends(lr, decay, momentum):
+    """To the few steps in which momentum's α settles."""
+    steps = sgd_schedule_limit(lr, decay, momentum)
+    slack = 0 if momentum == 0 else 40
+    sgd_without_decay([lr] * steps, decay, momentum)
+    with pytest.raises(ValueError, match="outgrows"):
+        sgd_without_decay([lr] * (steps + 1 + slack), decay, momentum)
+
+
+def test_the_limit_of_adamws_schedule_is_where_it_ends():
+    steps = adamw_schedule_limit(0.1, 0.5)
+    adamw_without_decay([0.1] * steps, 0.5)
+    with pytest.raises(ValueError, match="outgrows"):
+        adamw_without_decay([0.1] * (steps + 1), 0.5)
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99])
+def test_beyond_the_limit_of_decay_the_weight_swings_through_zero(momentum):
+    """λη ≤ (1 − √γ)² ([EXP]): simulated, decay alone keeps the sign below it and not above."""
+    limit = sgd_decay_limit(momentum)
+    assert limit == pytest.approx((1 - math.sqrt(momentum)) ** 2)
+    for factor, flips in ((0.999, False), (1.2, True)):
+        w, buffer, least = 1.0, 0.0, 1.0
+        for _ in range(5000):
+            buffer = momentum * buffer + factor * limit * w
+            w -= buffer
+            least = min(least, w)
+        assert (least < 0) == flips
+    for refused in (
+        lambda: sgd_equilibrium(1.2 * limit, 1.0, 1.0, momentum),
+        lambda: sgd_time_to_equilibrium(1.2 * limit, 1.0, 2.0, momentum),
+        lambda: sgd_norms([1.2 * limit], 1.0, 1.0, 1.0, momentum),
+        lambda: sgd_schedule_limit(1.2 * limit, 1.0, momentum),
+    ):
+        with pytest.raises(ValueError, match=r"\(1 − √"):
+            refused()
+
+
+# Equilibrium, in simulation: 100 slices whose gradients at norm 1 are random tangents.
+
+
+def simulate(steps, make, entries=100, slices=100, start=1.0, isotropic=False):
+    """Norms after each step, and the mean squared angle of each, under torch's own optimizer.
+
+    ``isotropic`` gradients are not projected off the weight: of many entries that does not matter
+    to norms, and each entry's second moment is the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(slices, entries, generator=generator, dtype=torch.float64)
+    w = (start * w / w.norm(dim=1, keepdim=True)).requires_grad_()
+    optimizer = make(w)
+    norms, turns = [], []
+    for _ in range(steps):
+        before = w.detach().clone()
+        unit = before / before.norm(dim=1, keepdim=True)
+        g = torch.randn(w.shape, generator=generator, dtype=torch.float64)
+        if not isotropic:
+            g = (g - unit * (unit * g).sum(1, keepdim=True)) / math.sqrt(entries - 1)
+        w.grad = g / before.norm(dim=1, keepdim=True)
+        optimizer.step()
+        norms.append(w.detach().norm(dim=1))
+        turned = cosine(before, w.detach(), View.channel()).clamp(max=1)
+        turns.append(torch.acos(turned).square().mean())
+    return torch.stack(norms), torch.stack(turns)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_with_momentum_settles_at_its_equilibrium(momentum):
+    """Norm within 0.05% and angle within 0.1% plus the noise of the simulation."""
+    lr, decay = 0.01, 0.05
+    expected = sgd_equilibrium(lr, decay, 1.0, momentum)
+    norms, turns = simulate(
+        1500,
+        lambda w: torch.optim.SGD([w], lr=lr, momentum=momentum, weight_decay=decay),
+        start=expected.norm,
+    )
+    norm = float(norms[500:].pow(4).mean() ** 0.25)
+    angle = float(turns[500:].mean().sqrt())
+    assert norm == pytest.approx(expected.norm, rel=0.005)
+    assert angle == pytest.approx(expected.angle, rel=0.005)
+    assert sgd_angle(lr, expected.norm, 1.0, momentum) == pytest.approx(expected.angle, rel=1e-12)
+
+
+def test_adamw_settles_at_its_equilibrium():
+    lr, decay, entries = 0.001, 0.5, 400  # a slice's own norm fluctuates by 1/√C
+    expected = adamw_equilibrium(lr, decay, entries)
+    norms, turns = simulate(
+        3000,
+        lambda w: torch.optim.AdamW([w], lr=lr, weight_decay=decay, betas=(0.9, 0.999), eps=0),
+        entries=entries,
+        slices=25,
+        start=expected.norm,
+        isotropic=True,
+    )
+    assert float(norms[1500:].square().mean().sqrt()) == pytest.approx(expected.norm, rel=0.01)
+    assert float(turns[1500:].mean().sqrt()) == pytest.approx(expected.angle, rel=0.01)
+    assert adamw_angle(lr, expected.norm, entries) == pytest.approx(expected.angle, rel=1e-12)
+
+
+class Lion(torch.optim.Optimizer):
+    """sign(β1·m + (1 − β1)·g), decoupled decay: arXiv 2302.06675, Algorithm 2."""
+
+    def __init__(self, params, lr, weight_decay, betas):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (b1, b2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                update = (b1 * m + (1 - b1) * p.grad).sign()
+                p.mul_(1 - lr * group["weight_decay"]).sub_(lr * update)
+                m.mul_(b2).add_(p.grad, alpha=1 - b2)
+
+
+def test_lion_turns_at_its_equilibrium_angle():
+    """The formula takes the sign for linear, and the momentum's 100 steps for few against 1/(ηλ):
+    here each of the two is worth about half a percent."""
+    lr, decay, betas, entries = 0.0004, 0.5, (0.9, 0.99), 400
+    expected = lion_equilibrium_angle(lr, decay, betas)
+    # All entries move by η, so this is the norm at which a step turns by the angle expected.
+    start = lr * math.sqrt(entries) / expected
+    _, turns = simulate(
+        5000,
+        lambda w: Lion([w], lr, decay, betas),
+        entries=entries,
+        slices=20,
+        start=start,
+        isotropic=True,
+    )
+    assert float(turns[2500:].mean().sqrt()) == pytest.approx(expected, rel=0.015)
+
+
+@pytest.mark.parametrize("start", [0.6, 3.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_within_a_tenth_of_equilibrium_at_the_time_foretold(start, momentum):
+    lr, decay = (0.1, 0.02) if momentum == 0 else (0.01, 0.02)
+    k = sgd_equilibrium(lr, decay, 1.0, momentum).norm
+    time = sgd_time_to_equilibrium(lr, decay, start, momentum)
+    norms, _ = simulate(
+        round(time) + 1,
+        lambda w: torch.optim.SGD([w], lr=lr, momentum=momentum, weight_decay=decay),
+        start=start * k,
+    )
+    course = norms.pow(4).mean(1).pow(0.25) / k
+    arrived = 1.1 if start > 1 else 0.9
+    assert float(course[round(time) - 1]) == pytest.approx(arrived, rel=0.02)
+    foretold = sgd_norms([lr] * len(course), decay, 1.0, start * k, momentum)
+    # Momentum's buffer takes 1/(1 − α) steps to fill, which the closed course leaves out.
+    for t in (len(course) // 2, len(course) - 1):
+        assert float(course[t]) * k == pytest.approx(foretold[t + 1], rel=0.03)
+
+
+@pytest.mark.parametrize("start", [0.3, 3.0])
+def test_adamw_is_within_a_tenth_of_equilibrium_at_the_time_foretold(start):
+    """Of gradients whose second moment is known: AdamW's own estimate lags behind the norm."""
+    lr, decay, entries = 0.002, 0.5, 100
+    k = adamw_equilibrium(lr, decay, entries).norm
+    time = adamw_time_to_equilibrium(lr, decay, start)
+    norms, _ = simulate(
+        round(time),
+        lambda w: KnownMoments([w], lr, decay),
+        start=start * k,
+        isotropic=True,
+    )
+    arrived = 1.1 if start > 1 else 0.9
+    course = norms.square().mean(1).sqrt()
+    assert float(course[-1]) / k == pytest.approx(arrived, rel=0.02)
+    foretold = adamw_norms([lr] * len(course), decay, entries, start * k)
+    assert float(course[-1]) == pytest.approx(foretold[-1], rel=0.02)
+
+
+class KnownMoments(torch.optim.Optimizer):
+    """AdamW as the theory has it: the second moment is known, not estimated."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                size = 1 / p.norm(dim=1, keepdim=True)
+                m.lerp_(p.grad / size, 0.1)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * m)
+
+
+# Norm growth, on a real run: the lab's network on handwritten digits, in float64.
+
+
+def real_run(make, steps=60):
+    """Weights before each step and after the last, of a network with batch norm."""
+    from sklearn.datasets import load_digits
+
+    from normwise.lab.models import ConvNet
+
+    digits = load_digits()
+    x = torch.tensor(digits.images[:, None] / 16, dtype=torch.float64)
+    y = torch.tensor(digits.target)
+    net = ConvNet(1, 10, 8).double()
+    for norm in net.norms:
+        norm.eps = 1e-300
+    weights = [w.weight for w in net.invariant_weights()]
+    optimizer = make(weights)
+    rest = torch.optim.SGD(
+        [p for p in net.parameters() if all(p is not w for w in weights)], lr=0.05
+    )
+    generator = torch.Generator().manual_seed(0)
+    course = [[w.detach().clone() for w in weights]]
+    for _ in range(steps):
+        chosen = torch.randint(len(y), (32,), generator=generator)
+        net.zero_grad()
+        nn.functional.cross_entropy(net(x[chosen]), y[chosen]).backward()
+        optimizer.step()
+        rest.step()
+        course.append([w.detach().clone() for w in weights])
+    return course
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_norm_growth_of_lemmas_2_1_and_2_2_on_a_real_run(momentum, scheduled):
+    """[AdamP] Lemma 2.1 without momentum, 2.2 with it, slice by slice, to 1e-10."""
+    lrs = schedule(60, 0.05) if scheduled else [0.05] * 60
+
+    def make(weights):
+        optimizer = torch.optim.SGD(weights, lr=1.0, momentum=momentum)
+        values = [{"lr": lr} for lr in [*lrs, 0.0]]
+        planned = PlannedGroups(optimizer, {0: values})
+        optimizer.register_step_post_hook(lambda *_: planned.step())
+        return optimizer
+
+    course = real_run(make)
+    for i in range(len(course[0])):
+        steps = torch.stack(
+            [
+                ((a[i] - b[i]) / lr).flatten(1).norm(dim=1)
+                for (a, b), lr in zip(pairwise(course), lrs, strict=True)
+            ]
+        )
+        measured = torch.stack([c[i].flatten(1).norm(dim=1) for c in course])
+        lr = lrs if scheduled else lrs[0]
+        foretold = momentum_norms(steps**2, lr, measured[0], momentum)
+        assert float((foretold / measured - 1).abs().max()) < 1e-10
+        assert float((measured[-1] / measured[0] - 1).mean()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["AdamP", "SGDP"])
+def test_a_projected_step_adds_its_own_square_on_a_real_run(name):
+    """‖w + Δ‖² = ‖w‖² + ‖Δ‖², [AdamP] Eq. 8, to 1e-10."""
+    options = {"lr": 0.01} | ({"momentum": 0.9} if name == "SGDP" else {})
+    optimizer = getattr(normwise, name)
+    course = real_run(lambda ws: optimizer(ws, view=View.channel(), **options))
+    for a, b in pairwise(course):
+        for old, new in zip(a, b, strict=True):
+            square = [t.flatten(1).square().sum(1) for t in (old, new, new - old)]
+            assert torch.allclose(square[1], square[0] + square[2], rtol=1e-10, atol=0)
+
+
+def test_the_growth_ratio_is_that_of_the_sums():
+    for momentum, steps in ((0.9, 7), (0.5, 100), (0.0, 3)):
+        ones = torch.ones(steps)
+        grown = float(momentum_norms(ones, 1.0, 1.0, momentum)[-1]) ** 2 - 1
+        assert growth_ratio(momentum, steps) == pytest.approx(grown / steps, rel=1e-12)
+    assert growth_ratio(0.9) == pytest.approx(19)
+    assert growth_ratio(0.9, 10**6) == pytest.approx(19, rel=1e-4)
+
+
+def test_the_effective_learning_rate_is_how_fast_directions_turn():
+    """Scaled by c, a weight turns as before if η/‖w‖² (SGD) or η/‖w‖ (Adam) is as before."""
+    target = torch.randn(6, dtype=torch.float64)
+    for update, make in (
+        (Update.GRADIENT, lambda w, lr: torch.optim.SGD([w], lr=lr)),
+        (Update.NORMALIZED, lambda w, lr: torch.optim.Adam([w], lr=lr, eps=0)),
+    ):
+        ends = []
+        for c in (1.0, 7.0):
+            w = (c * torch.arange(1.0, 7.0, dtype=torch.float64)).requires_grad_()
+            norm = float(w.detach().norm())
+            lr = 0.01 / effective_lr(1.0, norm, update)
+            make_step = make(w, lr)
+            (w / w.norm() @ target).backward()
+            make_step.step()
+            ends.append((w / w.norm()).detach())
+        torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_range_of_norms_is_where_arithmetic_ends(dtype):
+    """At its ends 1/‖w‖ and ‖w‖² (in float32 or better) are still normal; beyond, one is not."""
+    low, high = norm_range(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def fits(norm):
+        w = torch.tensor(norm, dtype=wide)
+        square = w * w
+        normal = torch.finfo(wide).tiny <= square <= torch.finfo(wide).max
+        return bool(normal) and 1 / norm <= torch.finfo(dtype).max >= norm
+
+    for inside, outside in ((low * 1.001, low / 1.1), (high / 1.001, high * 1.1)):
+        assert fits(inside)
+        assert not fits(outside)
+
+
+def test_steps_to_a_norm_are_those_of_decay():
+    steps = steps_to_norm(2.0, 1e-5, 1 - 0.01)
+    assert 2.0 * 0.99 ** math.floor(steps) > 1e-5 > 2.0 * 0.99 ** math.ceil(steps)
+    assert steps_to_norm(1.0, 0.5, 1.01) == math.inf
+    assert steps_to_norm(1.0, 1.0, 0.9) == 0
+    with pytest.raises(ValueError, match=r"Invalid norm: 0\.0"):
+        steps_to_norm(0.0, 1.0, 0.9)
+
+
+# Measures that do not see the scale.
+
+
+def classifier():
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3, bias=False)).double()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    return net, x
+
+
+def test_the_fisher_trace_is_that_of_all_labels_weighed():
+    """tr F = mean over examples of Σ_y p(y)‖∇ log p(y)‖², gone through label by label."""
+    net, x = classifier()
+    w, view = net[0].weight, View.channel()
+    exact = torch.zeros(4, dtype=torch.float64)
+    for example in x:
+        scores = net(example[None]).log_softmax(1)[0]
+        for score in scores:
+            (g,) = torch.autograd.grad(score, w, retain_graph=True)
+            exact += score.exp().detach() * g.flatten(1).square().sum(1)
+    exact *= w.detach().square().sum(1) / len(x)
+    draws = 1500
+    found = scaled_fisher_trace(lambda: net(x), {w: view}, draws=draws)[w]
+    # A draw's relative spread is below 2 here; five standard errors.
+    torch.testing.assert_close(found, exact, rtol=5 * 2 / math.sqrt(draws), atol=0)
+
+
+def test_the_measures_do_not_see_the_scale_of_an_invariant_weight():
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 3, 6, 6).double(), torch.randint(4, (16,))
+    found = []
+    for c in (1.0, 30.0):
+        torch.manual_seed(1)
+        norm = nn.BatchNorm2d(5, eps=1e-300)
+        net = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), norm, nn.Flatten(), nn.Linear(80, 4))
+        net = net.double()
+        w, view = net[0].weight, View.channel()
+        with torch.no_grad():
+            w.mul_(c)
+
+        def gradient(part, net=net, w=w):
+            loss = nn.functional.cross_entropy(net(x[part]), y[part])
+            return torch.autograd.grad(loss, w)[0]
+
+        one, other = gradient(slice(0, 8)), gradient(slice(8, 16))
+        found.append(
+            torch.stack(
+                [
+                    scaled_gradient_norm(w, one, view),
+                    gradient_cosine(one, other, view),
+                    scaled_fisher_trace(
+                        lambda net=net: net(x),
+                        {w: view},
+                        draws=3,
+                        generator=torch.Generator().manual_seed(5),
+                    )[w],
+                ]
+            )
+        )
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="Invalid draws: 0"):
+        scaled_fisher_trace(lambda: x, {}, draws=0)

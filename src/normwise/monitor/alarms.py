@@ -147,7 +147,7 @@ class RangeForecast(Rule):
 
     Args:
         horizon: how far to believe the line, in multiples of the steps that it was fitted to: alarm
-            if the norm leaves within those (default: 5, so 1000 steps of measurements every 50).
+            if the norm leaves within those (default: 5, so 2000 steps of measurements every 100).
         window: how many measurements to fit (default: 5).
         range_of: the dtype whose range counts, such as that of autocast (default: the weight's).
     """
@@ -242,7 +242,7 @@ class EffectiveLRFell(Rule):
         if self._least is None:
             self._least = torch.full_like(logs, math.inf)
             self._when = torch.zeros(logs.shape, dtype=torch.int64)
-        lower = logs < self._least
+        lower = (logs < self._least) & logs.isfinite()  # a zero slice has no rate to lose yet
         self._when = torch.where(lower, m.step, self._when)
         self._least = least = torch.where(lower, logs, self._least)
         weights, power = torch.empty_like(logs), torch.empty_like(logs)
@@ -306,7 +306,7 @@ class ExplodingSlices(Rule):
     """Slices whose norm has grown many times over.
 
     Args:
-        factor: how many, since the first measurement (default: 100).
+        factor: how many, since the first measurement at which it was not zero (default: 100).
     """
 
     needs = ("norm",)
@@ -318,7 +318,8 @@ class ExplodingSlices(Rule):
     def __call__(self, m: Measurement, rules: tuple[UpdateRule, ...]) -> Iterator[Alarm]:
         norms = m.of_slices("norm")
         if self._start is None:
-            self._start = norms
+            self._start = torch.zeros_like(norms)
+        self._start = torch.where(self._start > 0, self._start, norms)
         for layer in m.layers:
             growth = norms[layer.slices] / self._start[layer.slices]
             which = _indices((growth > self.factor) & norms[layer.slices].isfinite())

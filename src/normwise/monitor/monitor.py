@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,6 @@ _LOG = logging.getLogger("normwise.monitor")
 
 Writer = Callable[[Measurement], object]
 OnAlarm = Literal["log", "raise"] | Callable[[Alarm], object]
-
-
-class _HasViews(Protocol):
-    def parameter_views(self, model: nn.Module | None = None) -> dict[nn.Parameter, View]: ...
 
 
 @dataclass
@@ -64,10 +60,11 @@ class Monitor:
     """Measure norms, effective learning rates and angles of weights while an optimizer trains them.
 
     It hooks into ``optimizer.step()``; nothing else in a training loop changes. At a measured step
-    the watched weights are copied before the step, and all slices of one length, of all weights,
-    are computed with together. Results stay on the device, and nothing waits for it: they are
-    copied to the host in batches, and looked at when they have arrived. A measured step needs
-    memory for about six copies of the watched weights in float32, for as long as it lasts.
+    the watched weights are copied before the step, and on an accelerator all slices of one length,
+    of all weights, are computed with together. Results stay on the device, and nothing waits for
+    it: they are copied to the host in batches, and looked at when they have arrived. A measured
+    step needs memory for one copy of the watched weights on a CPU, and for about six in float32
+    elsewhere, for as long as it lasts.
 
     Use it as a context manager, or call :meth:`close` at the end, so that the last measurements are
     fetched and files are complete.
@@ -79,7 +76,7 @@ class Monitor:
             or a mapping from parameter names to views. By default every weight of two dimensions
             or more that the optimizer trains, in the view of its parameter group or by output
             channel, embeddings as a whole; then it is for you to know which are scale-invariant.
-        every: when to measure: the first step and every so many, or a schedule (default: 50).
+        every: when to measure: the first step and every so many, or a schedule (default: 100).
         quantities: what to measure (default: :data:`normwise.monitor.STANDARD`).
         writers: where measurements go: any callables, such as those of
             :mod:`normwise.monitor.writers`. One that has ``close()`` is closed with the monitor.
@@ -112,7 +109,7 @@ class Monitor:
         optimizer: Optimizer,
         report: Report | Mapping[str, View | str] | None = None,
         *,
-        every: int | Schedule = 50,
+        every: int | Schedule = 100,
         quantities: Sequence[Quantity] = STANDARD,
         writers: Sequence[Writer] = (),
         alarms: OnAlarm = "log",
@@ -274,7 +271,7 @@ class Monitor:
         looked_at = self._check_finite is not None and self._check_finite(self.step)
         if not (measured or looked_at):
             return
-        after = [bucket.gather(bucket.params) for bucket in self._layout.buckets]
+        after = [bucket.read(bucket.params) for bucket in self._layout.buckets]
         if looked_at:
             self._look_for_bad(after)
         if self._before is not None:
@@ -304,17 +301,16 @@ class Monitor:
         for bucket, old, new, into in zip(
             self._layout.buckets, before, after, self._results, strict=True
         ):
+            gradient = bucket.read(bucket.gradients())
             lr = _column(lrs, bucket)
-            s = Slices(
-                old,
-                new,
-                bucket.gather(bucket.gradients()),
-                lr,
-                lr * _column([rule.decay_per_lr for rule in rules], bucket),
-                _column([float(rule.update.exponent) for rule in rules], bucket),
-            )
-            for row, quantity in enumerate(self._quantities):
-                into[place, row] = quantity(s)
+            decay = lr * _column([rule.decay_per_lr for rule in rules], bucket)
+            exponent = _column([float(rule.update.exponent) for rule in rules], bucket)
+            for part in bucket.chunks:
+                s = Slices(
+                    old[part], new[part], gradient[part], lr[part], decay[part], exponent[part]
+                )
+                for row, quantity in enumerate(self._quantities):
+                    into[place, row, part] = quantity(s)
         snapshot = [
             lr.detach().to("cpu", non_blocking=True, copy=True) if isinstance(lr, Tensor) else lr
             for lr in lrs
@@ -327,9 +323,10 @@ class Monitor:
                 torch.zeros(b.rows, dtype=torch.int64, device=b.device)
                 for b in self._layout.buckets
             ]
-        for rows, first in zip(after, self._first_bad, strict=True):
-            finite = rows.abs().amax(1).isfinite()
-            first.copy_(torch.where(finite | (first > 0), first, self.step))
+        for bucket, rows, first in zip(self._layout.buckets, after, self._first_bad, strict=True):
+            for part in bucket.chunks:
+                fine = rows[part].abs().amax(1).isfinite() | (first[part] > 0)
+                first[part] = torch.where(fine, first[part], self.step)
 
     def _send(self) -> None:
         """Start to copy what has been measured to the host."""
@@ -451,7 +448,7 @@ def _without_slices(m: Measurement) -> Measurement:
 def _views(
     model: nn.Module,
     optimizer: Optimizer,
-    report: _HasViews | Mapping[str, View | str] | None,
+    report: Report | Mapping[str, View | str] | None,
     names: Mapping[nn.Parameter, str],
     groups: Mapping[nn.Parameter, int],
 ) -> dict[nn.Parameter, View]:

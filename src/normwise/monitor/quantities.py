@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from normwise.geometry import dot, slice_norms, unit
+from normwise.geometry import dot, slice_norms
 
 __all__ = [
     "STANDARD",
@@ -54,29 +54,24 @@ class Slices:
     exponent: Tensor
 
     @cached_property
-    def _unit(self) -> tuple[Tensor, Tensor]:
-        direction, norm = unit(self.before)
-        return direction, norm.squeeze(1)
-
-    @property
-    def direction(self) -> Tensor:
-        """ŵ before the step, shape ``(slices, entries)``; 0 for a zero slice."""
-        return self._unit[0]
-
-    @property
     def norm_before(self) -> Tensor:
         """‖w‖ before the step."""
-        return self._unit[1]
+        return _norms(self.before)
+
+    @cached_property
+    def direction(self) -> Tensor:
+        """ŵ before the step, shape ``(slices, entries)``; 0 for a zero slice."""
+        return self.before / torch.where(self.norm_before > 0, self.norm_before, 1)[:, None]
 
     @cached_property
     def norm(self) -> Tensor:
         """‖w‖ after the step."""
-        return slice_norms(self.after).squeeze(1)
+        return _norms(self.after)
 
     @cached_property
     def gradient_norm(self) -> Tensor:
         """‖g‖."""
-        return slice_norms(self.gradient).squeeze(1)
+        return _norms(self.gradient)
 
     @cached_property
     def update(self) -> Tensor:
@@ -86,7 +81,7 @@ class Slices:
     @cached_property
     def update_norm(self) -> Tensor:
         """‖Δ‖."""
-        return slice_norms(self.update).squeeze(1)
+        return torch.hypot(self.radial, self.tangential_norm)
 
     @cached_property
     def radial(self) -> Tensor:
@@ -97,13 +92,21 @@ class Slices:
     def tangential_norm(self) -> Tensor:
         """The length of the part of the step that turns the weight."""
         rest = torch.addcmul(self.update, self.direction, self.radial[:, None], value=-1)
-        return slice_norms(rest).squeeze(1)
+        return _norms(rest)
 
     @cached_property
     def growth(self) -> Tensor:
         """‖w'‖/‖w‖ − 1, without the cancellation of subtracting one norm from the other."""
         difference = 2 * self.radial + self.update_norm * (self.update_norm / self.norm_before)
         return difference / (self.norm + self.norm_before)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """The norm of each row; as :func:`slice_norms`, in one pass where float64 holds the squares."""
+    if rows.dtype is torch.float32 and rows.device.type in ("cpu", "cuda"):
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return norm.float()
+    return slice_norms(rows).squeeze(1)
 
 
 class Aggregate(Enum):
@@ -120,7 +123,7 @@ class Quantity(ABC):
     """One number for each slice, computed where the weights are.
 
     A quantity of one's own needs a ``name``, how to sum up a layer (``aggregate``, default: the
-    mean), and ``__call__``. It is called once for all slices of one length together.
+    mean), and ``__call__``. It is called with many slices of one length together.
     """
 
     name: str

@@ -406,7 +406,9 @@ def _adam_groups(
             excess = multiples[i] * (1 - beta**n) / (1 - b**n)
             rate = rate / excess if power == 1 else rate * math.sqrt(excess)
             tied.append(b)
-        values.append({"lr": rate, "betas": tuple(tied), "eps": 0.0, "weight_decay": weight_decay})
+        # torch multiplies the decay by the rate, which is no longer η.
+        decay = weight_decay * lr / rate if rate else weight_decay
+        values.append({"lr": rate, "betas": tuple(tied), "eps": 0.0, "weight_decay": decay})
     return values
 
 

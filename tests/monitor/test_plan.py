@@ -1,0 +1,120 @@
+"""``normwise plan`` says what the closed forms say, and refuses where they do not hold."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from normwise import cli
+from normwise.monitor.plan import Settings, Weights, plan
+from normwise.theory import (
+    adamw_equilibrium,
+    adamw_without_decay,
+    lion_equilibrium_angle,
+    sgd_equilibrium,
+)
+
+SGD = ["plan", "--optimizer", "sgd", "--lr", "0.1", "--weight-decay", "5e-4"]
+
+
+def test_the_table_is_that_of_the_theory(capsys):
+    assert cli.main([*SGD, "--json", "--gradient", "2", "--norm", "3"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    expected = sgd_equilibrium(0.1, 5e-4, 4.0, 0.9)
+    assert row["norm"] == pytest.approx(expected.norm)
+    assert row["angle"] == pytest.approx(expected.angle)
+    assert row["effective_lr"] == pytest.approx([0.1 / 9, 0.1 / expected.norm**2])
+    assert row["final_norm"] == pytest.approx(expected.norm, rel=0.01)
+
+
+def test_a_simulated_run_does_what_was_planned():
+    """AdamW on random gradients: the norm at half time and the angle at the end."""
+    settings = Settings("adamw", 0.002, 0.5, 1200, betas=(0.9, 0.999), schedule="cosine")
+    found = plan(settings, [Weights("w", 1, 100, 1.0)])
+    norms, angles = found.course(found.rows[0].weights)
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(100, 100, generator=generator, dtype=torch.float64)
+    w = (w / w.norm(dim=1, keepdim=True)).requires_grad_()
+    optimizer = torch.optim.AdamW([w], lr=1.0, weight_decay=0.5, eps=0)
+    turned = []
+    for t, lr in enumerate(settings.lrs()):
+        if t in (300, 600, 1199):
+            norm = float(w.detach().norm(dim=1).square().mean().sqrt())
+            assert norm == pytest.approx(norms[t], rel=0.03)
+        optimizer.param_groups[0]["lr"] = lr
+        # As large as ever, so that v is what its formula takes it for.
+        w.grad = torch.randn(w.shape, generator=generator, dtype=torch.float64)
+        before = w.detach() / w.detach().norm(dim=1, keepdim=True)
+        optimizer.step()
+        after = w.detach() / w.detach().norm(dim=1, keepdim=True)
+        turned.append(float((after - before).norm(dim=1).square().mean().sqrt()))
+    for t in (100, 500, 900):
+        measured = sum(turned[t : t + 20]) / 20
+        assert measured == pytest.approx(sum(angles[t : t + 20]) / 20, rel=0.05)
+
+
+def test_a_network_gives_its_own_weights(tmp_path, monkeypatch, capsys):
+    (tmp_path / "nets.py").write_text(
+        "import torch\n"
+        "def build():\n"
+        "    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4),\n"
+        "        torch.nn.Flatten(), torch.nn.LazyLinear(2))\n"
+        "    x = torch.randn(4, 3, 6, 6)\n"
+        "    net(x)\n"
+        "    return net, x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = "plan --optimizer adamw --lr 1e-3 --weight-decay 0.1 --json --model nets:build"
+    assert cli.main(arguments.split()) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["weights"]["name"] == "0.weight"
+    assert (row["weights"]["slices"], row["weights"]["entries"]) == (4, 27)
+    assert row["norm"] == pytest.approx(adamw_equilibrium(1e-3, 0.1, 27).norm)
+
+
+def test_lion_has_an_angle_and_no_norm():
+    found = plan(Settings("lion", 1e-4, 1.0, 100, betas=(0.9, 0.99)), [Weights("w", 1, 10, 1.0)])
+    assert found.rows[0].angle == lion_equilibrium_angle(1e-4, 1.0, (0.9, 0.99))
+    assert math.isnan(found.rows[0].norm)
+    assert "No closed form of the norm is known for Lion" in str(found)
+
+
+def test_without_decay_norms_only_grow(capsys):
+    assert cli.main([*SGD[:-1], "0", "--steps", "100"]) == 0
+    assert "norms grow for as long as there is a gradient" in capsys.readouterr().out
+
+
+def test_how_long_the_translated_run_fits_is_told():
+    found = plan(Settings("adamw", 0.1, 0.5, 10), [Weights("w", 1, 10, 1.0)])
+    (note,) = [note for note in found.notes if "without decay" in note]
+    steps = int(note.split(" holds it for ")[1].split(" steps")[0].replace(",", ""))
+    adamw_without_decay([0.1] * steps, 0.5)
+    with pytest.raises(ValueError, match="outgrows"):
+        adamw_without_decay([0.1] * (steps + 1), 0.5)
+
+
+def test_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plan.png"
+    assert cli.main([*SGD, "--schedule", "cosine", "--plot", str(path)]) == 0
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert cli.main([*SGD, "--plot", str(path)]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--optimizer sgd --lr 1 --weight-decay 0.1", "above (1 − √momentum)² = 0.00263"),
+        ("--optimizer adamw --lr 1 --weight-decay 2", "lr·weight_decay is 2, and must be below 1"),
+        ("--optimizer sgd --lr -1 --weight-decay 0.1", "Invalid"),
+        ("--optimizer sgd --lr 0.1 --weight-decay 1e-4 --steps 0", "Invalid steps: 0"),
+        ("--optimizer sgd --lr 0.1 --weight-decay 1e-4 --batch 2x3", "are of a --model"),
+        ("--optimizer lion --lr 0.1 --weight-decay 1e-4 --plot x.png", "no picture for Lion"),
+    ],
+)
+def test_refusals_say_why(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", *arguments.split()]) == 2
+    assert message in capsys.readouterr().err
