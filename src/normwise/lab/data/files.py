@@ -21,21 +21,9 @@ class DataError(UsageError):
 
 
 def data_root() -> Path:
-    """The folder that holds the data sets: the environment variable ``NORMWISE_DATA``.
-
-    Raises:
-        DataError: if it is not set or not a folder.
-    """
-    value = os.environ.get(_VARIABLE)
-    if not value:
-        raise DataError(
-            f"{_VARIABLE} is not set: let it name the folder that holds your data sets, or that "
-            "`normwise data fetch` may fill"
-        )
-    root = Path(value)
-    if not root.is_dir():
-        raise DataError(f"{_VARIABLE} is {value!r}, which is not a folder")
-    return root
+    """The folder that holds the data sets: the environment variable ``NORMWISE_DATA``, or ``data``
+    in the working directory."""
+    return Path(os.environ.get(_VARIABLE) or "data")
 
 
 def locate(root: Path, name: str, folders: Iterable[str], probe: str) -> Path:
@@ -56,8 +44,8 @@ def locate(root: Path, name: str, folders: Iterable[str], probe: str) -> Path:
             return root / folder
     places = ", ".join(str(root / folder / probe) for folder in folders)
     raise DataError(
-        f"data set {name!r} not found; looked for {places}; `normwise data fetch {name}` gets it "
-        "or says where to put it"
+        f"data set {name!r} not found; looked for {places}. Let {_VARIABLE} name the folder that "
+        f"holds your data sets; `normwise data fetch {name}` gets this one, or says where to put it"
     )
 
 
