@@ -372,7 +372,7 @@ def _times(folder: Path, epoch: int, steps: int, seconds: float, waited: float) 
 def _prepare(model: nn.Module, training: Training) -> tuple[Optimizer, float]:
     """Normalize the weights as asked, and make the optimizer; the norm before the first step."""
     if training.normalization != "none":
-        reparametrize(model, _NORMALIZATION[training.normalization], gain=False)
+        reparametrize(model, _NORMALIZATION[training.normalization], gain=training.gain)
     everything = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in everything if p.ndim > 1 or training.decay_on == "all"]
     others = [p for p in everything if not (p.ndim > 1 or training.decay_on == "all")]
