@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -160,6 +161,15 @@ def test_the_harmonics_of_a_band_lie_at_multiples_of_its_frequency():
                 assert int(stack.index[count - 1, band]) == nearest
     with pytest.raises(ValueError, match="a spectrum has 1"):
         build("harmonic", 3, 10, 4)
+
+
+def test_a_network_of_transformers_gives_its_logits(tmp_path):
+    pytest.importorskip("transformers", reason="the network comes from transformers")
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    config = {"model_type": "resnet", "architectures": ["ResNetForImageClassification"], **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = build(f"hf:{tmp_path / 'config.json'}", 1, 7, 16)
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
 
 
 def test_unknown_networks_and_tasks_get_a_suggestion():

@@ -124,10 +124,11 @@ def render(tables: Sequence[Table]) -> str:
                 f"{charts.svg(chart.title, frame, chart.axis, [])}</div></figure>"
             )
         heading = f"{table.recipe.title}: {table.row}, {table.scale} scale"
-        note = table.recipe.scales[table.scale].note
+        notes = [table.recipe.question, table.recipe.scales[table.scale].note]
+        notes += [f"Paper: {table.recipe.paper.source}.", table.recipe.paper.note]
         sections.append(
             f'<div data-words="{escape(_words(table))}"><h3 class="row">{escape(heading)}</h3>'
-            f'<p class="note">{escape(f"{table.recipe.question} {note}".strip())}</p>'
+            f'<p class="note">{escape(" ".join(filter(None, notes)))}</p>'
             f'<div class="charts">{"".join(figures)}</div></div>'
         )
     cells = list({c.folder: c for table in tables for c in table.cells}.values())
