@@ -51,5 +51,12 @@ def compiler(request, monkeypatch):
 
 
 @pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels for CUDA on CPU tensors, with tiles of 256 entries."""
+    require("triton")
+    use_triton_on_the_cpu(monkeypatch, log_block=8)
+
+
+@pytest.fixture
 def numba():
     require("numba")
