@@ -8,16 +8,21 @@ to each output channel of weights of four dimensions, anything for the others.
     python benchmarks/optimizers.py
     python benchmarks/optimizers.py --models resnet50 gpt2 --rounds 50 --json speed.json
     python benchmarks/optimizers.py --scaling --plot scaling.png
+    python benchmarks/optimizers.py --device cuda
+
+Needs rich for the table and matplotlib for the plot: pip install ".[lab]".
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import math
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -89,6 +94,9 @@ def gpt2() -> Iterator[Shape]:
     yield from [(768,), (768,)]
 
 
+# Other packages that have AdamP, and what they are called here.
+PACKAGES = {"adamp": "official", "pytorch_optimizer": "pytorch_optimizer"}
+
 MODELS = {"resnet50": resnet50, "mobilenet_v2": mobilenet_v2, "vit_b_16": vit_b_16, "gpt2": gpt2}
 
 
@@ -147,7 +155,7 @@ def peers(params: list[Tensor], kernels: bool) -> dict[str, dict[str, Callable[[
             f"SGDW, {name}": lambda: normwise.SGDW(params, **how, **sgd),
         },
     }
-    for module, label in (("adamp", "official"), ("pytorch_optimizer", "pytorch_optimizer")):
+    for module, label in PACKAGES.items():
         try:
             package = importlib.import_module(module)
         except ImportError:
@@ -263,13 +271,41 @@ def row(r: Result) -> tuple[str, ...]:
 
 
 def show(results: list[Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     for model, family in dict.fromkeys((r.model, r.family) for r in results):
-        rows = [row(r) for r in results if (r.model, r.family) == (model, family)]
-        widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
-        print(f"\n{model}, {family}")
-        for cells in (HEADER, *rows):
-            first, *others = (c.rjust(w) for c, w in zip(cells, widths, strict=True))
-            print("  ".join([cells[0].ljust(len(first)), *others]))
+        table = Table(title=f"{model}, {family}", title_justify="left", title_style="bold")
+        for i, title in enumerate(HEADER):
+            table.add_column(title, justify="right" if i else "left", no_wrap=True)
+        for r in results:
+            if (r.model, r.family) == (model, family):
+                ours = not r.peer.startswith(("torch", *PACKAGES.values()))
+                table.add_row(*row(r), style="green" if ours else None)
+        # A table in a file is not squeezed into a terminal's width.
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def line(results: list[Result]) -> tuple[float, float]:
+    """Seconds a step and seconds a parameter: the straight line with the least relative errors."""
+    counts = torch.tensor([float(r.model) for r in results], dtype=torch.float64)
+    medians = torch.tensor([r.median for r in results], dtype=torch.float64)
+    terms = torch.stack([torch.ones_like(counts), counts], 1) / medians[:, None]
+    constant, slope = torch.linalg.lstsq(
+        terms, torch.ones_like(medians)[:, None]
+    ).solution.flatten()
+    return constant.item(), slope.item()
+
+
+def show_lines(results: list[Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "µs a step", "ns a parameter", title="straight lines", title_justify="left")
+    for family, peer in dict.fromkeys((r.family, r.peer) for r in results):
+        constant, slope = line([r for r in results if (r.family, r.peer) == (family, peer)])
+        table.add_row(f"{family}: {peer}", f"{1e6 * constant:.0f}", f"{1e9 * slope:.3f}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def plot(results: list[Result], path: Path) -> None:
@@ -280,19 +316,24 @@ def plot(results: list[Result], path: Path) -> None:
 
     families = list(dict.fromkeys(r.family for r in results))
     models = list(dict.fromkeys(r.model for r in results))
+    scaled = all(m.isdigit() for m in models)
     figure, axes = plt.subplots(1, len(families), figsize=(6 * len(families), 4.5), squeeze=False)
     for ax, family in zip(axes[0], families, strict=True):
         for peer in dict.fromkeys(r.peer for r in results if r.family == family):
-            line = [r for r in results if r.family == family and r.peer == peer]
-            if all(m.isdigit() for m in models):
-                ax.loglog([int(r.model) for r in line], [1e3 * r.median for r in line], label=peer)
+            points = [r for r in results if r.family == family and r.peer == peer]
+            style = "--" if peer.startswith("torch") else "-"
+            if scaled:
+                counts, medians = [int(r.model) for r in points], [1e3 * r.median for r in points]
+                ax.loglog(counts, medians, style, marker=".", label=peer)
                 ax.set(xlabel="parameters", ylabel="ms a step")
             else:
-                ax.plot([r.model for r in line], [r.ratio for r in line], "o", label=peer)
+                ax.plot([r.model for r in points], [r.ratio for r in points], "o", label=peer)
                 ax.set(ylabel="time ÷ torch's fused", yscale="log")
         ax.set_title(family)
-        ax.legend(fontsize="small")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small", frameon=False)
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
@@ -308,9 +349,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    kernels = options.device == "cpu" and importlib.util.find_spec("numba") is not None
+    compiler = "triton" if options.device == "cuda" else "numba"
+    kernels = importlib.util.find_spec(compiler) is not None
     if not kernels:
-        print("no kernels here: ours take the multi-tensor step")
+        print(f"no {compiler} here: ours take the multi-tensor step")
     machine = {
         "torch": torch.__version__,
         "processor": torch.cuda.get_device_name() if options.device == "cuda" else processor(),
@@ -321,6 +363,7 @@ def main() -> None:
     if options.scaling:
         results = scaling(options.rounds, options.device, kernels)
         show(results)
+        show_lines(results)
     else:
         for model in options.models:
             measured = measure(model, MODELS[model](), options.rounds, options.device, kernels)

@@ -3,12 +3,14 @@
 import importlib.util
 
 import pytest
+import torch
 
 from normwise.optim import kernels
 
 
 def use_triton_on_the_cpu(monkeypatch, log_block):
     """Run the CUDA kernels in Triton's interpreter, on CPU tensors and with small tiles."""
+    import triton.language as tl
     from triton import knobs
     from triton.runtime import interpreter
 
@@ -19,7 +21,17 @@ def use_triton_on_the_cpu(monkeypatch, log_block):
     monkeypatch.setitem(kernels._BACKENDS, "cpu", kernels._BACKENDS["cuda"])
     monkeypatch.setattr(cuda.Plan.__init__, "__defaults__", (log_block,))
 
-    # The interpreter patches the language again at each call of a function within a kernel, which
+    # It cuts float32 off to bfloat16, where devices round to nearest even.
+    convert = interpreter._convert_float
+
+    def convert_rounded(x, source, target, mode):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            x = torch.tensor(x).bfloat16().float().numpy()
+        return convert(x, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_rounded)
+
+    # It patches the language again at each call of a function within a kernel, which
     # is most of the time it takes; once for each module that such functions are from will do.
     patch, patched = interpreter._patch_lang, {}
 
@@ -48,6 +60,13 @@ def compiler(request, monkeypatch):
     if request.param == "triton":
         use_triton_on_the_cpu(monkeypatch, log_block=8)
     return request.param
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels for CUDA on CPU tensors, with tiles of 256 entries."""
+    require("triton")
+    use_triton_on_the_cpu(monkeypatch, log_block=8)
 
 
 @pytest.fixture

@@ -62,8 +62,9 @@ class SGDP(NormwiseOptimizer):
         stochastic_rounding: round bfloat16 and float16 weights up or down at random, so that small
             steps count on average; arithmetic and state are float32 in any case (default: False).
         foreach: use the multi-tensor step (default: where torch would).
-        fused: take the step of all weights in one compiled kernel; on the CPU it needs the extra
-            ``normwise[cpu]`` (default: where it is installed and the group is large enough).
+        fused: take the step of all weights in compiled kernels; it needs the extra
+            ``normwise[cpu]``, for CUDA devices ``normwise[cuda]`` (default: where that is installed
+            and the group is large enough).
         maximize: ascend instead of descend (default: False).
         differentiable: let autograd pass through the step; the gate itself is a constant
             (default: False).

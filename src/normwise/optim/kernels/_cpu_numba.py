@@ -23,6 +23,7 @@ written on a guess. A right guess, which is nearly every one, costs no second lo
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from typing import Any
 
@@ -90,9 +91,29 @@ _OPTIONS: dict[str, Any] = {
     "error_model": "numpy",  # x/0 is not an exception, which would keep loops from being vectorized
     "fastmath": {"reassoc", "contract"},
 }
+logger = logging.getLogger(__name__)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _finds_cache() -> bool:
+    """Whether there is a directory where Numba can keep what it compiles."""
+    try:
+        numba.njit(cache=True)(_nothing)
+    except (RuntimeError, OSError) as error:
+        logger.info("compiling fused steps anew in each process (%s); set NUMBA_CACHE_DIR", error)
+        return False
+    return True
+
+
+_OPTIONS["cache"] = _finds_cache()
+_UNCACHED = {**_OPTIONS, "cache": False}
 # Numba's own types do not say what its decorators return.
-_compiled: Any = functools.partial(numba.njit, cache=True, **_OPTIONS)
-_inlined: Any = functools.partial(numba.njit, **_OPTIONS)
+_compiled: Any = functools.partial(numba.njit, **_OPTIONS)
+# What is only called from other kernels is kept with them.
+_inlined: Any = functools.partial(numba.njit, **_UNCACHED)
 _intrinsic: Any = numba.extending.intrinsic
 _cfunc: Any = numba.cfunc
 _carray: Any = numba.carray
@@ -651,7 +672,7 @@ _TYPES = {
 def entry(dtype: torch.dtype) -> Any:
     """The compiled task for weights of a dtype. The compiler is only now asked to work."""
     signature = types.void(types.CPointer(_TYPES[dtype]))
-    return _cfunc(signature, cache=True, **_OPTIONS)(_task)
+    return _cfunc(signature, **_OPTIONS)(_task)
 
 
 @_compiled

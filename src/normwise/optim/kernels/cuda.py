@@ -30,6 +30,9 @@ k: Any = SimpleNamespace(
 LOG_BLOCK = 12
 WARPS = 8
 BLOCKS_A_PROGRAM = 4
+# What one program prepares, and adds up, at a time.
+TENSORS_AT_A_TIME = 128
+CHUNKS_AT_A_TIME = 256
 
 _DTYPES = {
     torch.float32: tl.float32,
@@ -212,13 +215,13 @@ class Plan:
         dtypes = {"dtype": _DTYPES[self.dtype], "compute": _DTYPES[computing_dtype(self.dtype)]}
         block = 1 << self.log_block
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            kernels.prepare[(math.ceil(len(params) / block),)](
+            kernels.prepare[(math.ceil(len(params) / TENSORS_AT_A_TIME),)](
                 self.state,
                 self.tensors,
                 *(self.state if x is None else x for x in (lr, weight_decay, scale, found_inf)),
                 len(params),
                 how=how,
-                block=block,
+                block=TENSORS_AT_A_TIME,
             )
             for tile, chunks in self.launches:
                 form: dict[str, Any] = {
@@ -246,7 +249,12 @@ class Plan:
                 )
             if self.runs is not None:
                 kernels.decide[(len(params),)](
-                    self.state, self.tensors, self.chunks, self.slices, how=how, block=block
+                    self.state,
+                    self.tensors,
+                    self.chunks,
+                    self.slices,
+                    how=how,
+                    block=CHUNKS_AT_A_TIME,
                 )
                 kernels.second_pass[(len(self.runs),)](
                     self.state,
@@ -268,24 +276,26 @@ class Plan:
         return value.to(self.device, non_blocking=True)
 
     def _send(self, entries: list[int]) -> None:
-        """Bring addresses and numbers to the device if they are not there already.
+        """Bring addresses and numbers to the device unless they are there already.
 
-        What a CUDA graph copies is read from the host's memory whenever it is replayed, so the
-        buffer of a copy that is captured is kept for good; and it must exist before the capture.
+        A CUDA graph that is replayed reads the host's memory again. So the buffer of a copy that is
+        captured is kept for good, and must exist before; every capture copies, for steps may come
+        between; and after one every step does, for replays may.
         """
-        if entries == self._sent:
+        target = self.state[k.LR :]
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if entries == self._sent and not capturing and not self._captured:
             return
         self._sent = entries
-        target = self.state[k.LR :]
         if self.device.type != "cuda":
             target.copy_(torch.tensor(entries))
-        elif torch.cuda.is_current_stream_capturing():
+        elif capturing:
             if self._spare is None:
                 raise RuntimeError(
-                    "take a step with these parameters before a step is captured in a CUDA graph"
+                    "take a step with these parameters before each capture of one in a CUDA graph"
                 )
-            self._captured.append(self._spare.copy_(torch.tensor(entries)))
-            target.copy_(self._spare, non_blocking=True)
+            target.copy_(self._spare.copy_(torch.tensor(entries)), non_blocking=True)
+            self._captured.append(self._spare)
             self._spare = None
         else:
             if self._spare is None:
