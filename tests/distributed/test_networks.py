@@ -41,7 +41,7 @@ class ConvNet(nn.Module):
 
 
 class Transformer(nn.Module):
-    """One block; heads of 4 features, of which tensor parallelism gives each rank some."""
+    """One block; heads of 2 features, of which tensor parallelism gives each rank some."""
 
     def __init__(self, width):
         super().__init__()

@@ -30,8 +30,8 @@ WU, WW, WG, GG, SHUT = range(5)
 UU = GG
 
 _CHANNEL, _LAYER = View.channel(), View.layer()
-# Sums are taken of pieces of about this many entries, of which there are copies in float64.
-_SUMMED_ENTRIES = 1 << 20
+# Sums are taken of pieces of this many entries, whose copies in float64 stay in a CPU's cache.
+_SUMMED_ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 Part = tuple[
     dict[str, Any], list[Tensor], list[Tensor], list[dict[str, Tensor]], Callable[..., None]
@@ -250,7 +250,8 @@ def _channel_sums(u: Tensor, w: Tensor, other: Tensor | None) -> Tensor:
     """
     tensors = [t for t in (u, w, other) if t is not None]
     pairs = [(1, 0), (1, 1), (1, 2), (2, 2)][: 2 if other is None else 4]
-    channels = max(1, _SUMMED_ENTRIES // max(1, w[:, :1].numel()))
+    entries = _SUMMED_ENTRIES.get(w.device.type, 1 << 20)
+    channels = max(1, entries // max(1, w[:, :1].numel()))
     sums = []
     for pieces in zip(*(torch.split(t, channels, 1) for t in tensors), strict=True):
         wide = [piece.flatten(2).to(scalar_dtype(w.device)) for piece in pieces]
