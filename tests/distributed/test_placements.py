@@ -29,6 +29,10 @@ OPTIMIZERS = {
     "SGDP nesterov": lambda p, **o: normwise.SGDP(
         p, lr=0.01, momentum=0.9, nesterov=True, maximize=True, foreach=True, **o
     ),
+    "AdamP fused": lambda p, **o: normwise.AdamP(p, lr=0.01, weight_decay=0.1, fused=True, **o),
+    "SGDP fused": lambda p, **o: normwise.SGDP(
+        p, lr=0.01, momentum=0.9, weight_decay=0.1, fused=True, **o
+    ),
     "SGDP plain": lambda p, **o: normwise.SGDP(p, lr=0.01, **o),
 }
 TANGENTIAL = {
@@ -120,7 +124,7 @@ def trajectory(make, options, known={}):  # noqa: B006 -- a cache
     key = (make, str(options))
     if key not in known:
         weights = [w.requires_grad_() for w in weights_of(options["view"])]
-        optimizer = optimizer_of(make, weights, options)
+        optimizer = optimizer_of(make.removesuffix(" fused"), weights, options)
         grads = []
         for step in range(STEPS):
             for index, w in enumerate(weights):

@@ -194,7 +194,7 @@ def adamp(
         _multi_tensor_adamp if foreach else _single_tensor_adamp, finish=finish
     )
     if fused is not None:
-        step = functools.partial(_fused_adamp, fused)
+        step = functools.partial(_fused_adamp, fused, finish=finish)
     step(
         params,
         grads,
@@ -357,6 +357,7 @@ def _fused_adamp(
     norm: str = "free",
     stochastic_rounding: bool = False,
     maximize: bool = False,
+    finish: Callable[..., None] = take_step_,
 ) -> None:
     lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
     moments = (exp_avgs, exp_avg_sqs)
@@ -382,6 +383,7 @@ def _fused_adamp(
                 norm=norm,
                 stochastic_rounding=stochastic_rounding,
                 maximize=maximize,
+                finish=finish,
             )
             continue
         step = plan.count_(steps)
@@ -399,4 +401,5 @@ def _fused_adamp(
             decays=decay_factors([False, True], rate, decay, wd_ratio if norm == "free" else 0),
             delta=delta,
             eps=eps,
+            later=getattr(finish, "later", None),
         )
