@@ -55,7 +55,7 @@ class Transformer(nn.Module):
     def forward(self, tokens):
         x = self.embedding(tokens)
         h = self.norm1(x)
-        q, k, v = (t(h).unflatten(2, (-1, 4)).transpose(1, 2) for t in (self.q, self.k, self.v))
+        q, k, v = (t(h).unflatten(2, (-1, 2)).transpose(1, 2) for t in (self.q, self.k, self.v))
         attended = nn.functional.scaled_dot_product_attention(q, k, v)
         x = x + self.o(attended.transpose(1, 2).flatten(2))
         x = x + self.down(self.up(self.norm2(x)).relu())
