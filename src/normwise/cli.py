@@ -132,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="output folder, absent or empty (default: runs/compare-TIME)",
     )
+    option(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        help="train on several processes: torchrun --nproc-per-node 2 -m normwise compare …",
+    )
     option("--json", action="store_true", help="print the summary as JSON, and nothing else")
     option("--quiet", action="store_true", help="show no progress")
 
@@ -172,8 +177,9 @@ def _number(kind: Callable[[str], Any], allowed: str) -> Callable[[str], Any]:
 
 def _compare(arguments: argparse.Namespace) -> int:
     require_lab()
-    from normwise.lab.compare import compare, default_folder
+    from normwise.lab.compare import assist, compare, default_folder
     from normwise.lab.console import print_outcome, progress
+    from normwise.lab.parallel import processes
     from normwise.lab.settings import Settings
     from normwise.lab.tasks import TASKS
 
@@ -191,10 +197,15 @@ def _compare(arguments: argparse.Namespace) -> int:
             name for part in arguments.optimizers.split(",") if (name := part.strip().lower())
         ),
         seeds=arguments.seeds,
+        parallel=arguments.parallel,
         **{"epochs": 1, "batch_size": 1, **defaults, **given},
     )
-    with progress(settings, arguments.quiet) as observe:
-        outcome = compare(settings, arguments.out or default_folder(), observe)
+    with processes(settings.parallel, settings.batch_size) as together:
+        if together.rank > 0:
+            assist(settings, together)
+            return 0
+        with progress(settings, arguments.quiet) as observe:
+            outcome = compare(settings, arguments.out or default_folder(), observe, together)
     if arguments.json:
         print(json.dumps({"folder": str(outcome.folder), **outcome.summary}, allow_nan=False))
     else:

@@ -16,7 +16,7 @@ WORKER = Path(__file__).with_name("worker.py")
 class World:
     """Some processes of one process group; a call is made on all of them."""
 
-    def __init__(self, size, timeout=120):
+    def __init__(self, size, timeout=300):
         self.size, self.timeout = size, timeout
         self._folder = tempfile.TemporaryDirectory()
         address = f"{self._folder.name}/socket"

@@ -41,7 +41,7 @@ class ConvNet(nn.Module):
 
 
 class Transformer(nn.Module):
-    """One block; heads of 4 features, of which tensor parallelism gives each rank some."""
+    """One block; heads of 2 features, of which tensor parallelism gives each rank some."""
 
     def __init__(self, width):
         super().__init__()
@@ -55,7 +55,7 @@ class Transformer(nn.Module):
     def forward(self, tokens):
         x = self.embedding(tokens)
         h = self.norm1(x)
-        q, k, v = (t(h).unflatten(2, (-1, 4)).transpose(1, 2) for t in (self.q, self.k, self.v))
+        q, k, v = (t(h).unflatten(2, (-1, 2)).transpose(1, 2) for t in (self.q, self.k, self.v))
         attended = nn.functional.scaled_dot_product_attention(q, k, v)
         x = x + self.o(attended.transpose(1, 2).flatten(2))
         x = x + self.down(self.up(self.norm2(x)).relu())
@@ -191,13 +191,18 @@ def differences(kind, width, how, optimizers):
     return {o: difference(kind, width, how, o) for o in optimizers}
 
 
+FEW = ["AdamP", "SGDP fixed"]
 COLLECTIVES = {"DDP": 0, "FSDP2": 1, "HSDP": 1, "TP": 1, "FSDP2+TP": 2}
 
 
+@pytest.mark.parametrize(
+    "optimizers",
+    [FEW, pytest.param([o for o in OPTIMIZERS if o not in FEW], marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("how", COLLECTIVES)
-def test_twenty_steps_on_four_ranks(how, kind, world4):
-    for of_rank in world4(differences, kind, 8, how, list(OPTIMIZERS)):
+def test_twenty_steps_on_four_ranks(how, kind, optimizers, world4):
+    for of_rank in world4(differences, kind, 8, how, optimizers):
         for case, (distance, collectives) in of_rank.items():
             assert distance < 1e-10, case
             assert collectives <= COLLECTIVES[how], case
@@ -208,7 +213,7 @@ def test_twenty_steps_on_four_ranks(how, kind, world4):
 def test_uneven_and_empty_shards(how, kind, world4):
     """Widths of 6 and 12, and a head of 4, on 4 ranks."""
     width = 6 if kind == "conv" else 12
-    for of_rank in world4(differences, kind, width, how, ["AdamP", "AdamP views", "tangential"]):
+    for of_rank in world4(differences, kind, width, how, ["AdamP", "AdamP views"]):
         for case, (distance, collectives) in of_rank.items():
             assert distance < 1e-10, case
             assert collectives <= 1, case

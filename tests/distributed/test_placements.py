@@ -29,6 +29,10 @@ OPTIMIZERS = {
     "SGDP nesterov": lambda p, **o: normwise.SGDP(
         p, lr=0.01, momentum=0.9, nesterov=True, maximize=True, foreach=True, **o
     ),
+    "AdamP fused": lambda p, **o: normwise.AdamP(p, lr=0.01, weight_decay=0.1, fused=True, **o),
+    "SGDP fused": lambda p, **o: normwise.SGDP(
+        p, lr=0.01, momentum=0.9, weight_decay=0.1, fused=True, **o
+    ),
     "SGDP plain": lambda p, **o: normwise.SGDP(p, lr=0.01, **o),
 }
 TANGENTIAL = {
@@ -120,7 +124,7 @@ def trajectory(make, options, known={}):  # noqa: B006 -- a cache
     key = (make, str(options))
     if key not in known:
         weights = [w.requires_grad_() for w in weights_of(options["view"])]
-        optimizer = optimizer_of(make, weights, options)
+        optimizer = optimizer_of(make.removesuffix(" fused"), weights, options)
         grads = []
         for step in range(STEPS):
             for index, w in enumerate(weights):
@@ -188,3 +192,10 @@ def test_the_trajectory_is_that_of_one_process(name, makes, world4):
         assert_as_one_process(world4(differences, makes, (4,), PLACEMENTS_1D[name]), 1)
     else:
         assert_as_one_process(world4(differences, makes, (2, 2), PLACEMENTS_2D[name]), 2)
+
+
+@pytest.mark.parametrize("name", ["FSDP2", "FSDP2+TP column-wise"])
+def test_fused_steps_of_shards(name, world4):
+    """Some ranks have empty shards, which no kernel takes, and all wait for the same sums."""
+    pytest.importorskip("numba")
+    test_the_trajectory_is_that_of_one_process(name, ["AdamP fused"], world4)

@@ -15,13 +15,14 @@ import torch
 from normwise.lab.contenders import CONTENDERS
 from normwise.lab.environment import environment
 from normwise.lab.errors import UsageError
+from normwise.lab.parallel import ALONE, Processes
 from normwise.lab.settings import Settings
 from normwise.lab.store import RunFolder
 from normwise.lab.summary import summarize
 from normwise.lab.tasks import TASKS, Data
 from normwise.lab.train import Diverged, train
 
-__all__ = ["Outcome", "compare", "default_folder"]
+__all__ = ["Outcome", "assist", "compare", "default_folder"]
 
 Record = dict[str, Any]
 Observer = Callable[[Record], None]
@@ -64,7 +65,12 @@ def default_folder() -> Path:
     return folder
 
 
-def compare(settings: Settings, folder: Path, observe: Observer = lambda record: None) -> Outcome:
+def compare(
+    settings: Settings,
+    folder: Path,
+    observe: Observer = lambda record: None,
+    processes: Processes = ALONE,
+) -> Outcome:
     """Train every optimizer on every seed, one after the other, and report.
 
     The outcome depends on the settings alone, and not on the number of cores: it computes in one
@@ -75,6 +81,8 @@ def compare(settings: Settings, folder: Path, observe: Observer = lambda record:
         settings: what to train.
         folder: where to; absent or empty.
         observe: called with every record, as soon as it is written.
+        processes: those that train together; this one is to be the first of them, which writes.
+            The others call :func:`assist`.
 
     Raises:
         UsageError: if the folder or the batch size is not usable.
@@ -101,7 +109,7 @@ def compare(settings: Settings, folder: Path, observe: Observer = lambda record:
             "test_examples": len(data.test_targets),
             "steps_per_epoch": len(data.train_targets) // settings.batch_size,
         },
-        "environment": environment(),
+        "environment": {**environment(), "processes": processes.size},
     }
     records: list[Record] = []
 
@@ -118,7 +126,7 @@ def compare(settings: Settings, folder: Path, observe: Observer = lambda record:
         store.write_json("run.json", run)
         try:
             with _one_thread():
-                _train_all(settings, data, keep)
+                _train_all(settings, data, keep, processes)
         except KeyboardInterrupt:
             return finish("interrupted")
         finished = any(r["status"] == "ok" and r["epoch"] == settings.epochs for r in records)
@@ -134,6 +142,13 @@ def compare(settings: Settings, folder: Path, observe: Observer = lambda record:
         store.close()
 
 
+def assist(settings: Settings, processes: Processes) -> None:
+    """Take part in the training of a :func:`compare` that runs on the first process."""
+    data = _load(settings)
+    with _one_thread():
+        _train_all(settings, data, lambda record: None, processes)
+
+
 def _load(settings: Settings) -> Data:
     """The data, if a batch fits into them."""
     data = TASKS[settings.task].load()
@@ -146,16 +161,19 @@ def _load(settings: Settings) -> Data:
     return data
 
 
-def _train_all(settings: Settings, data: Data, keep: Observer) -> None:
+def _train_all(settings: Settings, data: Data, keep: Observer, processes: Processes) -> None:
     """Seed by seed, so that an interrupted comparison has whole seeds of every optimizer."""
     for seed in range(settings.seeds):
         for name in settings.optimizers:
-            _train_one(settings, data, name, seed, keep)
+            _train_one(settings, data, name, seed, keep, processes)
 
 
-def _train_one(settings: Settings, data: Data, name: str, seed: int, keep: Observer) -> None:
+def _train_one(
+    settings: Settings, data: Data, name: str, seed: int, keep: Observer, processes: Processes
+) -> None:
+    task, contender = TASKS[settings.task], CONTENDERS[name]
     try:
-        for record in train(TASKS[settings.task], data, CONTENDERS[name], settings, seed):
+        for record in train(task, data, contender, settings, seed, processes):
             keep({"status": "ok", **asdict(record)})
     except Diverged as error:
         keep(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 from normwise.lab.contenders import CONTENDERS, Family
@@ -37,6 +38,7 @@ class Settings:
         wd_ratio: factor on the decay of projected weights (default: 0.1).
         lr_drops: percent of the epochs after which the learning rate drops (default: 30, 60, 90).
         lr_factor: factor on the learning rate at each drop (default: 0.1).
+        parallel: ``"ddp"`` or ``"fsdp"``, on the processes of torchrun (default: one process).
 
     Raises:
         UsageError: for a value that is not allowed.
@@ -58,6 +60,7 @@ class Settings:
     wd_ratio: float = 0.1
     lr_drops: tuple[int, ...] = (30, 60, 90)
     lr_factor: float = 0.1
+    parallel: str | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -95,8 +98,13 @@ class Settings:
 
     def command(self) -> str:
         """A command that repeats this comparison, whatever the defaults of later versions."""
+        program, parallel = "normwise", ""
+        if self.parallel:
+            processes = os.environ.get("WORLD_SIZE", "1")
+            program = f"torchrun --nproc-per-node {processes} -m normwise"
+            parallel = f" --parallel {self.parallel}"
         return (
-            f"normwise compare --task {self.task} --optimizers {','.join(self.optimizers)} "
+            f"{program} compare --task {self.task} --optimizers {','.join(self.optimizers)} "
             f"--seeds {self.seeds} --epochs {self.epochs} --batch-size {self.batch_size} "
-            f"--lr-sgd {self.lr_sgd} --lr-adam {self.lr_adam}"
+            f"--lr-sgd {self.lr_sgd} --lr-adam {self.lr_adam}{parallel}"
         )

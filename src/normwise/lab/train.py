@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from normwise.lab.contenders import Contender, Family
 from normwise.lab.measure import geometric_mean_norm, mean_angle
-from normwise.lab.models import LabModel
+from normwise.lab.models import InvariantWeight, LabModel
+from normwise.lab.parallel import ALONE, Processes, gathered
 from normwise.lab.settings import Settings
 from normwise.lab.tasks import Data, Task
 
@@ -81,11 +82,17 @@ class EpochRecord:
 
 
 def train(
-    task: Task, data: Data, contender: Contender, settings: Settings, seed: int
+    task: Task,
+    data: Data,
+    contender: Contender,
+    settings: Settings,
+    seed: int,
+    processes: Processes = ALONE,
 ) -> Iterator[EpochRecord]:
     """Train once and yield a record at the start and after every epoch.
 
-    Two optimizers with the same seed start from the same weights and see the same batches.
+    Two optimizers with the same seed start from the same weights and see the same batches. Of
+    several processes each takes an equal part of a batch, and its BatchNorm sees only that part.
 
     Raises:
         Diverged: as soon as the loss of a batch is not finite, or a norm at the end of an epoch is
@@ -95,18 +102,22 @@ def train(
         torch.manual_seed(seed)
         model = task.model(data)
     order = torch.Generator().manual_seed(seed)
-    weights = model.invariant_weights()
+    parallel = processes.distribute(model)
     optimizer = contender.build(_param_groups(model, contender, settings), settings)
     family = contender.family
-    start = geometric_mean_norm(weights)
+
+    def weights() -> list[InvariantWeight]:
+        return [gathered(w) for w in model.invariant_weights()]
+
+    start = geometric_mean_norm(weights())
     steps = 0
 
     def record(epoch: int, **measured: Any) -> EpochRecord:
-        norm = geometric_mean_norm(weights)
+        norm = geometric_mean_norm(weights())
         if not 0 < norm < math.inf:
             raise Diverged(f"the norm of the weights became {norm}", epoch, steps)
         lr = settings.lr(family, epoch)
-        errors = _errors(model, data.test_inputs, data.test_targets)
+        errors = _errors(parallel, data.test_inputs, data.test_targets)
         return EpochRecord(
             optimizer=contender.name,
             seed=seed,
@@ -130,16 +141,21 @@ def train(
         turned: list[float] = []
         step_ms: list[float] = []
         optimizer_ms: list[float] = []
-        model.train()
+        parallel.train()
         examples = torch.randperm(len(data.train_targets), generator=order)
         for batch in range(len(examples) // settings.batch_size):
             chosen = examples[batch * settings.batch_size : (batch + 1) * settings.batch_size]
             before = (
-                [w.weight.detach().clone() for w in weights] if batch % _ANGLE_EVERY == 0 else []
+                [w.weight.detach().clone() for w in weights()] if batch % _ANGLE_EVERY == 0 else []
             )
             loss, whole, own = _step(
-                model, optimizer, data.train_inputs, data.train_targets, chosen
+                parallel,
+                optimizer,
+                data.train_inputs,
+                data.train_targets,
+                processes.share(chosen),
             )
+            loss = processes.mean(loss)
             steps += 1
             if not math.isfinite(loss):
                 raise Diverged(f"the training loss became {loss}", epoch, steps)
@@ -147,7 +163,7 @@ def train(
             step_ms.append(whole)
             optimizer_ms.append(own)
             if before:
-                turned.append(mean_angle(before, weights))
+                turned.append(mean_angle(before, weights()))
         yield record(
             epoch,
             train_loss=sum(losses) / len(losses),

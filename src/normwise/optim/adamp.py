@@ -194,7 +194,7 @@ def adamp(
         _multi_tensor_adamp if foreach else _single_tensor_adamp, finish=finish
     )
     if fused is not None:
-        step = functools.partial(_fused_adamp, fused)
+        step = functools.partial(_fused_adamp, fused, finish=finish)
     step(
         params,
         grads,
@@ -357,6 +357,7 @@ def _fused_adamp(
     norm: str = "free",
     stochastic_rounding: bool = False,
     maximize: bool = False,
+    finish: Callable[..., None] = take_step_,
 ) -> None:
     lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
     step = Step(
@@ -369,7 +370,9 @@ def _fused_adamp(
         maximize=maximize,
         stochastic_rounding=stochastic_rounding,
     )
-    if left := fused.step_(*lists, step, view=view, norm=norm):
+    if left := fused.step_(
+        *lists, step, view=view, norm=norm, later=getattr(finish, "later", None)
+    ):
         _multi_tensor_adamp(
             *([tensors[i] for i in left] for tensors in lists),
             lr=lr,
@@ -384,4 +387,5 @@ def _fused_adamp(
             norm=norm,
             stochastic_rounding=stochastic_rounding,
             maximize=maximize,
+            finish=finish,
         )

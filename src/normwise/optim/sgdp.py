@@ -184,7 +184,7 @@ def sgdp(
     """
     step = functools.partial(_multi_tensor_sgdp if foreach else _single_tensor_sgdp, finish=finish)
     if fused is not None:
-        step = functools.partial(_fused_sgdp, fused)
+        step = functools.partial(_fused_sgdp, fused, finish=finish)
     step(
         params,
         grads,
@@ -323,6 +323,7 @@ def _fused_sgdp(
     norm: str = "free",
     stochastic_rounding: bool = False,
     maximize: bool = False,
+    finish: Callable[..., None] = take_step_,
 ) -> None:
     buffered = [buffer for buffer in momentum_buffers if buffer is not None]
     step = Step(
@@ -336,7 +337,17 @@ def _fused_sgdp(
         maximize=maximize,
         stochastic_rounding=stochastic_rounding,
     )
-    if left := fused.step_(params, grads, buffered or None, None, None, step, view=view, norm=norm):
+    if left := fused.step_(
+        params,
+        grads,
+        buffered or None,
+        None,
+        None,
+        step,
+        view=view,
+        norm=norm,
+        later=getattr(finish, "later", None),
+    ):
         _multi_tensor_sgdp(
             [params[i] for i in left],
             [grads[i] for i in left],
@@ -353,4 +364,5 @@ def _fused_sgdp(
             norm=norm,
             stochastic_rounding=stochastic_rounding,
             maximize=maximize,
+            finish=finish,
         )

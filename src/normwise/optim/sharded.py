@@ -9,19 +9,22 @@ is removed is a multiple of the weight, ``u -= coefficient * w``.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from normwise.geometry import View
 from normwise.optim._base import Tensors, descend_, round_back_, scalar_dtype, take_step_
+from normwise.optim.kernels import use_fused
 from normwise.optim.projection import BATCHED_ENTRIES, ViewOption, batch, is_alias, unbatch_
 from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
+
+if TYPE_CHECKING:
+    from normwise.optim.kernels.cpu import Plan
 
 __all__ = ["Exchange"]
 
@@ -30,8 +33,8 @@ WU, WW, WG, GG, SHUT = range(5)
 UU = GG
 
 _CHANNEL, _LAYER = View.channel(), View.layer()
-# Sums are taken of pieces of about this many entries, of which there are copies in float64.
-_SUMMED_ENTRIES = 1 << 20
+# Sums are taken of pieces of this many entries, whose copies in float64 stay in a CPU's cache.
+_SUMMED_ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 Part = tuple[
     dict[str, Any], list[Tensor], list[Tensor], list[dict[str, Tensor]], Callable[..., None]
@@ -84,7 +87,9 @@ class Exchange:
 
     def __init__(self, layouts: dict[Any, Layout]) -> None:
         self._known = layouts
+        self._order: dict[Tensor, int] = {}
         self._deferred: list[_Deferred] = []
+        self._plans: list[tuple[Plan, Sequence[Tensor], list[Layout], Tensor]] = []
 
     def parts(
         self,
@@ -104,8 +109,8 @@ class Exchange:
             options = {**group, "params": [params[i] for i in members]}
             if "view" in group:
                 options["view"] = view
-            if finish is not take_step_:
-                options["fused"] = False
+            if isinstance(finish, _Later):
+                options["fused"] = finish.may_be_fused and use_fused(options, shards)
             yield (
                 options,
                 shards,
@@ -122,19 +127,22 @@ class Exchange:
         Yields:
             The indices of some; their shards; the view of those; and what ends a step of them.
         """
-        parts: dict[tuple[bool, ViewOption], list[int]] = {}
+        parts: dict[tuple[bool, bool, ViewOption], list[int]] = {}
         shards = [local(p) for p in params]
         layouts: dict[Tensor, Layout] = {}
         for i, (p, view) in enumerate(zip(params, views, strict=True)):
             layout = self._layout(p, view)
+            split = layout is not None and layout.whole is None
             if layout is not None and layout.whole is None:
                 layouts[shards[i]] = layout
+                self._order[shards[i]] = len(self._order)
             elif layout is not None and view != "auto":
                 view = layout.whole
-            parts.setdefault((shards[i] in layouts, view), []).append(i)
-        for (split, view), members in parts.items():
-            finish = functools.partial(self.defer_, layouts) if split else take_step_
-            yield members, [shards[i] for i in members], view, finish
+            parts.setdefault((split, split and shards[i].numel() == 0, view), []).append(i)
+        for (split, _, view), members in parts.items():
+            ours = [shards[i] for i in members]
+            finish = _Later(self, {p: layouts[p] for p in ours}, view) if split else take_step_
+            yield members, ours, view, finish
 
     def _layout(self, p: Tensor, view: ViewOption) -> Layout | None:
         """Where the slices of a weight live; None for one of which nothing need be known."""
@@ -186,21 +194,54 @@ class Exchange:
             _Deferred(params, weights, updates, step_sizes, *how, options, batches)
         )
 
+    def defer_plan_(
+        self, layouts: Mapping[Tensor, Layout], plan: Plan, params: Sequence[Tensor]
+    ) -> None:
+        """Put off the end of a fused step until :meth:`finish_`."""
+        totals = torch.from_numpy(plan.totals())
+        self._plans.append((plan, params, [layouts[p] for p in params], totals))
+
     def finish_(self) -> None:
-        """Exchange the sums of all steps that were put off, and take them."""
-        # In the order of parameters: shards of unequal sizes may fall into other batches elsewhere.
-        slots = [
-            (d, i, b, j)
-            for d, deferred in enumerate(self._deferred)
-            for b, members in enumerate(deferred.batches)
-            for j, i in enumerate(members.members)
+        """Exchange the sums of all steps that were put off, and end them."""
+        # In the order of parameters: another rank may have other batches, or no fused step.
+        messages = [
+            (self._order[step.params[i]], b.sums[j], b.layout)
+            for step in self._deferred
+            for b in step.batches
+            for j, i in enumerate(b.members)
         ]
-        slots.sort(key=lambda slot: slot[:2])
-        where = [(self._deferred[d].batches[b], j) for d, _, b, j in slots]
-        sum_over_ranks_([b.sums[j] for b, j in where], [b.layout for b, _ in where])
-        for deferred in self._deferred:
-            _finish_(deferred)
-        self._deferred.clear()
+        for _, params, layouts, totals in self._plans:
+            rows = zip(params, torch.split(totals, 1), layouts, strict=True)
+            messages += [(self._order[p], row, layout) for p, row, layout in rows]
+        messages.sort(key=lambda message: message[0])
+        sum_over_ranks_([m for _, m, _ in messages], [layout for _, _, layout in messages])
+        for step in self._deferred:
+            _finish_(step)
+        for plan, params, layouts, totals in self._plans:
+            plan.replace_totals(totals.numpy(), [layout.shape.numel() for layout in layouts])
+            plan.finish_(params)
+
+
+@dataclass(frozen=True)
+class _Later:
+    """Ends a step of shards when sums have been exchanged; stands in for :func:`take_step_`."""
+
+    exchange: Exchange
+    layouts: Mapping[Tensor, Layout]
+    view: ViewOption
+
+    def __call__(self, *tensors: Any, **options: Any) -> None:
+        self.exchange.defer_(self.layouts, *tensors, **options)
+
+    def later(self, plan: Plan, params: Sequence[Tensor]) -> None:
+        self.exchange.defer_plan_(self.layouts, plan, params)
+
+    @property
+    def may_be_fused(self) -> bool:
+        """Whether the CPU's kernel can end it: it knows of no slice that is split but a layer."""
+        of_layers = all(layout.view == _LAYER for layout in self.layouts.values())
+        on_cpu = all(p.numel() > 0 and p.device.type == "cpu" for p in self.layouts)
+        return self.view == "auto" and of_layers and on_cpu
 
 
 def _lay_out(p: Any, view: ViewOption) -> Layout:
@@ -250,7 +291,8 @@ def _channel_sums(u: Tensor, w: Tensor, other: Tensor | None) -> Tensor:
     """
     tensors = [t for t in (u, w, other) if t is not None]
     pairs = [(1, 0), (1, 1), (1, 2), (2, 2)][: 2 if other is None else 4]
-    channels = max(1, _SUMMED_ENTRIES // max(1, w[:, :1].numel()))
+    entries = _SUMMED_ENTRIES.get(w.device.type, 1 << 20)
+    channels = max(1, entries // max(1, w[:, :1].numel()))
     sums = []
     for pieces in zip(*(torch.split(t, channels, 1) for t in tensors), strict=True):
         wide = [piece.flatten(2).to(scalar_dtype(w.device)) for piece in pieces]

@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from normwise.optim.kernels import cpu, cuda
 
     Plan = cpu.Plan | cuda.Plan
+    Later = Callable[[cpu.Plan, Sequence[Tensor]], None]
 
 __all__ = ["AdamRule", "Fused", "SGDRule", "Step", "check_available", "takes_scaler", "use_fused"]
 
@@ -220,6 +221,7 @@ class Fused:
         *,
         view: ViewOption,
         norm: str,
+        later: Later | None = None,
     ) -> list[int]:
         """Take the step of all tensors that the kernels can take, in place.
 
@@ -229,6 +231,7 @@ class Fused:
             seconds, counts: second moments and step counts; None for SGD.
             step: what kind of step to take.
             view, norm: options of the group.
+            later: what ends the step of shards on the CPU, see :meth:`cpu.Plan.step_`.
 
         Returns:
             The indices of those that are left: not dense, a gradient in another memory format,
@@ -243,6 +246,7 @@ class Fused:
             if plan is None:
                 left = members
                 continue
+            options: dict[str, Any] = {} if later is None else {"later": later}
             plan.step_(
                 [params[i] for i in members],
                 [grads[i] for i in members],
@@ -250,6 +254,7 @@ class Fused:
                 None if seconds is None else [seconds[i] for i in members],
                 None if counts is None else [counts[i] for i in members],
                 step,
+                **options,
             )
         if left and self.found_inf is not None:
             if self.found_inf.item():  # these few wait for the device

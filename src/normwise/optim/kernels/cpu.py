@@ -6,7 +6,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from normwise.optim.kernels import AdamRule, Step
 from normwise.optim.kernels import _cpu_numba as k
 from normwise.optim.kernels._layout import memory_layout, mode, slicing
 from normwise.optim.projection import ViewOption
+
+if TYPE_CHECKING:
+    from normwise.optim.kernels import Later
 
 Table = np.ndarray[Any, Any]
 
@@ -158,6 +161,7 @@ class Plan:
         seconds: Sequence[Tensor] | None,
         counts: Sequence[Tensor] | None,
         step: Step,
+        later: Later | None = None,
     ) -> None:
         """Update moments, step counts and weights, in place.
 
@@ -166,6 +170,8 @@ class Plan:
             firsts: first moments or momentum buffers; None for a momentum of 0.
             seconds, counts: second moments and step counts; None for SGD.
             step: what kind of step to take.
+            later: if the weights are shards, called when the sums of this rank are there; the step
+                ends with :meth:`finish_`, until when the tensors must be kept.
         """
         for column, tensors in ((k.W, params), (k.G, grads), (k.M, firsts), (k.V, seconds)):
             self.tensors[:, column] = 0 if tensors is None else list(map(Tensor.data_ptr, tensors))
@@ -200,14 +206,43 @@ class Plan:
             self.counter = np.zeros((threads + 1) * k.CACHE_LINE // 8, np.int64)
             self.block[k.COUNTER] = self.counter.ctypes.data
         self._pass(1, threads)
+        if later is None:
+            self.finish_(params)
+        else:
+            later(self, params)
+
+    def totals(self) -> Table:
+        """What this rank knows of the gate of each weight in ``"auto"``, all of whose channels are
+        whole: ⟨w, u⟩, ‖w‖², ⟨w, g⟩, ‖g‖², and whether a channel shuts it; shape ``(weights, 5)``.
+        """
+        self._decide()
+        sums = np.add.reduceat(self.chunk_sums[:, : k.GG + 1], self.tensors[:, k.FIRST])
+        shut = (sums[:, k.GG] > 0) & (self.tensors[:, k.DECISION] != k.BY_CHANNEL)
+        return np.concatenate([sums, shut[:, None]], 1)
+
+    def replace_totals(self, totals: Table, entries: Sequence[int]) -> None:
+        """Let the gate decide by the totals of whole weights, of which these are the entries."""
+        first = self.tensors[:, k.FIRST]
+        self.chunk_sums[:, : k.GG + 1] = 0
+        self.chunk_sums[first, : k.GG + 1] = totals[:, : k.GG + 1]
+        self.chunk_sums[first[totals[:, k.GG + 1] > 0], k.OPEN] = 0
+        # The layer's threshold is delta/√entries; the kernel knows the entries of the shard.
+        here = self.tensors[:, k.OUTER : k.INNER + 1].prod(1)
+        self.chunk_sums[first, k.WG] *= np.sqrt(np.array(entries) / here)
+
+    def finish_(self, params: Sequence[Tensor]) -> None:
+        """Decide, and take the second pass over what needs it."""
         if self._may_revisit:
-            again = k.decide(
-                self.tensors, self.chunks, self.factors, self.sums, self.chunk_sums, self.options
-            )
-            if again:
-                self._pass(2, threads)
+            if self._decide():
+                self._pass(2, int(self.block[k.THREADS]))
             self._guess()
         torch.autograd.graph.increment_version(params)
+
+    def _decide(self) -> bool:
+        again: bool = k.decide(
+            self.tensors, self.chunks, self.factors, self.sums, self.chunk_sums, self.options
+        )
+        return again
 
     def _guess(self) -> None:
         """Expect the last decision in the next step, if it was made twice or is the first.
