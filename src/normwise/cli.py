@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from normwise import __version__
 from normwise.invariance.cli import add_inspect_parser
+from normwise.lab.cli import add_lab_parsers
 from normwise.lab.errors import UsageError, nearest, require_lab
 
 __all__ = ["main"]
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--quiet", action="store_true", help="show no progress")
 
     add_inspect_parser(commands)
+    add_lab_parsers(commands)
 
     toy = commands.add_parser(
         "toy",

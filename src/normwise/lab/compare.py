@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import normwise
 from normwise.lab.contenders import CONTENDERS
+from normwise.lab.environment import environment
 from normwise.lab.errors import UsageError
 from normwise.lab.settings import Settings
 from normwise.lab.store import RunFolder
@@ -202,34 +199,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, as far as they bear on the numbers; nothing that names a person."""
-    packages = ("torch", "numpy", "scikit-learn", "matplotlib")
-    return {
-        "versions": {
-            "normwise": normwise.__version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in packages},
-        },
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "device": "cpu",
-        "threads": 1,
-    }
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "not known"
 
 
 def _now() -> str:

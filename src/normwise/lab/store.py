@@ -82,6 +82,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         # mkstemp makes files private; these are for whoever may read the folder.
         umask = os.umask(0)
         os.umask(umask)

@@ -1,0 +1,206 @@
+"""``normwise data``, ``normwise paper`` and ``normwise report``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from normwise.lab.errors import UsageError, require_lab
+
+__all__ = ["add_lab_parsers"]
+
+_FORMATS = (".html", ".md", ".tex", ".csv", ".json")
+
+
+def add_lab_parsers(subparsers: Any) -> None:
+    """Add ``data``, ``paper`` and ``report`` to the subcommands of ``normwise``."""
+    _add_data(subparsers)
+    _add_paper(subparsers)
+    _add_report(subparsers)
+
+
+def _add_data(subparsers: Any) -> None:
+    data = subparsers.add_parser(
+        "data",
+        help="the data sets that the recipes use",
+        description=(
+            "Data sets lie in the folder that the environment variable NORMWISE_DATA names, or in "
+            "./data, in the formats that their makers publish."
+        ),
+    )
+    verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs.add_parser("list", help="which there are, and which are at hand").set_defaults(
+        run=_data_list
+    )
+    fetch = verbs.add_parser(
+        "fetch", help="download one and check it, or say what to put where by hand"
+    )
+    fetch.add_argument("name", metavar="NAME")
+    fetch.set_defaults(run=_data_fetch)
+
+
+def _add_paper(subparsers: Any) -> None:
+    paper = subparsers.add_parser(
+        "paper", help="the papers' tables and figures as recipes that can be run"
+    )
+    verbs = paper.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs.add_parser("list", help="the recipes, and what they ask").set_defaults(run=_paper_list)
+    run = verbs.add_parser(
+        "run",
+        help="train all its cells; goes on where it was interrupted",
+        description=(
+            "Train every row, method and seed of a recipe, each in a folder of its own, and print "
+            "the results beside the paper's. Cells that are finished are not run again; one that "
+            "was killed goes on to the same bits."
+        ),
+    )
+    option = run.add_argument
+    option("recipe", metavar="ID", help="a name of `paper list`, or a .yaml file of your own")
+    option("--scale", default="small", metavar="NAME", help="small or paper (default: small)")
+    option("--rows", default="", metavar="A,B,…", help="only these rows")
+    option("--methods", default="", metavar="A,B,…", help="only these methods")
+    option("--seeds", type=_whole, metavar="N", help="(default: the recipe's)")
+    option("--jobs", type=_whole, default=1, metavar="N", help="trainings at once (default: 1)")
+    option("--executor", default="local", metavar="NAME", help="local or ray (default: local)")
+    option("--device", default="cpu", metavar="NAME", help="(default: cpu)")
+    option("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="(runs/paper)")
+    option("--json", action="store_true", help="print the results as JSON, and nothing else")
+    run.set_defaults(run=_paper_run)
+
+
+def _add_report(subparsers: Any) -> None:
+    report = subparsers.add_parser(
+        "report",
+        help="tables and curves of runs: HTML, Markdown, LaTeX, CSV or JSON",
+        description="Tables of finished runs, and a page with their curves and settings.",
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders with runs")
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=f"a file ending in {', '.join(_FORMATS)}; it is replaced (default: print Markdown)",
+    )
+    report.set_defaults(run=_report)
+
+
+def _whole(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed: must be a whole number, 1 or more"
+        )
+    return value
+
+
+def _names(text: str) -> list[str]:
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
+def _data_list(arguments: argparse.Namespace) -> int:
+    from normwise.lab.data.catalogue import CATALOGUE
+    from normwise.lab.data.fetch import is_there
+    from normwise.lab.data.files import data_root
+
+    root = data_root()
+    for source in CATALOGUE.values():
+        state = "at hand" if is_there(root, source) else "absent"
+        print(f"{source.name:<16} {state:<8} {source.title} ({source.licence})")
+    return 0
+
+
+def _data_fetch(arguments: argparse.Namespace) -> int:
+    from normwise.lab.data.fetch import fetch
+    from normwise.lab.data.files import data_root
+
+    print(fetch(data_root(), arguments.name))
+    return 0
+
+
+def _paper_list(arguments: argparse.Namespace) -> int:
+    require_lab()
+    from normwise.lab.recipes import find, ids
+
+    for name in ids():
+        recipe = find(name)
+        print(f"{name}\n    {recipe.title} [{recipe.paper.source}]\n    {recipe.question}")
+    return 0
+
+
+def _paper_run(arguments: argparse.Namespace) -> int:
+    require_lab()
+    from normwise.lab.data.files import data_root
+    from normwise.lab.errors import nearest
+    from normwise.lab.recipes import find
+    from normwise.lab.running.executors import EXECUTORS, run_cells
+    from normwise.lab.running.export import as_data, as_markdown
+    from normwise.lab.running.results import read_cells, tables
+
+    if arguments.executor not in EXECUTORS:
+        raise UsageError(
+            f"unknown executor {arguments.executor!r}: {nearest(arguments.executor, EXECUTORS)}"
+        )
+    recipe = find(arguments.recipe)
+    cells = recipe.cells(
+        arguments.scale, arguments.seeds, _names(arguments.methods), _names(arguments.rows)
+    )
+    done = 0
+
+    def observe(cell: Any, result: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        shown = result.get("metrics", result.get("error"))
+        print(
+            f"{done}/{len(cells)} {cell.row} {cell.method} seed {cell.seed}: {shown}",
+            file=sys.stderr,
+        )
+
+    results = run_cells(
+        cells,
+        arguments.out,
+        data_root(),
+        jobs=arguments.jobs,
+        executor=arguments.executor,
+        device=arguments.device,
+        observe=observe,
+    )
+    made = tables(read_cells([arguments.out / cell.folder for cell in cells]))
+    if arguments.json:
+        print(json.dumps(as_data(made), allow_nan=False))
+    else:
+        print(as_markdown(made))
+        print(f"`normwise report {arguments.out}/{recipe.id}-{arguments.scale} --out report.html`")
+    return 1 if any(result["status"] == "failed" for result in results) else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    require_lab()
+    from normwise.lab.running.export import as_csv, as_data, as_latex, as_markdown
+    from normwise.lab.running.results import read_cells, tables
+    from normwise.lab.store import write_atomically
+
+    out: Path | None = arguments.out
+    if out is not None and out.suffix not in _FORMATS:
+        raise UsageError(f"--out {str(out)!r} is not allowed: must end in {', '.join(_FORMATS)}")
+    made = tables(read_cells(arguments.runs))
+    if out is None:
+        print(as_markdown(made))
+        return 0
+    if out.suffix == ".html":
+        from normwise.lab.report.runs import render
+
+        text = render(made)
+    elif out.suffix == ".json":
+        text = json.dumps(as_data(made), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    else:
+        text = {".md": as_markdown, ".tex": as_latex, ".csv": as_csv}[out.suffix](made)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, text.encode())
+    print(out)
+    return 0

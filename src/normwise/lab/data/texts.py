@@ -1,0 +1,119 @@
+"""Text as numbers: words or characters, with the vocabulary of the training part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from normwise.lab.data.files import DataError, locate
+
+__all__ = ["Text", "brown", "encode", "tinyshakespeare", "wikitext"]
+
+UNKNOWN = "<unk>"
+END = "<eos>"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A corpus in three parts.
+
+    Args:
+        name: of the data set.
+        train: token numbers, shape ``(N,)``, int64.
+        valid: the same.
+        test: the same.
+        vocabulary: what each number stands for.
+    """
+
+    name: str
+    train: npt.NDArray[np.int64]
+    valid: npt.NDArray[np.int64]
+    test: npt.NDArray[np.int64]
+    vocabulary: tuple[str, ...]
+
+
+def encode(name: str, parts: Sequence[Sequence[str]], size: int | None = None) -> Text:
+    """Number the tokens of a training, a validation and a test part.
+
+    The vocabulary is that of the training part, most frequent first; what is not in it becomes
+    ``<unk>``, in every part.
+
+    Args:
+        name: of the data set.
+        parts: the tokens of the three.
+        size: the most words in the vocabulary (default: all).
+    """
+    counts = Counter(parts[0])
+    counts.pop(UNKNOWN, None)
+    # Ties in the order of the letters, so that the numbers do not depend on the order of reading.
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    vocabulary = (UNKNOWN, *ranked[: None if size is None else size - 1])
+    number = {word: index for index, word in enumerate(vocabulary)}
+    coded = (np.array([number.get(word, 0) for word in part], np.int64) for part in parts)
+    train, valid, test = coded
+    return Text(name, train, valid, test, vocabulary)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def brown(root: Path, vocabulary: int | None = 10_000) -> Text:
+    """The Brown corpus, by words: of every ten documents, one to validate on and one to test on.
+
+    It has no official split. Documents begin with a line ``= ca01 =``; each other line is a
+    sentence of tokens between blanks, after which comes ``<eos>``.
+    """
+    path = locate(root, "brown", ("brown", "."), "brown.txt") / "brown.txt"
+    lines = _read(path).splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("= ") and line.endswith(" =")]
+    if len(heads) < 10:
+        raise DataError(f"{path} has {len(heads)} documents and should have 500")
+    parts: tuple[list[str], list[str], list[str]] = ([], [], [])
+    for document, (start, end) in enumerate(pairwise([*heads, len(lines)])):
+        part = parts[{8: 1, 9: 2}.get(document % 10, 0)]
+        for line in lines[start + 1 : end]:
+            part += [*line.split(), END]
+    return encode("brown", parts, vocabulary)
+
+
+def tinyshakespeare(root: Path) -> Text:
+    """Tiny Shakespeare, by characters: the first 90%, then 5% and 5%."""
+    path = locate(root, "tinyshakespeare", ("tinyshakespeare", "."), "input.txt") / "input.txt"
+    text = _read(path)
+    if len(text) < 100:
+        raise DataError(f"{path} has {len(text)} characters: it is truncated")
+    first, second = len(text) * 90 // 100, len(text) * 95 // 100
+    parts = (list(text[:first]), list(text[first:second]), list(text[second:]))
+    return encode("tinyshakespeare", parts)
+
+
+def wikitext(root: Path, version: str = "2") -> Text:
+    """WikiText-2 or -103 by words, from ``wiki.{train,valid,test}.tokens``.
+
+    Args:
+        root: where the data sets are.
+        version: ``"2"`` or ``"103"``.
+    """
+    name = f"wikitext-{version}"
+    folder = locate(root, name, (name, "."), "wiki.train.tokens")
+    parts = [
+        [
+            word
+            for line in _read(folder / f"wiki.{part}.tokens").splitlines()
+            for word in (*line.split(), END)
+        ]
+        for part in ("train", "valid", "test")
+    ]
+    return encode(name, parts)

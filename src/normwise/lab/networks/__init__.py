@@ -1,0 +1,62 @@
+"""Networks of the lab, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from normwise.lab.errors import UsageError, nearest
+from normwise.lab.networks.convolutional import (
+    harmonic,
+    mobilenet,
+    resnet,
+    resnext29,
+    se_resnext29,
+    shufflenet,
+    wide_resnet,
+)
+
+__all__ = ["NETWORKS", "build"]
+
+NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    **{f"resnet{depth}": resnet(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"wide_resnet{depth}": wide_resnet(depth) for depth in (10, 16, 28, 34)},
+    "resnext29": resnext29,
+    "se_resnext29": se_resnext29,
+    "mobilenet": mobilenet,
+    "shufflenet": shufflenet,
+    "harmonic": harmonic,
+}
+
+
+def build(name: str, channels: int, classes: int, width: int) -> nn.Module:
+    """A network for images, with weights drawn from torch's global generator.
+
+    Args:
+        name: one in ``NETWORKS``, or ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, whose
+            number of classes is set and whose width is the name's own.
+        channels: of the images.
+        classes: how many logits.
+        width: channels of the first stage.
+
+    Raises:
+        UsageError: for a name that means nothing, or a library that is not installed.
+    """
+    if name in NETWORKS:
+        return NETWORKS[name](channels, classes, width)
+    library, colon, _ = name.partition(":")
+    if not colon:
+        raise UsageError(f"unknown network {name!r}: {nearest(name, NETWORKS)}")
+    from normwise.invariance.sources import load
+
+    settings = {
+        "timm": {"num_classes": classes, "in_chans": channels},
+        "torchvision": {"num_classes": classes},
+        "hf": {"num_labels": classes, "num_channels": channels},
+    }
+    try:
+        model, _ = load(name, settings.get(library, {}))
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from None
+    return model

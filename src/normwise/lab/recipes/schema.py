@@ -1,0 +1,346 @@
+"""What a recipe is, and how its YAML is checked."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from normwise.lab.errors import UsageError, nearest
+from normwise.lab.tasks.kinds import kind
+
+__all__ = ["SCHEMA", "Cell", "Method", "Paper", "Recipe", "Scale", "Training", "parse"]
+
+SCHEMA = 1
+OPTIMIZERS = ("sgd", "sgdp", "adam", "adamw", "adamp")
+SCHEDULES = ("constant", "steps", "cosine")
+NORMALIZATIONS = ("none", "WN", "CWN", "WS")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained, whatever the task.
+
+    Args:
+        epochs: passes over the training data.
+        batch_size: examples a step.
+        optimizer: sgd, sgdp, adam, adamw or adamp.
+        lr: the learning rate at its highest.
+        weight_decay: L2 in sgd and adam, decoupled in the others (default: 0).
+        decay_on: ``weights`` of two or more dimensions, or ``all`` parameters (default: weights).
+        momentum: of sgd and sgdp (default: 0.9).
+        nesterov: of sgd, sgdp and adamp (default: no).
+        betas: of adam, adamw and adamp (default: 0.9 and 0.999).
+        eps: of adam, adamw and adamp, and sgdp's guard (default: 1e-8).
+        delta: threshold of the cosine gate (default: 0.1).
+        wd_ratio: factor on the decay of projected weights (default: 0.1).
+        schedule: constant, steps or cosine (default: steps).
+        drops: after which shares of the steps ``lr`` is multiplied (default: 0.3, 0.6, 0.9).
+        lr_factor: by what (default: 0.1).
+        warmup: the share of the steps in which ``lr`` rises evenly from 0 (default: 0).
+        normalization: of the weights: none, WN, CWN or WS (default: none).
+        epsilon_shift: ε of the ε-shifted L2 that takes the place of weight decay on normalized
+            weights (default: plain decay).
+        clip: the largest norm of the whole gradient (default: any).
+        evaluate_every: epochs between tests; the last is always tested (default: 1).
+        autocast: ``none`` or ``bfloat16`` (default: none).
+    """
+
+    epochs: int
+    batch_size: int
+    optimizer: str
+    lr: float
+    weight_decay: float = 0.0
+    decay_on: str = "weights"
+    momentum: float = 0.9
+    nesterov: bool = False
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    delta: float = 0.1
+    wd_ratio: float = 0.1
+    schedule: str = "steps"
+    drops: tuple[float, ...] = (0.3, 0.6, 0.9)
+    lr_factor: float = 0.1
+    warmup: float = 0.0
+    normalization: str = "none"
+    epsilon_shift: float | None = None
+    clip: float | None = None
+    evaluate_every: int = 1
+    autocast: str = "none"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("normalization", NORMALIZATIONS),
+            ("decay_on", ("weights", "all")),
+            ("autocast", ("none", "bfloat16")),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UsageError(f"unknown {name} {value!r}: {nearest(value, allowed)}")
+        for name in ("epochs", "batch_size", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)} is not allowed: must be 1 or more")
+        for name in ("lr", "weight_decay", "warmup"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{name} {value} is not allowed: must be finite and not negative")
+
+    def factor(self, step: int, steps: int) -> float:
+        """The share of ``lr`` at a step, counted from 0, of ``steps`` in all."""
+        done = step / steps
+        if done < self.warmup:
+            return (step + 1) / (self.warmup * steps)
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
+        if self.schedule == "steps":
+            return self.lr_factor ** sum(done >= drop for drop in self.drops)
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What the paper says.
+
+    Args:
+        source: the paper, and the table or figure.
+        metric: what its numbers are.
+        rows: for each row and method its number; a method that is missing is not known.
+        note: what a reader should know (default: nothing).
+    """
+
+    source: str
+    metric: str
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One column of a table.
+
+    Args:
+        label: as a reader sees it.
+        settings: what it sets.
+        baseline: the method that it is compared with (default: none).
+    """
+
+    label: str
+    settings: dict[str, Any]
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size of the experiment.
+
+    Args:
+        settings: what holds for all its cells.
+        rows: the rows of its table, each with what it sets.
+        seeds: how many by default (default: 3).
+        note: in what it differs from the paper (default: nothing).
+    """
+
+    settings: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    seeds: int = 3
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a row, a method and a seed of a recipe at a scale.
+
+    Args:
+        recipe, scale, row, method: names.
+        seed: of initial weights, order of examples and augmentation.
+        task: the kind of task.
+        training: how it is trained.
+        options: the task's own settings.
+    """
+
+    recipe: str
+    scale: str
+    row: str
+    method: str
+    seed: int
+    task: str
+    training: Training
+    options: Any
+
+    @property
+    def folder(self) -> str:
+        """Where it lies under the output folder."""
+        return f"{self.recipe}-{self.scale}/{self.row}/{self.method}/seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A table or figure of a paper as runs.
+
+    Args:
+        id: what the user writes.
+        title: what a reader sees.
+        question: what it answers.
+        task: the kind of task.
+        paper: what the paper says.
+        methods: the columns.
+        scales: ``paper`` and ``small``.
+        settings: what holds at every scale.
+    """
+
+    id: str
+    title: str
+    question: str
+    task: str
+    paper: Paper
+    methods: dict[str, Method]
+    scales: dict[str, Scale]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def cells(
+        self,
+        scale: str,
+        seeds: int | None = None,
+        methods: Iterable[str] = (),
+        rows: Iterable[str] = (),
+    ) -> list[Cell]:
+        """The trainings, whole seeds first; later settings overrule earlier ones.
+
+        Args:
+            scale: a name in ``scales``.
+            seeds: how many (default: the scale's).
+            methods: which (default: all).
+            rows: which (default: all of the scale).
+
+        Raises:
+            UsageError: for an unknown name.
+        """
+        chosen = _known(self.scales, scale, "scale")
+        for name in methods:
+            _known(self.methods, name, "method")
+        for name in rows:
+            _known(chosen.rows, name, "row")
+        return [
+            self._cell(scale, row, method, seed)
+            for row in (list(rows) or chosen.rows)
+            for seed in range(chosen.seeds if seeds is None else seeds)
+            for method in (list(methods) or self.methods)
+        ]
+
+    def _cell(self, scale: str, row: str, method: str, seed: int) -> Cell:
+        size = self.scales[scale]
+        settings = {
+            **self.settings,
+            **size.settings,
+            **self.methods[method].settings,
+            **size.rows[row],
+        }
+        options = kind(self.task).options
+        shared = {f.name for f in fields(Training)}
+        own = {f.name for f in fields(options)}
+        where = f"recipe {self.id!r}, scale {scale!r}, row {row!r}, method {method!r}"
+        for key in settings:
+            if key not in shared | own:
+                hint = nearest(str(key), sorted(shared | own))
+                raise UsageError(f"{where}: unknown key {key!r}: {hint}")
+        try:
+            training = _checked(Training, {k: v for k, v in settings.items() if k in shared}, where)
+            rest = _checked(options, {k: v for k, v in settings.items() if k in own}, where)
+        except UsageError as error:
+            text = str(error)
+            raise UsageError(text if text.startswith(where) else f"{where}: {text}") from None
+        return Cell(self.id, scale, row, method, seed, self.task, training, rest)
+
+
+def _known(names: Mapping[str, Any], name: str, what: str) -> Any:
+    if name not in names:
+        raise UsageError(f"unknown {what} {name!r}: {nearest(name, names)}")
+    return names[name]
+
+
+def parse(content: Any, where: str) -> Recipe:
+    """A recipe from what its YAML holds.
+
+    Every cell of every scale is made once, so that an error shows before anything is trained.
+
+    Args:
+        content: as a YAML reader returns it.
+        where: the file, for errors.
+
+    Raises:
+        UsageError: for another version, an unknown or missing key, or a value of the wrong type.
+    """
+    if not isinstance(content, dict):
+        raise UsageError(f"{where} is no recipe: it holds a {type(content).__name__}, not keys")
+    content = dict(content)
+    schema = content.pop("schema", None)
+    if schema != SCHEMA:
+        raise UsageError(
+            f"{where} has schema {schema!r}, and this version of normwise reads {SCHEMA}: "
+            + (
+                "the recipe is older; see docs/papers.md for what changed"
+                if isinstance(schema, int) and schema < SCHEMA
+                else "it is newer, or no recipe"
+            )
+        )
+    recipe: Recipe = _checked(Recipe, content, where)
+    missing = {"paper", "small"} - set(recipe.scales)
+    if missing:
+        raise UsageError(f"{where} lacks scale {min(missing)!r}; must have 'paper' and 'small'")
+    for name, method in recipe.methods.items():
+        if method.baseline is not None:
+            _known(recipe.methods, method.baseline, f"baseline of method {name!r}")
+    for row, values in recipe.paper.rows.items():
+        for name in values:
+            _known(recipe.methods, name, f"method in the paper's row {row!r}")
+    for scale in recipe.scales:
+        recipe.cells(scale, seeds=1)
+    return recipe
+
+
+def _checked(cls: type[Any], content: Any, where: str) -> Any:
+    """An instance of a dataclass from a mapping; keys and types are checked."""
+    if not isinstance(content, dict):
+        raise UsageError(f"{where} must be a mapping of keys, not {content!r}")
+    known = {f.name: f for f in fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in content:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {key!r}: {nearest(str(key), known)}")
+    for name, f in known.items():
+        needed = f.default is MISSING and f.default_factory is MISSING
+        if needed and name not in content:
+            raise UsageError(f"{where}: key {name!r} is missing")
+    return cls(**{key: _value(hints[key], v, f"{where}: {key}") for key, v in content.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as the type ``hint``, or an error that says what is allowed."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _value(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _value(arguments[1], v, f"{where}: {k}") for k, v in value.items()}
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_value(arguments[0], v, where) for v in value)
+    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
+        return _checked(hint, value, where)
+    if hint is float and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-3, without a point, as a string.
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif origin is None and type(value) is hint:
+        return value
+    wanted = getattr(hint, "__name__", str(hint))
+    raise UsageError(f"{where} is {value!r} and must be of type {wanted}")

@@ -1,0 +1,449 @@
+"""One cell: a training that can be killed anywhere and goes on to the same bits.
+
+Why resuming is exact: what a step draws depends on the seed and the number of the step alone (each
+step seeds its generators anew), the learning rate depends on the number of the step alone, and the
+rest of the state (weights, buffers, the optimizer's moments, the loss summed over the epoch so far)
+is in the checkpoint. No generator's state and no place in a stream has to be kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normwise.decay import EpsilonShiftedL2
+from normwise.geometry import View, norms
+from normwise.lab.environment import environment
+from normwise.lab.errors import UsageError
+from normwise.lab.recipes.schema import Cell, Training
+from normwise.lab.store import METRICS, write_atomically
+from normwise.lab.tasks.kinds import kind
+from normwise.optim import SGDP, AdamP
+from normwise.reparam import CenteredWeightNorm, WeightNorm, WeightStandardization, reparametrize
+
+__all__ = ["CONFIG", "RESULT", "DiskFull", "config_of", "run_cell"]
+
+SCHEMA = 1
+CONFIG, RESULT, CHECKPOINT = "config.json", "result.json", "checkpoint.pt"
+_NORMALIZATION = {"WN": WeightNorm, "CWN": CenteredWeightNorm, "WS": WeightStandardization}
+# Whether the loss is still finite is asked this often: asking waits for the device.
+_CHECK_EVERY = 20
+
+
+class DiskFull(UsageError):
+    """There is no room to write; what had been written before is whole."""
+
+
+def config_of(cell: Cell, device: str) -> dict[str, Any]:
+    """Everything that decides a cell's outcome, as ``config.json`` holds it."""
+    config = {"schema": SCHEMA, **asdict(cell), "device": device}
+    # As it will be read back: tuples become lists.
+    return dict(json.loads(json.dumps(config)))
+
+
+def run_cell(
+    cell: Cell,
+    out: Path,
+    root: Path,
+    *,
+    device: str = "cpu",
+    checkpoint_seconds: float = 60.0,
+) -> dict[str, Any]:
+    """Train a cell to its end, going on from its checkpoint if it has one.
+
+    Computes in one thread, so that the result does not depend on the number of cores.
+
+    Args:
+        cell: what to train.
+        out: the output folder; the cell's own is ``out / cell.folder``.
+        root: where the data sets are.
+        device: where to compute (default: ``"cpu"``).
+        checkpoint_seconds: at most so long between checkpoints, in seconds (default: 60).
+
+    Returns:
+        The content of its ``result.json``; at once if it was finished before.
+
+    Raises:
+        UsageError: if the folder holds another cell, or one of another version, or another process
+            runs it.
+        DiskFull: if there is no room; run it again when there is.
+    """
+    folder = out / cell.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder), _one_thread():
+            for leftover in folder.glob(".*"):  # of a write that was killed
+                leftover.unlink()
+            _same_config(folder, config_of(cell, device))
+            if (folder / RESULT).exists():
+                return dict(_read_json(folder / RESULT))
+            return _train(cell, folder, root, torch.device(device), checkpoint_seconds)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFull(
+                f"no room to write in {folder} ({error.strerror}): the last checkpoint is whole; "
+                "make room and run the same command again"
+            ) from error
+        raise
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode())
+
+
+def _same_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write the config, or compare it with the one that is there."""
+    path = folder / CONFIG
+    if not path.exists():
+        _write_json(path, config)
+        return
+    there = _read_json(path)
+    if there.get("schema") != SCHEMA:
+        raise UsageError(
+            f"{path} was written by another version (schema {there.get('schema')!r}, not {SCHEMA}) "
+            "and cannot be continued: give another --out"
+        )
+    different = next((k for k in config if there.get(k) != config[k]), None)
+    if different is not None:
+        old, new = there.get(different), config[different]
+        if isinstance(new, dict) and isinstance(old, dict):
+            key = next(k for k in new if old.get(k) != new[k])
+            different, old, new = f"{different}: {key}", old.get(key), new[key]
+        raise UsageError(
+            f"{folder} holds another run: its {different} is {old!r}, not {new!r}; give another "
+            "--out, or delete it"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out; the lock goes when the process does, however it does."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    with (folder / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another process is running {folder}") from None
+        yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _seed(*of: object) -> int:
+    """A seed from names and numbers; torch's generators take 32 bits of it."""
+    digest = hashlib.blake2b("/".join(map(str, of)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
+
+
+class _Diverged(ArithmeticError):
+    """The loss became infinite or not a number."""
+
+
+class _Trainer:
+    """The state of a training, its checkpoint and its metrics."""
+
+    def __init__(self, cell: Cell, folder: Path, root: Path, device: torch.device) -> None:
+        self.cell, self.folder, self.training = cell, folder, cell.training
+        torch.manual_seed(_seed("start", cell.seed))
+        self.problem = kind(cell.task).build(cell.options, root, device)
+        self.device = device
+        self.optimizer, self.start_norm = _prepare(self.problem.model, self.training)
+        if self.training.batch_size > self.problem.examples:
+            raise UsageError(
+                f"batch_size {self.training.batch_size} is not allowed: there are "
+                f"{self.problem.examples} training examples"
+            )
+        self.steps = len(self._batches(1))
+        self.epoch, self.step, self.written = 0, 0, 0
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+
+    def _batches(self, epoch: int) -> Tensor:
+        draw = torch.Generator().manual_seed(_seed("order", self.cell.seed, epoch))
+        return self.problem.batches(self.training.batch_size, draw)
+
+    def restore(self) -> bool:
+        """Load the checkpoint, if there is one, and drop metrics written after it."""
+        path, metrics = self.folder / CHECKPOINT, self.folder / METRICS
+        if path.exists():
+            try:
+                state = torch.load(path, map_location=self.device, weights_only=True)
+            except Exception as error:
+                raise UsageError(
+                    f"{path} cannot be read ({type(error).__name__}): delete the folder to train "
+                    "this cell anew"
+                ) from None
+            self.problem.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.epoch, self.step = state["epoch"], state["step"]
+            self.total, self.written = state["total"], state["written"]
+        with metrics.open("ab") as file:
+            file.truncate(self.written)
+        return path.exists()
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "model": self.problem.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "epoch": self.epoch,
+                "step": self.step,
+                "total": self.total,
+                "written": self.written,
+            },
+            buffer,
+        )
+        write_atomically(self.folder / CHECKPOINT, buffer.getvalue())
+
+    def record(self, line: dict[str, Any]) -> None:
+        """Add a line to the metrics, on the disk before the checkpoint that counts it."""
+        content = (json.dumps(line, allow_nan=False) + "\n").encode()
+        with (self.folder / METRICS).open("ab") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self.written += len(content)
+
+    def take(self, chosen: Tensor) -> tuple[float, float]:
+        """One step; how long it took, and how much of that was the making of the batch."""
+        begin = time.perf_counter()
+        number = self.epoch * self.steps + self.step
+        factor = self.training.factor(number, self.training.epochs * self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.training.lr * factor
+        # Dropout, and whatever else draws from the global generator.
+        torch.manual_seed(_seed("layers", self.cell.seed, number))
+        draw = torch.Generator().manual_seed(_seed("batch", self.cell.seed, number))
+        batch = self.problem.batch(chosen, draw)
+        made = time.perf_counter()
+        self.problem.model.train()
+        self.optimizer.zero_grad()
+        low = self.training.autocast == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
+            loss = self.problem.loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.training.clip is not None:
+            nn.utils.clip_grad_norm_(self.problem.model.parameters(), self.training.clip)
+        self.optimizer.step()
+        self.total += loss.detach().double()
+        self.step += 1
+        if self.step % _CHECK_EVERY == 0 or self.step == self.steps:
+            self._check()
+        return time.perf_counter() - begin, made - begin
+
+    def _check(self) -> None:
+        if not math.isfinite(float(self.total)):
+            raise _Diverged(
+                f"the training loss is not finite by step {self.step} of epoch {self.epoch + 1}"
+            )
+
+    def line(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """What is known after an epoch; epoch 0 is before the first step."""
+        norm = _typical_norm(self.problem.model)
+        if not 0 < norm < math.inf:
+            raise _Diverged(f"the norm of the weights became {norm} in epoch {self.epoch}")
+        done = self.epoch * self.steps
+        lr = self.training.lr * self.training.factor(
+            max(done - 1, 0), self.training.epochs * self.steps
+        )
+        power = 2 if self.training.optimizer in ("sgd", "sgdp") else 1
+        return {
+            "epoch": self.epoch,
+            "step": done,
+            "lr": lr,
+            "train_loss": None if self.epoch == 0 else float(self.total) / self.steps,
+            "norm": norm,
+            "norm_growth": norm / self.start_norm,
+            "effective_lr": lr / norm**power,
+            **metrics,
+        }
+
+
+def _train(
+    cell: Cell, folder: Path, root: Path, device: torch.device, checkpoint_seconds: float
+) -> dict[str, Any]:
+    log = _Log(folder / "log.txt")
+    starts = folder / "environment.json"
+    begun = _read_json(starts) if starts.exists() else []
+    _write_json(starts, [*begun, {"started": _now(), **environment(device.type)}])
+    with torch.random.fork_rng():
+        try:
+            trainer = _Trainer(cell, folder, root, device)
+            resumed = trainer.restore()
+            where = f"epoch {trainer.epoch}, step {trainer.step}"
+            log.write(f"resumed after {where}" if resumed else "started")
+            _epochs(trainer, checkpoint_seconds)
+            evaluation = trainer.problem.evaluate()
+            if not all(map(math.isfinite, evaluation.metrics.values())):
+                raise _Diverged(f"the test gave {evaluation.metrics}")
+            ending: dict[str, Any] = {"status": "ok", "metrics": evaluation.metrics}
+            if evaluation.wrong is not None:
+                ending["wrong"] = evaluation.wrong
+        except _Diverged as error:
+            ending = {"status": "failed", "error": str(error)}
+        except Exception:
+            log.write(traceback.format_exc())
+            raise
+        result = {
+            "schema": SCHEMA,
+            **ending,
+            "trivial": trainer.problem.trivial,
+            "facts": {**trainer.problem.facts, "steps_per_epoch": trainer.steps},
+            "weights": _digest(trainer.problem.model),
+        }
+    _write_json(folder / RESULT, result)
+    log.write(f"finished: {result['status']}")
+    return dict(_read_json(folder / RESULT))
+
+
+def _epochs(trainer: _Trainer, checkpoint_seconds: float) -> None:
+    """The training, from wherever the trainer stands."""
+    training = trainer.training
+    if trainer.written == 0:
+        trainer.record(trainer.line(trainer.problem.evaluate().metrics))
+    saved = time.monotonic()
+    while trainer.epoch < training.epochs:
+        batches = trainer._batches(trainer.epoch)
+        seconds = waited = 0.0
+        taken = 0
+        while trainer.step < trainer.steps:
+            whole, made = trainer.take(batches[trainer.step])
+            seconds, waited, taken = seconds + whole, waited + made, taken + 1
+            if time.monotonic() - saved > checkpoint_seconds and trainer.step < trainer.steps:
+                trainer.save()
+                saved = time.monotonic()
+        trainer.epoch += 1
+        tested = trainer.epoch % training.evaluate_every == 0 or trainer.epoch == training.epochs
+        trainer.record(trainer.line(trainer.problem.evaluate().metrics if tested else {}))
+        _times(trainer.folder, trainer.epoch, taken, seconds, waited)
+        trainer.step, trainer.total = 0, torch.zeros_like(trainer.total)
+        if trainer.epoch == training.epochs or time.monotonic() - saved > checkpoint_seconds:
+            trainer.save()
+            saved = time.monotonic()
+
+
+def _times(folder: Path, epoch: int, steps: int, seconds: float, waited: float) -> None:
+    """How fast it went, apart from the metrics because no two runs agree in it."""
+    line = {
+        "epoch": epoch,
+        "steps": steps,
+        "steps_per_second": round(steps / seconds, 3) if seconds else None,
+        "data_share": round(waited / seconds, 4) if seconds else None,
+    }
+    with (folder / "times.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _prepare(model: nn.Module, training: Training) -> tuple[Optimizer, float]:
+    """Normalize the weights as asked, and make the optimizer; the norm before the first step."""
+    if training.normalization != "none":
+        reparametrize(model, _NORMALIZATION[training.normalization], gain=False)
+    everything = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in everything if p.ndim > 1 or training.decay_on == "all"]
+    others = [p for p in everything if not (p.ndim > 1 or training.decay_on == "all")]
+    groups = [
+        {"params": decayed, "weight_decay": training.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = _optimizer([group for group in groups if group["params"]], training)
+    if training.epsilon_shift is not None:
+        with warnings.catch_warnings():
+            # ε above the weights' start is what a recipe may want to show.
+            warnings.simplefilter("ignore", UserWarning)
+            shifted = EpsilonShiftedL2(
+                model, weight_decay=training.weight_decay, eps=training.epsilon_shift
+            )
+        shifted.attach(optimizer)
+    return optimizer, _typical_norm(model)
+
+
+def _optimizer(groups: list[dict[str, Any]], t: Training) -> Optimizer:
+    betas = (t.betas[0], t.betas[1])
+    gate = {"delta": t.delta, "wd_ratio": t.wd_ratio}
+    # Fused steps sum in another order, and are not everywhere: a cell gives the same bits without.
+    if t.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=t.lr, momentum=t.momentum, nesterov=t.nesterov)
+    if t.optimizer == "sgdp":
+        return SGDP(
+            groups,
+            lr=t.lr,
+            momentum=t.momentum,
+            nesterov=t.nesterov,
+            eps=t.eps,
+            fused=False,
+            **gate,
+        )
+    if t.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=t.lr, betas=betas, eps=t.eps)
+    if t.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=t.lr, betas=betas, eps=t.eps)
+    return AdamP(groups, lr=t.lr, betas=betas, eps=t.eps, nesterov=t.nesterov, fused=False, **gate)
+
+
+@torch.no_grad()
+def _typical_norm(model: nn.Module) -> float:
+    """The geometric mean of the norms of all channels of all weights of two or more dimensions.
+
+    A channel of zeros, such as an embedding's padding, is left out.
+    """
+    every = torch.cat([norms(p, View.channel()) for p in model.parameters() if p.ndim > 1])
+    return float(every[every != 0].double().log().mean().exp())
+
+
+def _digest(model: nn.Module) -> str:
+    """A fingerprint of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class _Log:
+    """Lines with the time, for a person."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, text: str) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{_now()}  pid {os.getpid()}  {text}\n")

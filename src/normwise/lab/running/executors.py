@@ -1,0 +1,119 @@
+"""Where cells run: one after the other, in several processes, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from normwise.lab.errors import UsageError
+from normwise.lab.recipes.schema import Cell
+from normwise.lab.running.cell import run_cell
+
+__all__ = ["EXECUTORS", "run_cells"]
+
+EXECUTORS = ("local", "ray")
+Observer = Callable[[Cell, dict[str, Any]], None]
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    out: Path,
+    root: Path,
+    *,
+    jobs: int = 1,
+    executor: str = "local",
+    device: str = "cpu",
+    observe: Observer = lambda cell, result: None,
+) -> list[dict[str, Any]]:
+    """Run cells; those that are finished are only read.
+
+    Args:
+        cells: what to run.
+        out: the output folder, which on a cluster all machines must see under this name.
+        root: where the data sets are.
+        jobs: how many at once on this machine (default: 1).
+        executor: ``local``, or ``ray`` for an existing Ray cluster (default: local).
+        device: where to compute (default: ``"cpu"``).
+        observe: called with each cell and its result as it is finished.
+
+    Returns:
+        The results in the order of the cells. They do not depend on the executor.
+
+    Raises:
+        UsageError: as :func:`run_cell`, or if there is no Ray or no cluster. What is running when
+            it is raised is stopped, and resumes when the same is run again.
+    """
+    out, root = out.absolute(), root.absolute()
+    if executor == "ray":
+        return _on_ray(cells, out, root, device, observe)
+    if jobs == 1:
+        results = []
+        for cell in cells:
+            results.append(run_cell(cell, out, root, device=device))
+            observe(cell, results[-1])
+        return results
+    return _in_processes(cells, out, root, jobs, device, observe)
+
+
+def _in_processes(
+    cells: Sequence[Cell], out: Path, root: Path, jobs: int, device: str, observe: Observer
+) -> list[dict[str, Any]]:
+    # Fork would copy the state of torch's threads; a fresh process starts like any other run.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures: dict[Future[dict[str, Any]], Cell] = {
+            pool.submit(run_cell, cell, out, root, device=device): cell for cell in cells
+        }
+        left = set(futures)
+        try:
+            while left:
+                done, left = wait(left, return_when=FIRST_COMPLETED)
+                for future in done:
+                    observe(futures[future], future.result())
+        except BrokenProcessPool:
+            raise UsageError(
+                "a process that trained was killed (out of memory?): run the same command again to "
+                "go on, perhaps with fewer --jobs"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+        return [future.result() for future in futures]
+
+
+def _on_ray(
+    cells: Sequence[Cell], out: Path, root: Path, device: str, observe: Observer
+) -> list[dict[str, Any]]:
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("--executor ray needs Ray: pip install ray") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
+        except ConnectionError:
+            raise UsageError(
+                "no Ray cluster found: start one with `ray start --head`, or let RAY_ADDRESS name "
+                "one"
+            ) from None
+    gpus = 1 if device.startswith("cuda") else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus)(run_cell)
+    references = {remote.remote(cell, out, root, device=device): cell for cell in cells}
+    left = list(references)
+    results = {}
+    while left:
+        done, left = ray.wait(left)
+        for reference in done:
+            try:
+                results[reference] = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                cause = error.cause
+                raise cause if isinstance(cause, UsageError) else error from None
+            observe(references[reference], results[reference])
+    return [results[reference] for reference in references]

@@ -1,0 +1,164 @@
+"""Tables as Markdown, LaTeX, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from normwise.lab.running.results import Entry, Table
+from normwise.lab.tasks.problem import Metric
+
+__all__ = ["as_csv", "as_data", "as_latex", "as_markdown"]
+
+_HEAD = ("method", "mean ± sd", "seeds", "difference (95%)", "verdict", "paper")
+
+
+def _number(value: float, metric: Metric, sign: bool = False) -> str:
+    return f"{value:{'+' if sign else ''}.{metric.digits}f}".replace("-", "−")
+
+
+def _cells(entry: Entry, metric: Metric) -> tuple[str, ...]:
+    spread = entry.spread
+    if spread is None:
+        shown = "failed" if entry.failed else "–"
+    else:
+        sd = "" if spread.sd is None else f" ± {_number(spread.sd, metric)}"
+        shown = _number(spread.mean, metric) + sd
+    seeds = str(len(entry.values))
+    if entry.failed:
+        seeds += f", {len(entry.failed)} failed"
+    if entry.unfinished:
+        seeds += f", {len(entry.unfinished)} unfinished"
+    difference = ""
+    if entry.difference is not None:
+        width = "" if entry.half_width is None else f" ± {_number(entry.half_width, metric)}"
+        difference = f"{_number(entry.difference, metric, sign=True)}{width} to {entry.baseline}"
+    paper = "not known" if entry.paper is None else f"{entry.paper:g}"
+    return entry.label, shown, seeds, difference, entry.verdict(metric), paper
+
+
+def _title(table: Table) -> str:
+    unit = f", {table.metric.unit}" if table.metric.unit else ""
+    return f"{table.recipe.title}: {table.row} ({table.scale} scale), {table.metric.title}{unit}"
+
+
+def _trivial(table: Table) -> str:
+    value = next((e.trivial for e in table.entries if e.trivial is not None), None)
+    return "" if value is None else f"Trivial: {_number(value, table.metric)}."
+
+
+def as_markdown(tables: Sequence[Table]) -> str:
+    """Pipe tables, each under its title."""
+    parts = []
+    for table in tables:
+        lines = [f"**{_title(table)}**", "", f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
+        lines += [f"| {' | '.join(_cells(e, table.metric))} |" for e in table.entries]
+        lines += ["", f"{_trivial(table)} Paper: {table.recipe.paper.source}.".strip(), ""]
+        parts.append("\n".join(lines))
+    return "\n".join(parts)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "ε": r"$\varepsilon$",
+    "λ": r"$\lambda$",
+    "ρ": r"$\rho$",
+    "∞": r"$\infty$",
+    "×": r"$\times$",
+    "₂": r"$_2$",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def as_latex(tables: Sequence[Table]) -> str:
+    """``table`` environments that need no package."""
+    parts = []
+    for table in tables:
+        rows = [_HEAD, *(_cells(e, table.metric) for e in table.entries)]
+        body = [" & ".join(map(_latex, row)) + r" \\" for row in rows]
+        parts.append(
+            "\n".join(
+                [
+                    r"\begin{table}",
+                    rf"\caption{{{_latex(_title(table))}. {_latex(_trivial(table))}}}",
+                    rf"\begin{{tabular}}{{l{'r' * (len(_HEAD) - 1)}}}",
+                    body[0],
+                    r"\hline",
+                    *body[1:],
+                    r"\end{tabular}",
+                    r"\end{table}",
+                    "",
+                ]
+            )
+        )
+    return "\n".join(parts)
+
+
+_FIELDS = (
+    "recipe",
+    "scale",
+    "row",
+    "metric",
+    "method",
+    "mean",
+    "sd",
+    "seeds",
+    "failed",
+    "unfinished",
+    "baseline",
+    "difference",
+    "half_width_95",
+    "verdict",
+    "trivial",
+    "paper",
+)
+
+
+def as_data(tables: Sequence[Table]) -> list[dict[str, Any]]:
+    """One dict for each method in each table, with the values of every seed."""
+    rows = []
+    for table in tables:
+        for entry in table.entries:
+            spread = entry.spread
+            rows.append(
+                {
+                    "recipe": table.recipe.id,
+                    "scale": table.scale,
+                    "row": table.row,
+                    "metric": table.metric.name,
+                    "method": entry.method,
+                    "mean": None if spread is None else spread.mean,
+                    "sd": None if spread is None else spread.sd,
+                    "seeds": len(entry.values),
+                    "failed": len(entry.failed),
+                    "unfinished": len(entry.unfinished),
+                    "baseline": entry.baseline,
+                    "difference": entry.difference,
+                    "half_width_95": entry.half_width,
+                    "verdict": entry.verdict(table.metric),
+                    "trivial": entry.trivial,
+                    "paper": entry.paper,
+                    "values": {str(seed): value for seed, value in entry.values.items()},
+                }
+            )
+    return rows
+
+
+def as_csv(tables: Sequence[Table]) -> str:
+    """One line for each method in each table; numbers with all digits, nothing for unknown."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _FIELDS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(as_data(tables))
+    return text.getvalue()

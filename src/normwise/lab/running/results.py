@@ -1,0 +1,204 @@
+"""From cells to a table: means, paired differences with intervals, the paper's numbers beside."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from normwise.lab.errors import UsageError
+from normwise.lab.recipes import Recipe, find
+from normwise.lab.running.cell import CONFIG, RESULT
+from normwise.lab.store import METRICS, read_metrics
+from normwise.lab.summary import Spread, example_half_width, seed_half_width
+from normwise.lab.tasks.kinds import kind
+from normwise.lab.tasks.problem import Metric
+
+__all__ = ["Done", "Entry", "Table", "read_cells", "tables"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A cell as its folder holds it.
+
+    Args:
+        folder: where.
+        config: the content of ``config.json``.
+        result: the content of ``result.json``; none while it is not finished.
+        records: the content of ``metrics.jsonl``.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    result: dict[str, Any] | None
+    records: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method in one row, judged by one metric.
+
+    Args:
+        method: its name.
+        label: as a reader sees it.
+        values: for each finished seed the metric, as shown.
+        failed: seeds whose training diverged.
+        unfinished: seeds that have not come to an end.
+        paper: the paper's number; none where it is not known.
+        baseline: the label of the method that it is compared with; none for a baseline.
+        difference: mean over common seeds of this method minus its baseline, as shown.
+        half_width: of the 95% interval of the difference; none for fewer than two common seeds.
+        trivial: what the stated trivial method reaches, as shown.
+    """
+
+    method: str
+    label: str
+    values: dict[int, float]
+    failed: tuple[int, ...]
+    unfinished: tuple[int, ...]
+    paper: float | None
+    baseline: str | None
+    difference: float | None
+    half_width: float | None
+    trivial: float | None
+
+    @property
+    def spread(self) -> Spread | None:
+        """Mean and standard deviation; none where no seed has finished."""
+        return Spread.of(list(self.values.values())) if self.values else None
+
+    def verdict(self, metric: Metric) -> str:
+        """What the interval allows to say."""
+        if self.difference is None:
+            return ""
+        if self.half_width is None:
+            return "one seed: nothing can be said"
+        if abs(self.difference) <= self.half_width or self.difference == 0:
+            return "no difference beyond chance"
+        better = (self.difference > 0) == metric.higher_is_better
+        return "better" if better else "worse"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A row of a recipe: all its methods, judged by one metric.
+
+    Args:
+        recipe: what was run.
+        scale: at which scale.
+        row: which row.
+        metric: what is shown.
+        entries: the methods, in the recipe's order.
+        cells: what it was made from.
+    """
+
+    recipe: Recipe
+    scale: str
+    row: str
+    metric: Metric
+    entries: tuple[Entry, ...]
+    cells: tuple[Done, ...]
+
+
+def read_cells(folders: Iterable[Path]) -> list[Done]:
+    """All cells at or below ``folders``, finished or not.
+
+    Raises:
+        UsageError: if a folder has none, or a file in one is not readable.
+    """
+    found = []
+    for folder in folders:
+        configs = sorted(folder.rglob(CONFIG))
+        if not configs:
+            raise UsageError(f"no runs in {str(folder)!r}: it holds no {CONFIG}")
+        for path in configs:
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+                result_path = path.with_name(RESULT)
+                result = (
+                    json.loads(result_path.read_text(encoding="utf-8"))
+                    if result_path.exists()
+                    else None
+                )
+                metrics = path.with_name(METRICS)
+                records = read_metrics(metrics) if metrics.exists() else []
+                config["recipe"], config["seed"], config["training"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UsageError(f"{path.parent} is not a run: {error}") from None
+            found.append(Done(path.parent, config, result, records))
+    return found
+
+
+def tables(cells: Sequence[Done]) -> list[Table]:
+    """One table for each recipe, scale, row and metric, in the order in which they appear."""
+    groups: dict[tuple[str, str, str], list[Done]] = {}
+    for cell in cells:
+        c = cell.config
+        groups.setdefault((c["recipe"], c["scale"], c["row"]), []).append(cell)
+    made = []
+    for (name, scale, row), group in groups.items():
+        recipe = find(name)
+        for metric in kind(recipe.task).metrics:
+            entries = [
+                _entry(recipe, row, method, metric, group)
+                for method in recipe.methods
+                if any(cell.config["method"] == method for cell in group)
+            ]
+            made.append(Table(recipe, scale, row, metric, tuple(entries), tuple(group)))
+    return made
+
+
+def _finished(group: Sequence[Done], method: str) -> dict[int, dict[str, Any]]:
+    return {
+        cell.config["seed"]: cell.result
+        for cell in sorted(group, key=lambda cell: int(cell.config["seed"]))
+        if cell.config["method"] == method and cell.result and cell.result["status"] == "ok"
+    }
+
+
+def _entry(recipe: Recipe, row: str, name: str, metric: Metric, group: Sequence[Done]) -> Entry:
+    method = recipe.methods[name]
+    own = [cell for cell in group if cell.config["method"] == name]
+    mine = _finished(group, name)
+    values = {seed: metric.factor * r["metrics"][metric.name] for seed, r in mine.items()}
+    difference = half_width = None
+    if method.baseline is not None:
+        theirs = _finished(group, method.baseline)
+        common = [seed for seed in mine if seed in theirs]
+        if common:
+            differences = [
+                values[s] - metric.factor * theirs[s]["metrics"][metric.name] for s in common
+            ]
+            difference = sum(differences) / len(differences)
+            half_width = seed_half_width(differences)
+            first = recipe_metric(recipe)
+            if half_width is not None and metric == first and "wrong" in mine[common[0]]:
+                by_example = metric.factor * example_half_width(
+                    [mine[s]["wrong"] for s in common],
+                    [theirs[s]["wrong"] for s in common],
+                    mine[common[0]]["facts"]["test_examples"],
+                )
+                half_width = math.hypot(half_width, by_example)
+    results = [cell.result for cell in own if cell.result is not None]
+    trivial = next((r["trivial"].get(metric.name) for r in results), None)
+    first_metric = metric == recipe_metric(recipe)
+    return Entry(
+        method=name,
+        label=method.label,
+        values=values,
+        failed=tuple(c.config["seed"] for c in own if c.result and c.result["status"] == "failed"),
+        unfinished=tuple(c.config["seed"] for c in own if c.result is None),
+        paper=recipe.paper.rows.get(row, {}).get(name) if first_metric else None,
+        baseline=None if method.baseline is None else recipe.methods[method.baseline].label,
+        difference=difference,
+        half_width=half_width,
+        trivial=None if trivial is None else metric.factor * trivial,
+    )
+
+
+def recipe_metric(recipe: Recipe) -> Metric:
+    """The metric that the recipe's task is judged by above all, and that the paper reports."""
+    return kind(recipe.task).metrics[0]

@@ -1,0 +1,51 @@
+"""The kinds of task that recipes name, each imported when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normwise.lab.errors import UsageError, nearest
+from normwise.lab.tasks.problem import Metric, Problem
+
+__all__ = ["KINDS", "Kind", "kind"]
+
+# Task name → module under normwise.lab.tasks, class of the problem.
+KINDS = {
+    "classification": ("classification", "Classification"),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of task.
+
+    Args:
+        name: as recipes have it.
+        options: the dataclass of its settings.
+        metrics: what it is judged by, the first above all.
+        build: makes the problem from options, the data's root and the device.
+    """
+
+    name: str
+    options: type[Any]
+    metrics: tuple[Metric, ...]
+    build: Callable[[Any, Path, torch.device], Problem]
+
+
+def kind(name: str) -> Kind:
+    """The kind of task of this name.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    if name not in KINDS:
+        raise UsageError(f"unknown task {name!r}: {nearest(name, KINDS)}")
+    module_name, problem = KINDS[name]
+    module = import_module(f"normwise.lab.tasks.{module_name}")
+    return Kind(name, module.Options, module.METRICS, getattr(module, problem))

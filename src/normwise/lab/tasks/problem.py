@@ -1,0 +1,82 @@
+"""What the training of a cell needs of a task: data, a network, a loss, and a test."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+__all__ = ["Evaluation", "Metric", "Problem"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a task is judged by.
+
+    Args:
+        name: in ``metrics.jsonl``.
+        title: as a reader sees it.
+        unit: as a reader sees it; may be empty.
+        factor: from the stored number to the shown one.
+        higher_is_better: which way is up.
+        digits: after the point, as shown.
+    """
+
+    name: str
+    title: str
+    unit: str = ""
+    factor: float = 1.0
+    higher_is_better: bool = True
+    digits: int = 2
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A test of the network.
+
+    Args:
+        metrics: by name, as plain numbers.
+        wrong: which test examples are classified wrongly, where that has a meaning.
+    """
+
+    metrics: dict[str, float]
+    wrong: list[int] | None = None
+
+
+class Problem(ABC):
+    """Data and network, ready to be trained.
+
+    Nothing in it changes while training but ``model``, so that the state of a training is that of
+    the model, of the optimizer, and the number of the step.
+
+    Attributes:
+        model: all that is trained; its weights are drawn from torch's global generator.
+        examples: how many there are to train on.
+        facts: what a reader should know of the data: sizes, splits.
+        trivial: the metrics of a stated method that learns nothing from the inputs.
+    """
+
+    model: nn.Module
+    examples: int
+    facts: dict[str, Any]
+    trivial: dict[str, float]
+
+    def batches(self, size: int, draw: Generator) -> Tensor:
+        """The examples of each step of an epoch, shape ``(steps, size)``; the rest is left out."""
+        steps = self.examples // size
+        return torch.randperm(self.examples, generator=draw)[: steps * size].view(steps, size)
+
+    @abstractmethod
+    def batch(self, chosen: Tensor, draw: Generator) -> Any:
+        """The chosen examples on the device, augmented; randomness comes from ``draw`` alone."""
+
+    @abstractmethod
+    def loss(self, batch: Any) -> Tensor:
+        """A scalar to be minimized, in nats where it is a cross-entropy."""
+
+    @abstractmethod
+    def evaluate(self) -> Evaluation:
+        """Test the network as it is; two calls in a row give the same."""
