@@ -18,6 +18,10 @@ __all__ = ["KINDS", "Kind", "kind"]
 # Task name → module under normwise.lab.tasks, class of the problem.
 KINDS = {
     "classification": ("classification", "Classification"),
+    "adversarial": ("adversarial", "Adversarial"),
+    "bias": ("bias", "Bias"),
+    "detection": ("detection", "Detection"),
+    "retrieval": ("retrieval", "Retrieval"),
 }
 
 

@@ -1,0 +1,185 @@
+"""Adversarial training: the loss at the worst image that projected gradient descent finds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from normwise.lab.errors import UsageError, nearest
+from normwise.lab.tasks import classification
+from normwise.lab.tasks.classification import Classification
+from normwise.lab.tasks.problem import Evaluation, Metric
+
+__all__ = ["Adversarial", "Options", "attack"]
+
+METRICS = (
+    Metric("attacked_accuracy", "test accuracy under attack", "%", 100.0),
+    Metric("accuracy", "test accuracy", "%", 100.0),
+)
+BALLS = ("linf", "l2")
+
+
+@dataclass(frozen=True)
+class Options(classification.Options):
+    """What a recipe may set, beside the settings of classification.
+
+    Args:
+        ball: ``linf`` or ``l2`` (default: linf).
+        radius: of the ball around an image, in 1/255 of a pixel's range (default: 4).
+        attack_steps: of the attack in training (default: 10).
+        test_attack_steps: of the attack in testing, PGD-10 by default (default: 10).
+    """
+
+    ball: str = "linf"
+    radius: float = 4.0
+    attack_steps: int = 10
+    test_attack_steps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ball not in BALLS:
+            raise UsageError(f"unknown ball {self.ball!r}: {nearest(self.ball, BALLS)}")
+        if not 0 < self.radius < math.inf:
+            raise UsageError(f"radius {self.radius} is not allowed: must be finite and above 0")
+        for name in ("attack_steps", "test_attack_steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)} is not allowed: must be 1 or more")
+
+
+def attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    ball: str,
+    radius: float,
+    steps: int,
+    start: Tensor,
+) -> Tensor:
+    """Images within a ball at which the cross-entropy of ``model`` is high (PGD, arXiv 1706.06083).
+
+    Each step goes 2.5·radius/steps, as far as that paper's, along the sign of the gradient for L∞
+    and along the gradient of each image for L2; then the point is brought back into the ball, and
+    the pixels into [0, 1].
+
+    Args:
+        model: from pixels in [0, 1] to logits, each image's apart from the others' (so BatchNorm in
+            evaluation mode).
+        x: images, shape ``(N, C, H, W)``, in [0, 1].
+        y: targets as classes or probabilities.
+        ball: ``linf`` or ``l2``.
+        radius: in units of ``x``.
+        steps: how many.
+        start: where to begin, as a difference to ``x`` in units of the radius; it is brought into
+            the ball.
+
+    Returns:
+        The attacked images, detached.
+    """
+
+    def project(delta: Tensor) -> Tensor:
+        if ball == "linf":
+            delta = delta.clamp(-radius, radius)
+        else:
+            delta = delta * (radius / _lengths(delta)).clamp(max=1)
+        # No pixel moves further than before, so that the point stays in the ball.
+        return (x + delta).clamp(0, 1) - x
+
+    delta = project(radius * start)
+    for _ in range(steps):
+        delta.requires_grad_()
+        loss = F.cross_entropy(model(x + delta), y, reduction="sum")
+        (g,) = torch.autograd.grad(loss, delta)
+        direction = g.sign() if ball == "linf" else g / _lengths(g)
+        delta = project(delta.detach() + 2.5 * radius / steps * direction)
+    return (x + delta).clamp(0, 1)
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """The L2 norm of each image, broadcastable; never 0."""
+    return x.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
+
+
+class _OnPixels(nn.Module):
+    """A network that takes pixels in [0, 1] and standardizes them itself."""
+
+    def __init__(self, body: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.body = body
+        self.mean = nn.Buffer(mean / 255)
+        self.std = nn.Buffer(std / 255)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body((x - self.mean) / self.std)
+        return out
+
+
+class Adversarial(Classification):
+    """Cross-entropy of attacked images; tested on attacked and on clean ones."""
+
+    options: Options
+
+    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+        super().__init__(options, root, device)
+        if self.train.dtype != torch.uint8:
+            raise UsageError(
+                f"data {options.data!r} is not allowed: an attack needs pixels between 0 and 255"
+            )
+        self.model = _OnPixels(self.model, self.mean, self.std)
+        self.trivial = {"attacked_accuracy": self.trivial["accuracy"], **self.trivial}
+
+    def standardized(self, x: Tensor) -> Tensor:
+        """Pixels in [0, 1]: the network standardizes them itself."""
+        return x.float() / 255
+
+    def batch(self, chosen: Tensor, draw: Generator) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]  # an attack needs a start
+        """Inputs, targets, and where the attack begins."""
+        x, y = super().batch(chosen, draw)
+        return x, y, self._start(x, draw)
+
+    def _start(self, x: Tensor, draw: Generator) -> Tensor:
+        """Uniform in the cube; on the sphere, where a ball of so many dimensions has its volume."""
+        if self.options.ball == "linf":
+            return (2 * torch.rand(x.shape, generator=draw) - 1).to(x.device)
+        start = torch.randn(x.shape, generator=draw)
+        return (start / _lengths(start)).to(x.device)
+
+    def _attacked(self, x: Tensor, y: Tensor, steps: int, start: Tensor) -> Tensor:
+        self.model.eval()
+        return attack(
+            self.model,
+            x,
+            y,
+            ball=self.options.ball,
+            radius=self.options.radius / 255,
+            steps=steps,
+            start=start,
+        )
+
+    def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:  # type: ignore[override]  # as batch
+        """Cross-entropy at the attacked images, in nats."""
+        x, y, start = batch
+        worst = self._attacked(x, y, self.options.attack_steps, start)
+        self.model.train()
+        return super().loss((worst, y))
+
+    def evaluate(self) -> Evaluation:
+        """Accuracy on the test set, attacked (from the same start each time) and clean."""
+        clean = super().evaluate().metrics
+        draw = torch.Generator().manual_seed(0)
+        wrong = []
+        for part, y in zip(self.test.split(500), self.test_labels.split(500), strict=True):
+            x = self.standardized(part)
+            worst = self._attacked(x, y, self.options.test_attack_steps, self._start(x, draw))
+            with torch.no_grad():
+                wrong.append(self.model(worst).argmax(1) != y)
+        missed = torch.cat(wrong)
+        attacked = 1 - float(missed.double().mean())
+        return Evaluation(
+            {"attacked_accuracy": attacked, **clean}, missed.nonzero().flatten().tolist()
+        )
