@@ -84,7 +84,7 @@ def colours(labels: Tensor, correlation: float, draw: Generator) -> Tensor:
     for digit in range(CLASSES):
         own = (labels == digit).nonzero().flatten()
         own = own[torch.randperm(len(own), generator=draw)]
-        # A product such as 0.29 · 100 may be a little less than the whole number that it stands for.
+        # A product such as 0.29 · 100 may be a little less than the number that it stands for.
         biased = math.floor(correlation * len(own) + 1e-9)
         others = own[biased:]
         step = 1 + torch.randperm(CLASSES - 1, generator=draw)
