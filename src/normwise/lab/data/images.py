@@ -226,7 +226,7 @@ def _idx_set(root: Path, name: str, folders: Sequence[str], classes: tuple[str, 
             raise DataError(f"{folder / part} has {array.ndim} dimensions, not {dimensions}")
         return array
 
-    arrays: list[Any] = []
+    arrays: list[npt.NDArray[Any]] = []
     for part in ("train", "t10k"):
         images, labels = read(f"{part}-images-idx3-ubyte", 3), read(f"{part}-labels-idx1-ubyte", 1)
         if len(images) != len(labels) or len(images) == 0 or int(labels.max()) >= len(classes):
@@ -235,7 +235,8 @@ def _idx_set(root: Path, name: str, folders: Sequence[str], classes: tuple[str, 
                 f"the largest {int(labels.max(initial=0))}"
             )
         arrays += [images[:, None], labels.astype(np.int64)]
-    return Labelled(name, *arrays, classes)
+    train, train_labels, test, test_labels = arrays
+    return Labelled(name, train, train_labels, test, test_labels, classes)
 
 
 def image_folder(root: Path, size: int) -> Labelled:
@@ -283,4 +284,5 @@ def image_folder(root: Path, size: int) -> Labelled:
                 images.append(np.asarray(square).transpose(2, 0, 1))
                 labels.append(label)
         arrays += [np.stack(images), np.array(labels, np.int64)]
-    return Labelled(root.name, *arrays, tuple(classes))
+    x, y, test, test_y = arrays
+    return Labelled(root.name, x, y, test, test_y, tuple(classes))

@@ -42,6 +42,7 @@ class Training:
         lr_factor: by what (default: 0.1).
         warmup: the share of the steps in which ``lr`` rises evenly from 0 (default: 0).
         normalization: of the weights: none, WN, CWN or WS (default: none).
+        gain: whether normalized weights have a learnable gain (default: no).
         epsilon_shift: ε of the ε-shifted L2 that takes the place of weight decay on normalized
             weights (default: plain decay).
         clip: the largest norm of the whole gradient (default: any).
@@ -66,6 +67,7 @@ class Training:
     lr_factor: float = 0.1
     warmup: float = 0.0
     normalization: str = "none"
+    gain: bool = False
     epsilon_shift: float | None = None
     clip: float | None = None
     evaluate_every: int = 1

@@ -372,7 +372,7 @@ def _times(folder: Path, epoch: int, steps: int, seconds: float, waited: float) 
 def _prepare(model: nn.Module, training: Training) -> tuple[Optimizer, float]:
     """Normalize the weights as asked, and make the optimizer; the norm before the first step."""
     if training.normalization != "none":
-        reparametrize(model, _NORMALIZATION[training.normalization], gain=False)
+        reparametrize(model, _NORMALIZATION[training.normalization], gain=training.gain)
     everything = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in everything if p.ndim > 1 or training.decay_on == "all"]
     others = [p for p in everything if not (p.ndim > 1 or training.decay_on == "all")]
@@ -394,25 +394,24 @@ def _prepare(model: nn.Module, training: Training) -> tuple[Optimizer, float]:
 
 def _optimizer(groups: list[dict[str, Any]], t: Training) -> Optimizer:
     betas = (t.betas[0], t.betas[1])
-    gate = {"delta": t.delta, "wd_ratio": t.wd_ratio}
-    # Fused steps sum in another order, and are not everywhere: a cell gives the same bits without.
     if t.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=t.lr, momentum=t.momentum, nesterov=t.nesterov)
-    if t.optimizer == "sgdp":
-        return SGDP(
-            groups,
-            lr=t.lr,
-            momentum=t.momentum,
-            nesterov=t.nesterov,
-            eps=t.eps,
-            fused=False,
-            **gate,
-        )
     if t.optimizer == "adam":
         return torch.optim.Adam(groups, lr=t.lr, betas=betas, eps=t.eps)
     if t.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=t.lr, betas=betas, eps=t.eps)
-    return AdamP(groups, lr=t.lr, betas=betas, eps=t.eps, nesterov=t.nesterov, fused=False, **gate)
+    # Fused steps sum in another order, and are not everywhere: a cell gives the same bits without.
+    shared: dict[str, Any] = {
+        "lr": t.lr,
+        "eps": t.eps,
+        "delta": t.delta,
+        "wd_ratio": t.wd_ratio,
+        "nesterov": t.nesterov,
+        "fused": False,
+    }
+    if t.optimizer == "sgdp":
+        return SGDP(groups, momentum=t.momentum, **shared)
+    return AdamP(groups, betas=betas, **shared)
 
 
 @torch.no_grad()

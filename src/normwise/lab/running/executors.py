@@ -90,6 +90,7 @@ def _in_processes(
 def _on_ray(
     cells: Sequence[Cell], out: Path, root: Path, device: str, observe: Observer
 ) -> list[dict[str, Any]]:
+    ray: Any  # its types do not know keyword arguments of remote functions
     try:
         import ray
     except ImportError:

@@ -175,12 +175,10 @@ class Classification(Problem):
         """Accuracy on the test set."""
         self.model.eval()
         with torch.no_grad():
-            wrong = torch.cat(
-                [
-                    self.model(self.standardized(x)).argmax(1) != y
-                    for x, y in zip(self.test.split(500), self.test_labels.split(500), strict=True)
-                ]
+            parts = zip(
+                torch.split(self.test, 500), torch.split(self.test_labels, 500), strict=True
             )
+            wrong = torch.cat([self.model(self.standardized(x)).argmax(1) != y for x, y in parts])
         accuracy = 1 - float(wrong.double().mean())
         return Evaluation({"accuracy": accuracy}, wrong.nonzero().flatten().tolist())
 

@@ -22,6 +22,7 @@ KINDS = {
     "bias": ("bias", "Bias"),
     "detection": ("detection", "Detection"),
     "retrieval": ("retrieval", "Retrieval"),
+    "language": ("language", "Language"),
 }
 
 

@@ -1,0 +1,340 @@
+"""Object detection: CenterNet (arXiv 1904.07850) on boxes in Pascal VOC's format, judged by AP."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from normwise.lab.data.boxes import BCCD_CLASSES, Boxed, bccd
+from normwise.lab.errors import UsageError
+from normwise.lab.tasks.problem import Evaluation, Metric, Problem
+
+__all__ = ["Detection", "Options", "average_precision", "centre_targets", "decode", "focal"]
+
+METRICS = (
+    Metric("ap", "AP", "", 100.0),
+    Metric("ap50", "AP at IoU 0.5", "", 100.0),
+)
+STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a recipe may set.
+
+    Args:
+        scale: factor on the sides of the 640×480 images; both must become multiples of 16
+            (default: 0.3).
+        width: channels of the network's first stage (default: 16).
+        test_part: ``val`` or ``test`` (default: test).
+    """
+
+    scale: float = 0.3
+    width: int = 16
+    test_part: str = "test"
+
+
+class _CentreNet(nn.Module):
+    """A ResNet of four stages, brought back to a quarter of the resolution, and three heads."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        stages = []
+        fan_in = 3
+        for stage in range(4):
+            fan_out = width * 2**stage
+            stages.append(
+                nn.Sequential(
+                    nn.Conv2d(fan_in, fan_out, 3, 2, 1, bias=False),
+                    nn.BatchNorm2d(fan_out),
+                    nn.ReLU(),
+                    nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False),
+                    nn.BatchNorm2d(fan_out),
+                    nn.ReLU(),
+                )
+            )
+            fan_in = fan_out
+        self.stages = nn.ModuleList(stages)
+        self.across = nn.ModuleList(
+            nn.Conv2d(width * 2**stage, 2 * width, 1, bias=False) for stage in (1, 2, 3)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(2 * width) for _ in range(3))
+        self.heads = nn.Sequential(
+            nn.Conv2d(2 * width, 2 * width, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, classes + 4, 1),
+        )
+        last = self.heads[-1]
+        assert isinstance(last, nn.Conv2d)
+        assert last.bias is not None
+        # So that a centre is improbable at first, as in the focal loss's paper.
+        nn.init.constant_(last.bias, 0.0)
+        nn.init.constant_(last.bias[:classes], -2.19)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        merged = None
+        for across, norm, features in zip(
+            reversed(self.across), reversed(self.norms), reversed(maps[1:]), strict=True
+        ):
+            y = norm(across(features))
+            if merged is not None:
+                y = y + F.interpolate(merged, scale_factor=2.0)
+            merged = F.relu(y)
+        out: Tensor = self.heads(merged)
+        return out
+
+
+def centre_targets(
+    boxes: Tensor, labels: Tensor, classes: int, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What CenterNet is to say of one image.
+
+    Args:
+        boxes: left, top, right, bottom in pixels, shape ``(n, 4)``.
+        labels: shape ``(n,)``.
+        classes: how many.
+        height, width: of the map, whose cells are ``STRIDE`` pixels wide.
+
+    Returns:
+        The heat map ``(classes, height, width)``, 1 at each centre and a Gaussian of a sixth of
+        the box's sides around it; size and offset in cells ``(4, height, width)``: width, height,
+        and the centre's place in its cell; and where they hold ``(height, width)``.
+    """
+    heat = torch.zeros(classes, height, width)
+    values = torch.zeros(4, height, width)
+    at = torch.zeros(height, width, dtype=torch.bool)
+    rows = torch.arange(height)[:, None]
+    columns = torch.arange(width)[None]
+    for (left, top, right, bottom), label in zip(
+        (boxes / STRIDE).tolist(), labels.tolist(), strict=True
+    ):
+        x, y = (left + right) / 2, (top + bottom) / 2
+        column, row = min(int(x), width - 1), min(int(y), height - 1)
+        spread_x, spread_y = max((right - left) / 6, 0.5), max((bottom - top) / 6, 0.5)
+        bump = torch.exp(
+            -((columns - column) ** 2) / (2 * spread_x**2) - (rows - row) ** 2 / (2 * spread_y**2)
+        )
+        heat[label] = torch.maximum(heat[label], bump)
+        values[:, row, column] = torch.tensor([right - left, bottom - top, x - column, y - row])
+        at[row, column] = True
+    return heat, values, at
+
+
+def focal(logits: Tensor, heat: Tensor) -> Tensor:
+    """The penalty-reduced focal loss (arXiv 1904.07850, Eq. 1; α = 2, β = 4), over the centres.
+
+    Args:
+        logits: shape ``(N, classes, H, W)``.
+        heat: targets of the same shape, 1 at centres.
+    """
+    centre = heat == 1
+    p = logits.sigmoid()
+    hit = (1 - p).square() * F.logsigmoid(logits)
+    miss = (1 - heat) ** 4 * p.square() * F.logsigmoid(-logits)
+    return -torch.where(centre, hit, miss).sum() / centre.sum().clamp(min=1)
+
+
+def decode(output: Tensor, classes: int, count: int = 100) -> list[dict[str, Tensor]]:
+    """The likeliest boxes: peaks of the heat maps in their 3×3 neighbourhoods.
+
+    Args:
+        output: shape ``(N, classes + 4, H, W)``.
+        classes: how many.
+        count: boxes an image (default: 100).
+
+    Returns:
+        For each image ``boxes`` ``(n, 4)`` in pixels, ``scores`` and ``labels``.
+    """
+    heat = output[:, :classes].sigmoid()
+    heat = torch.where(F.max_pool2d(heat, 3, 1, 1) == heat, heat, 0.0)
+    n, _, height, width = heat.shape
+    scores, place = heat.flatten(1).topk(min(count, heat[0].numel()))
+    labels, cell = place // (height * width), place % (height * width)
+    values = output[:, classes:].flatten(2)
+    wide, high, dx, dy = (values[:, k].gather(1, cell) for k in range(4))
+    x, y = cell % width + dx, cell // width + dy
+    boxes = STRIDE * torch.stack([x - wide / 2, y - high / 2, x + wide / 2, y + high / 2], dim=2)
+    return [{"boxes": boxes[i], "scores": scores[i], "labels": labels[i]} for i in range(n)]
+
+
+def average_precision(
+    found: list[dict[str, Tensor]], truth: list[Boxed], classes: int
+) -> dict[str, float]:
+    """COCO's AP over IoU 0.5 to 0.95, and at 0.5, by pycocotools.
+
+    Args:
+        found: for each image ``boxes``, ``scores`` and ``labels``.
+        truth: the images' annotations.
+        classes: how many.
+
+    Raises:
+        UsageError: if pycocotools is not installed.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        raise UsageError("detection needs pycocotools: pip install pycocotools") from None
+
+    def corner(box: list[float]) -> list[float]:
+        return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+    annotations: list[dict[str, Any]] = []
+    for image, item in enumerate(truth):
+        for box, label in zip(item.boxes.tolist(), item.labels.tolist(), strict=True):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "category_id": label,
+                    "bbox": corner(box),
+                    "area": (box[2] - box[0]) * (box[3] - box[1]),
+                    "iscrowd": 0,
+                }
+            )
+    results = [
+        {"image_id": image, "category_id": int(label), "bbox": corner(box), "score": float(score)}
+        for image, item in enumerate(found)
+        for box, score, label in zip(
+            item["boxes"].tolist(), item["scores"].tolist(), item["labels"].tolist(), strict=True
+        )
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = {
+            "images": [{"id": image} for image in range(len(truth))],
+            "annotations": annotations,
+            "categories": [{"id": label} for label in range(classes)],
+            "info": {},
+        }
+        coco.createIndex()
+        if not results:
+            return {"ap": 0.0, "ap50": 0.0}
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {"ap": float(evaluation.stats[0]), "ap50": float(evaluation.stats[1])}
+
+
+@cache
+def _load(root: Path, part: str, scale: float) -> list[Boxed]:
+    return bccd(root, part, scale)
+
+
+class Detection(Problem):
+    """CenterNet on blood cells.
+
+    Args:
+        options: the settings.
+        root: where the data sets are.
+        device: where to compute.
+    """
+
+    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+        train = _load(root, "train", options.scale)
+        self.truth = _load(root, options.test_part, options.scale)
+        height, width = train[0].image.shape[1:]
+        if height % 16 or width % 16:
+            raise UsageError(
+                f"scale {options.scale} is not allowed: makes images of {width}×{height} pixels, "
+                "and both must be multiples of 16"
+            )
+        self.classes = len(BCCD_CLASSES)
+        self.images = torch.stack([torch.from_numpy(item.image) for item in train]).to(device)
+        self.test = torch.stack([torch.from_numpy(item.image) for item in self.truth]).to(device)
+        self.boxes = [torch.from_numpy(item.boxes) for item in train]
+        self.labels = [torch.from_numpy(item.labels) for item in train]
+        self.size = (height, width)
+        self.examples = len(train)
+        pixels = self.images.float()
+        self.mean, self.std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+        self.model = _CentreNet(self.classes, options.width).to(device)
+        self.facts = {
+            "data": "bccd",
+            "train_examples": len(train),
+            "test_examples": len(self.truth),
+            "boxes": sum(len(labels) for labels in self.labels),
+            "boxes_without_area_left_out": sum(item.dropped for item in (*train, *self.truth)),
+        }
+        self.trivial = average_precision(self._usual_boxes(), self.truth, self.classes)
+
+    def _usual_boxes(self) -> list[dict[str, Tensor]]:
+        """In every image the same: boxes of each class's mean size, side by side, the commonest
+        class first."""
+        height, width = self.size
+        boxes, labels = torch.cat(self.boxes), torch.cat(self.labels)
+        places, scores, kinds = [], [], []
+        for label in range(self.classes):
+            own = boxes[labels == label]
+            w, h = (own[:, 2:] - own[:, :2]).mean(0).tolist()
+            for i in range(max(int(height / h), 1)):
+                for j in range(max(int(width / w), 1)):
+                    places.append([j * w, i * h, (j + 1) * w, (i + 1) * h])
+                    scores.append(float(len(own)) / len(boxes))
+                    kinds.append(label)
+        usual = {
+            "boxes": torch.tensor(places),
+            "scores": torch.tensor(scores),
+            "labels": torch.tensor(kinds),
+        }
+        return [usual] * len(self.truth)
+
+    def _input(self, images: Tensor) -> Tensor:
+        return (images.float() - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def batch(self, chosen: Tensor, draw: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images, each mirrored with probability ½, and their targets."""
+        height, width = self.size
+        mirrored = torch.rand(len(chosen), generator=draw) < 0.5
+        images, targets = [], []
+        for index, mirror in zip(chosen.tolist(), mirrored.tolist(), strict=True):
+            image, boxes = self.images[index], self.boxes[index]
+            if mirror:
+                image = image.flip(2)
+                boxes = torch.stack(
+                    [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1
+                )
+            images.append(image)
+            targets.append(
+                centre_targets(
+                    boxes, self.labels[index], self.classes, height // STRIDE, width // STRIDE
+                )
+            )
+        heat, values, at = (
+            torch.stack(part).to(self.images.device) for part in zip(*targets, strict=True)
+        )
+        return self._input(torch.stack(images)), heat, values, at
+
+    def loss(self, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        """Focal loss of the heat maps + L1 of the offsets + 0.1 · L1 of the sizes, over centres."""
+        x, heat, values, at = batch
+        output = self.model(x)
+        l1 = ((output[:, self.classes :] - values).abs() * at[:, None]).sum((0, 2, 3))
+        count = at.sum().clamp(min=1)
+        sizes, offsets = l1[:2].sum() / count, l1[2:].sum() / count
+        return focal(output[:, : self.classes], heat) + offsets + 0.1 * sizes
+
+    def evaluate(self) -> Evaluation:
+        """AP on the test images."""
+        self.model.eval()
+        with torch.no_grad():
+            found = [
+                item
+                for x in self.test.split(16)
+                for item in decode(self.model(self._input(x)), self.classes)
+            ]
+        return Evaluation(average_precision(found, self.truth, self.classes))

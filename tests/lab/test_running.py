@@ -1,0 +1,334 @@
+"""Cells: killed anywhere they go on to the same bits, and nothing that was written is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from normwise.lab.errors import UsageError
+from normwise.lab.recipes import find
+from normwise.lab.recipes.schema import Training
+from normwise.lab.running import cell as module
+from normwise.lab.running.cell import DiskFull, run_cell
+from normwise.lab.running.executors import run_cells
+from normwise.lab.store import read_metrics
+
+ROOT = Path("no data is needed")
+FILES = ("metrics.jsonl", "result.json", "config.json")
+
+
+def tiny(method="adamp", **training):
+    """A cell of two epochs of three steps, which draws in every way there is."""
+    (cell,) = find("digits").cells("small", 1, [method])
+    options = replace(cell.options, width=4, augment=("crop", "flip", "cutout", "cutmix"))
+    quick = {"epochs": 2, "batch_size": 256, "normalization": "WS", "epsilon_shift": 0.1}
+    return replace(cell, options=options, training=replace(cell.training, **{**quick, **training}))
+
+
+def contents(out, cell):
+    return {name: (out / cell.folder / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What an uninterrupted run leaves."""
+    out = tmp_path_factory.mktemp("whole")
+    run_cell(tiny(), out, ROOT, checkpoint_seconds=0)
+    return contents(out, tiny())
+
+
+def in_a_child(prepare, out, cell=None):
+    """Run a cell in a forked process; its exit code, −9 if it was killed."""
+
+    def run():
+        torch.set_num_threads(1)
+        prepare()
+        run_cell(cell or tiny(), out, ROOT, checkpoint_seconds=0)
+
+    child = get_context("fork").Process(target=run)
+    child.start()
+    return child
+
+
+def killed_at(call, n, before):
+    """Make the ``n``-th ``os.fsync`` or ``os.replace`` of this process its last."""
+    original, count = getattr(os, call), 0
+
+    def last(*arguments):
+        nonlocal count
+        count += 1
+        if count == n and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(*arguments)
+        if count == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(os, call, last)
+
+
+fork_only = pytest.mark.skipif(sys.platform == "win32", reason="forks and kills")
+MOMENTS = [
+    (call, n, before)
+    for call in ("fsync", "replace")
+    for n in (1, 2, 3, 5, 7, 9)
+    for before in (True, False)
+]
+
+
+@fork_only
+@pytest.mark.parametrize(
+    ("call", "n", "before"),
+    [
+        m if m in [("fsync", 5, True), ("replace", 5, False), ("replace", 7, True)] else slow
+        for m in MOMENTS
+        for slow in [pytest.param(*m, marks=pytest.mark.slow)]
+    ],
+)
+def test_killed_around_any_write_it_goes_on_to_the_same_bits(tmp_path, whole, call, n, before):
+    child = in_a_child(lambda: killed_at(call, n, before), tmp_path)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    run_cell(tiny(), tmp_path, ROOT, checkpoint_seconds=0)
+    assert contents(tmp_path, tiny()) == whole
+    assert not list((tmp_path / tiny().folder).glob(".*"))
+
+
+@fork_only
+@pytest.mark.slow
+def test_killed_at_20_random_moments_it_goes_on_to_the_same_bits(tmp_path):
+    cell = tiny(epochs=8)
+    began = time.monotonic()
+    run_cell(cell, tmp_path / "whole", ROOT, checkpoint_seconds=0)
+    seconds = time.monotonic() - began
+    expected = contents(tmp_path / "whole", cell)
+    moment = random.Random(0)
+    kills = tries = 0
+    while kills < 20:
+        tries += 1
+        out = tmp_path / str(tries)
+        for _ in range(4):
+            child = in_a_child(lambda: None, out, cell)
+            time.sleep(moment.uniform(0, 0.6 * seconds))
+            child.kill()
+            child.join()
+            kills += child.exitcode == -signal.SIGKILL
+        run_cell(cell, out, ROOT, checkpoint_seconds=0)
+        assert contents(out, cell) == expected
+        assert tries < 20
+
+
+@pytest.mark.parametrize(
+    ("method", "training"),
+    [
+        ("sgdp", {"nesterov": True, "schedule": "cosine", "warmup": 0.3}),
+        ("sgd", {"normalization": "none", "epsilon_shift": None, "weight_decay": 0.1}),
+        ("adamw", {"normalization": "CWN", "gain": True, "decay_on": "all", "clip": 0.1}),
+    ],
+)
+def test_every_optimizer_goes_on_from_the_middle_of_an_epoch(
+    tmp_path, monkeypatch, method, training
+):
+    cell = tiny(method, **training)
+    run_cell(cell, tmp_path / "whole", ROOT)
+    take, steps = module._Trainer.take, []
+
+    def stop(self, chosen):
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        steps.append(chosen)
+        return take(self, chosen)
+
+    monkeypatch.setattr(module._Trainer, "take", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(cell, tmp_path / "cut", ROOT, checkpoint_seconds=0)
+    monkeypatch.setattr(module._Trainer, "take", take)
+    run_cell(cell, tmp_path / "cut", ROOT)
+    assert contents(tmp_path / "cut", cell) == contents(tmp_path / "whole", cell)
+    assert (
+        "resumed after epoch 1, step 1" in (tmp_path / "cut" / cell.folder / "log.txt").read_text()
+    )
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path, whole, monkeypatch):
+    folder = tmp_path / tiny().folder
+    folder.mkdir(parents=True)
+    for name, content in whole.items():
+        (folder / name).write_bytes(content)
+    monkeypatch.setattr(module, "_train", None)
+    assert run_cell(tiny(), tmp_path, ROOT) == json.loads(whole["result.json"])
+
+
+def test_the_result_depends_on_the_seed_and_on_nothing_around_it(tmp_path, whole):
+    torch.manual_seed(1234)
+    expected = torch.get_rng_state()
+    torch.manual_seed(1234)
+    other = run_cell(replace(tiny(), seed=1), tmp_path, ROOT)
+    assert torch.equal(torch.get_rng_state(), expected)
+    again = run_cell(tiny(), tmp_path, ROOT)
+    assert again == json.loads(whole["result.json"])
+    assert again["weights"] != other["weights"]
+
+
+def test_another_config_in_the_same_folder_is_refused(tmp_path, whole):
+    folder = tmp_path / tiny().folder
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes(whole["config.json"])
+    with pytest.raises(UsageError, match=r"training: lr is 0\.001, not 0\.5.*another --out"):
+        run_cell(tiny(lr=0.5), tmp_path, ROOT)
+    old = {**json.loads(whole["config.json"]), "schema": 0}
+    (folder / "config.json").write_text(json.dumps(old))
+    with pytest.raises(UsageError, match=r"another version .schema 0, not 1"):
+        run_cell(tiny(), tmp_path, ROOT)
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path, whole):
+    folder = tmp_path / tiny().folder
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").write_bytes(b"PK\x03\x04 but no more")
+    with pytest.raises(UsageError, match=r"checkpoint\.pt cannot be read"):
+        run_cell(tiny(), tmp_path, ROOT)
+
+
+@fork_only
+def test_two_processes_do_not_run_the_same_cell(tmp_path):
+    folder = tmp_path / tiny().folder
+    folder.mkdir(parents=True)
+    with (
+        module._locked(folder),
+        pytest.raises(UsageError, match="another process is running"),
+    ):
+        run_cell(tiny(), tmp_path, ROOT)
+
+
+@pytest.mark.parametrize("n", [1, 4, 6])
+def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(tmp_path, whole, monkeypatch, n):
+    fsync, count = os.fsync, 0
+
+    def full(descriptor):
+        nonlocal count
+        count += 1
+        if count >= n:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(DiskFull, match=r"No space left.*make room and run the same command"):
+            run_cell(tiny(), tmp_path, ROOT, checkpoint_seconds=0)
+    run_cell(tiny(), tmp_path, ROOT)
+    assert contents(tmp_path, tiny()) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a small disk")
+def test_a_disk_that_is_really_full(tmp_path, whole):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a disk here")
+    try:
+        with pytest.raises(DiskFull):
+            run_cell(tiny(), disk, ROOT, checkpoint_seconds=0)
+        subprocess.run([*mount[:3], "-o", "remount,size=10m", str(disk)], check=True)
+        run_cell(tiny(), disk, ROOT)
+        assert contents(disk, tiny()) == whole
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_training_that_diverges_is_a_result_and_is_not_repeated(tmp_path):
+    cell = tiny("sgd", lr=1e30, normalization="none", epsilon_shift=None)
+    result = run_cell(cell, tmp_path, ROOT)
+    assert result["status"] == "failed"
+    assert "not finite" in result["error"]
+    assert run_cell(cell, tmp_path, ROOT) == result
+
+
+def test_metrics_are_what_they_say(tmp_path, whole):
+    records = [json.loads(line) for line in whole["metrics.jsonl"].splitlines()]
+    result = json.loads(whole["result.json"])
+    assert [r["epoch"] for r in records] == [0, 1, 2]
+    assert [r["step"] for r in records] == [0, 3, 6]
+    assert records[0]["norm_growth"] == 1
+    assert records[-1]["accuracy"] == result["metrics"]["accuracy"]
+    assert len(result["wrong"]) == round(899 * (1 - result["metrics"]["accuracy"]))
+    for r in records:
+        assert r["effective_lr"] == pytest.approx(r["lr"] / r["norm"])
+
+
+def test_processes_give_what_one_after_the_other_gives(tmp_path):
+    cells = [tiny(m, epochs=1) for m in ("sgd", "adamp")]
+    seen = []
+    sequential = run_cells(cells, tmp_path / "a", ROOT)
+    parallel = run_cells(
+        cells, tmp_path / "b", ROOT, jobs=2, observe=lambda cell, result: seen.append(cell)
+    )
+    assert parallel == sequential
+    assert sorted(c.method for c in seen) == ["adamp", "sgd"]
+    for cell in cells:
+        assert contents(tmp_path / "a", cell) == contents(tmp_path / "b", cell)
+
+
+def test_an_error_in_a_process_stops_the_others_with_its_message(tmp_path):
+    bad = tiny(batch_size=10_000)
+    with pytest.raises(UsageError, match="batch_size 10000 is not allowed: there are 898"):
+        run_cells([bad, replace(bad, seed=1)], tmp_path, ROOT, jobs=2)
+
+
+@pytest.mark.slow
+def test_ray_gives_what_one_after_the_other_gives(tmp_path):
+    ray = pytest.importorskip("ray", reason="compares with a local Ray cluster")
+    cells = [tiny(m, epochs=1) for m in ("sgd", "sgdp", "adamp")]
+    sequential = run_cells(cells, tmp_path / "a", ROOT)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        on_ray = run_cells(cells, tmp_path / "b", ROOT, executor="ray")
+        with pytest.raises(UsageError, match="batch_size 10000"):
+            run_cells([tiny(batch_size=10_000)], tmp_path / "c", ROOT, executor="ray")
+    finally:
+        ray.shutdown()
+    assert on_ray == sequential
+    for cell in cells:
+        assert contents(tmp_path / "a", cell) == contents(tmp_path / "b", cell)
+
+
+def test_without_a_ray_cluster_it_says_how_to_start_one(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="needs Ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UsageError, match="ray start --head"):
+        run_cells([tiny()], tmp_path, ROOT, executor="ray")
+
+
+def test_metrics_can_be_read_while_a_cell_runs(tmp_path, monkeypatch):
+    save, seen = module._Trainer.save, []
+
+    def look(self):
+        seen.append(len(read_metrics(self.folder)))
+        save(self)
+
+    monkeypatch.setattr(module._Trainer, "save", look)
+    run_cell(tiny(), tmp_path, ROOT, checkpoint_seconds=0)
+    assert seen == [1, 1, 2, 2, 2, 3]
+
+
+def test_the_schedules_are_their_formulas():
+    training = Training(epochs=1, batch_size=1, optimizer="sgd", lr=1.0)
+    steps = [training.factor(s, 100) for s in (0, 29, 30, 59, 60, 90)]
+    assert steps == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.001])
+    cosine = replace(training, schedule="cosine", warmup=0.2)
+    assert [cosine.factor(s, 100) for s in (0, 9, 19, 20, 60, 100)] == pytest.approx(
+        [0.05, 0.5, 1, 1, 0.5, 0]
+    )
