@@ -19,12 +19,24 @@ from normwise.lab.tasks.problem import Problem
 # The recipe, and what makes a cell of it small enough to be trained in seconds.
 TINY: dict[str, dict[str, Any]] = {
     "adamp-adversarial": {"train_examples": 64, "test_examples": 50, "attack_steps": 1},
+    "adamp-biased-mnist": {"train_examples": 64, "test_examples": 50},
+    "adamp-retrieval": {"train_classes": 4, "test_classes": 4},
+    "adamp-detection": {"scale": 0.1, "width": 4},
+}
+NEEDS = {"adamp-retrieval": "pytorch_metric_learning", "adamp-detection": "pycocotools"}
+# By how much the first row's first metric exceeds what the task calls trivial.
+MARGIN = {
+    "adamp-adversarial": 0.10,
+    "adamp-biased-mnist": 0.15,
+    "adamp-retrieval": 0.15,
+    "adamp-detection": 0.25,
 }
 
 
 def tiny(name: str) -> Cell:
     cell = find(name).cells("small", seeds=1, methods=["adamp"])[0]
     training = replace(cell.training, epochs=2, batch_size=16, evaluate_every=2)
+    pytest.importorskip(NEEDS.get(name, "torch"))
     return replace(cell, training=training, options=replace(cell.options, **TINY[name]))
 
 
@@ -79,3 +91,16 @@ def test_two_tests_in_a_row_agree_and_leave_the_network_as_it_was(name: str, roo
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert set(first.metrics) == {metric.name for metric in kind(cell.task).metrics}
     assert set(problem.trivial) == set(first.metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MARGIN)
+def test_at_small_scale_it_learns_more_than_what_is_trivial(
+    name: str, root: Path, tmp_path: Path
+) -> None:
+    recipe = find(name)
+    row = next(iter(recipe.scales["small"].rows))
+    (cell,) = recipe.cells("small", seeds=1, methods=["adamp"], rows=[row])
+    result = run_cell(cell, tmp_path, root)
+    metric = kind(cell.task).metrics[0].name
+    assert result["metrics"][metric] > result["trivial"][metric] + MARGIN[name]

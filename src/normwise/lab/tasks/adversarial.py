@@ -102,7 +102,8 @@ def attack(
 
 def _lengths(x: Tensor) -> Tensor:
     """The L2 norm of each image, broadcastable; never 0."""
-    return x.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
+    return lengths.clamp(min=1e-30)
 
 
 class _OnPixels(nn.Module):
@@ -173,7 +174,8 @@ class Adversarial(Classification):
         clean = super().evaluate().metrics
         draw = torch.Generator().manual_seed(0)
         wrong = []
-        for part, y in zip(self.test.split(500), self.test_labels.split(500), strict=True):
+        parts = zip(torch.split(self.test, 500), torch.split(self.test_labels, 500), strict=True)
+        for part, y in parts:
             x = self.standardized(part)
             worst = self._attacked(x, y, self.options.test_attack_steps, self._start(x, draw))
             with torch.no_grad():

@@ -168,6 +168,8 @@ class Bias(Problem):
         device: where to compute.
     """
 
+    model: nn.ModuleDict
+
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:
         data = load("mnist", root)
         self.options = options
@@ -222,7 +224,7 @@ class Bias(Problem):
         self.model.eval()
 
         def missed(images: Tensor) -> Tensor:
-            parts = zip(images.split(500), self.test_labels.split(500), strict=True)
+            parts = zip(torch.split(images, 500), torch.split(self.test_labels, 500), strict=True)
             with torch.no_grad():
                 return torch.cat([self.model["f"](x)[0].argmax(1) != y for x, y in parts])
 

@@ -173,6 +173,8 @@ class Retrieval(Problem):
         device: where to compute.
     """
 
+    model: nn.ModuleDict
+
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:
         x, y, test, test_y = _load(options.data, root, options.train_classes, options.test_classes)
         self.options = options
@@ -197,7 +199,7 @@ class Retrieval(Problem):
             "train_examples": self.examples,
             "test_examples": len(test),
             "train_classes": self.classes,
-            "test_classes": len(test_y.unique()),
+            "test_classes": len(torch.unique(test_y)),
         }
         # The nearest neighbours by the pixels themselves.
         self.trivial = self._recalls(self._input(self.test))
@@ -244,7 +246,7 @@ class Retrieval(Problem):
         self.model.eval()
         with torch.no_grad():
             embeddings = torch.cat(
-                [self.model["body"](self._input(x)) for x in self.test.split(500)]
+                [self.model["body"](self._input(x)) for x in torch.split(self.test, 500)]
             )
         missed = ~hits(embeddings, self.test_labels, 1)
         return Evaluation(self._recalls(embeddings), missed.nonzero().flatten().tolist())
