@@ -137,10 +137,11 @@ def _paper_run(arguments: argparse.Namespace) -> int:
     require_lab()
     from normwise.lab.data.files import data_root
     from normwise.lab.errors import nearest
-    from normwise.lab.recipes import find
+    from normwise.lab.recipes import find, text
     from normwise.lab.running.executors import EXECUTORS, run_cells
     from normwise.lab.running.export import as_data, as_markdown
-    from normwise.lab.running.results import read_cells, tables
+    from normwise.lab.running.results import RECIPE, read_cells, tables
+    from normwise.lab.store import write_atomically
 
     if arguments.executor not in EXECUTORS:
         raise UsageError(
@@ -150,6 +151,9 @@ def _paper_run(arguments: argparse.Namespace) -> int:
     cells = recipe.cells(
         arguments.scale, arguments.seeds, _names(arguments.methods), _names(arguments.rows)
     )
+    folder = arguments.out / f"{recipe.id}-{arguments.scale}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / RECIPE, text(arguments.recipe).encode())
     done = 0
 
     def observe(cell: Any, result: dict[str, Any]) -> None:
@@ -175,7 +179,7 @@ def _paper_run(arguments: argparse.Namespace) -> int:
         print(json.dumps(as_data(made), allow_nan=False))
     else:
         print(as_markdown(made))
-        print(f"`normwise report {arguments.out}/{recipe.id}-{arguments.scale} --out report.html`")
+        print(f"normwise report {folder} --out report.html")
     return 1 if any(result["status"] == "failed" for result in results) else 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks.convolutional import (
@@ -59,4 +59,17 @@ def build(name: str, channels: int, classes: int, width: int) -> nn.Module:
         model, _ = load(name, settings.get(library, {}))
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from None
-    return model
+    return _Logits(model)
+
+
+class _Logits(nn.Module):
+    """A network of another library, whose output is made its logits."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x)
+        logits: Tensor = getattr(out, "logits", out)
+        return logits

@@ -6,6 +6,7 @@ Convolutions feed a BatchNorm each and have no bias; weights are drawn from N(0,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -252,12 +253,14 @@ class _Harmonics(nn.Module):
 
     def __init__(self, bands: int, top: float, count: int) -> None:
         super().__init__()
-        most = 2595 * torch.log10(torch.tensor(1 + top / 700))
-        frequency = 700 * (10 ** (torch.linspace(0, 1, bands) * most / 2595) - 1)
+        most = 2595 * math.log10(1 + top / 700)
+        mels = torch.linspace(0, most, bands, dtype=torch.float64)
+        frequency = 700 * (10 ** (mels / 2595) - 1)
         multiple = torch.arange(1, count + 1)[:, None] * frequency
         place = 2595 * torch.log10(1 + multiple / 700) / most * (bands - 1)
         self.register_buffer("index", place.round().long().clamp(max=bands - 1))
-        self.register_buffer("inside", multiple <= top)
+        # The top band itself, whose filter has no right side, counts as outside.
+        self.register_buffer("inside", multiple < top * (1 - 1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
         stacked = x[:, 0][:, self.index]

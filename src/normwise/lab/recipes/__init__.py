@@ -19,6 +19,7 @@ __all__ = [
     "ids",
     "parse",
     "read",
+    "text",
 ]
 
 
@@ -34,22 +35,26 @@ def find(name: str) -> Recipe:
     Raises:
         UsageError: if there is none, or it is not a valid recipe.
     """
+    return read(text(name), name)
+
+
+def text(name: str) -> str:
+    """The YAML of a recipe, found as :func:`find` does."""
     if name.endswith((".yaml", ".yml")):
         try:
-            return read(Path(name).read_text(encoding="utf-8"), name)
+            return Path(name).read_text(encoding="utf-8")
         except OSError as error:
             raise UsageError(f"cannot read recipe {name!r}: {error.strerror or error}") from None
     if name not in ids():
         raise UsageError(f"unknown recipe {name!r}: {nearest(name, ids())}")
-    file = files(__name__).joinpath(f"{name}.yaml")
-    return read(file.read_text(encoding="utf-8"), f"{name}.yaml")
+    return files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def read(text: str, where: str) -> Recipe:
+def read(content: str, where: str) -> Recipe:
     """A recipe from its YAML.
 
     Args:
-        text: the YAML.
+        content: the YAML.
         where: the file, for errors.
 
     Raises:
@@ -60,7 +65,6 @@ def read(text: str, where: str) -> Recipe:
     except ImportError:
         raise UsageError('recipes need PyYAML: pip install "normwise[lab]"') from None
     try:
-        content = yaml.safe_load(text)
+        return parse(yaml.safe_load(content), where)
     except yaml.YAMLError as error:
         raise UsageError(f"{where} is not YAML: {error}") from None
-    return parse(content, where)

@@ -9,7 +9,6 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from normwise.lab.palette import STYLES
 from normwise.lab.summary import Curve
 
 __all__ = ["Frame", "Line", "Scale", "linear", "logarithmic", "stretched_to_one", "svg", "tooltip"]
@@ -34,11 +33,12 @@ class Scale:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve with its name and label."""
+    """A curve with its name and label, and the lengths of its dashes; none for a solid line."""
 
     name: str
     label: str
     curve: Curve
+    dash: tuple[float, ...] = ()
 
 
 def linear(values: Sequence[float], zero: bool = False) -> Scale:
@@ -186,7 +186,7 @@ def _drawn(line: Line, frame: Frame, at: float) -> str:
     mean = " ".join(f"{x(e):.1f},{y(v):.1f}" for e, v in zip(c.epochs, c.mean, strict=True))
     there = [f"{x(e):.1f},{y(v):.1f}" for e, v in zip(c.epochs, c.high, strict=True)]
     back = [f"{x(e):.1f},{y(v):.1f}" for e, v in zip(c.epochs, c.low, strict=True)]
-    dash = " ".join(f"{2.4 * d:g}" for d in STYLES[line.name].dash)
+    dash = " ".join(f"{2.4 * d:g}" for d in line.dash)
     dotted = f' stroke-dasharray="{dash}"' if dash else ""
     end_x, end_y = x(c.epochs[-1]), y(c.mean[-1])
     band = f'<polygon class="band" points="{" ".join(there + back[::-1])}"/>' if c.seeds > 1 else ""

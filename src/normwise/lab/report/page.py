@@ -18,7 +18,7 @@ from normwise.lab.settings import Settings
 from normwise.lab.summary import Row, Spread, curve, findings, headline, rows
 from normwise.lab.toy import trajectories
 
-__all__ = ["render"]
+__all__ = ["colours", "definitions", "json_in_html", "package_file", "render"]
 
 Record = Mapping[str, Any]
 
@@ -120,7 +120,7 @@ def render(run: Mapping[str, Any], records: Sequence[Record], settings: Settings
     figures = []
     for chart in _CHARTS:
         lines = [
-            charts.Line(name, CONTENDERS[name].label, data)
+            charts.Line(name, CONTENDERS[name].label, data, STYLES[name].dash)
             for name in settings.optimizers
             for data in [curve(records, name, chart.quantity, settings.epochs)]
         ]
@@ -133,13 +133,13 @@ def render(run: Mapping[str, Any], records: Sequence[Record], settings: Settings
             "</figure>"
         )
     title = headline(found, table)
-    return Template(_package_file("template.html")).substitute(
+    return Template(package_file("template.html")).substitute(
         title=escape(title),
         page_title=escape(f"{run['task']['title']}: {title}"),
-        style=_package_file("style.css"),
+        style=package_file("style.css"),
         colours=_colours(),
-        script=_package_file("script.js"),
-        data=_json_in_html(tooltips),
+        script=package_file("script.js"),
+        data=json_in_html(tooltips),
         one_image=f"one image is {100 / run['task']['test_examples']:.2f} percentage points",
         subtitle=_subtitle(run, settings),
         notice=_notice(run, table),
@@ -149,22 +149,29 @@ def render(run: Mapping[str, Any], records: Sequence[Record], settings: Settings
         figures="".join(figures),
         toy=toy_picture.picture(courses),
         toy_table=toy_picture.table(courses),
-        settings=_definitions(_settings_items(settings, run)),
-        environment=_definitions(_environment_items(run)),
+        settings=definitions(_settings_items(settings, run)),
+        environment=definitions(_environment_items(run)),
         command=escape(settings.command()),
     )
 
 
-def _package_file(name: str) -> str:
+def package_file(name: str) -> str:
+    """The text of a file that lies beside this one."""
     return files("normwise.lab.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _colours() -> str:
     """Style rules that give every optimizer its colour in both modes."""
-    names: dict[str, Style] = {
-        **{f"o-{name}": style for name, style in STYLES.items()},
-        **{f"t-{name}": style for name, style in TOY_STYLES.items()},
-    }
+    return colours(
+        {
+            **{f"o-{name}": style for name, style in STYLES.items()},
+            **{f"t-{name}": style for name, style in TOY_STYLES.items()},
+        }
+    )
+
+
+def colours(names: Mapping[str, Style]) -> str:
+    """Style rules that give every class in ``names`` its colour in both modes."""
     light = "".join(f".{name}{{--c:{style.light}}}" for name, style in names.items())
     dark = "".join(f"@ .{name}{{--c:{style.dark}}}" for name, style in names.items())
     chosen = dark.replace("@", ':root[data-theme="dark"]')
@@ -172,7 +179,7 @@ def _colours() -> str:
     return f"{light}{chosen}@media (prefers-color-scheme:dark){{{preferred}}}"
 
 
-def _json_in_html(content: Any) -> str:
+def json_in_html(content: Any) -> str:
     """JSON that cannot end the script element it stands in."""
     return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
@@ -262,7 +269,8 @@ def _number(value: Spread | None, text: Callable[[float], str]) -> str:
     return f"{text(value.mean)}{sd}"
 
 
-def _definitions(items: Sequence[tuple[str, str]]) -> str:
+def definitions(items: Sequence[tuple[str, str]]) -> str:
+    """Names and values as the content of a ``dl``."""
     return "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in items)
 
 

@@ -55,7 +55,10 @@ def as_markdown(tables: Sequence[Table]) -> str:
     for table in tables:
         lines = [f"**{_title(table)}**", "", f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
         lines += [f"| {' | '.join(_cells(e, table.metric))} |" for e in table.entries]
-        lines += ["", f"{_trivial(table)} Paper: {table.recipe.paper.source}.".strip(), ""]
+        paper = table.recipe.paper
+        said = [_trivial(table), table.recipe.scales[table.scale].note]
+        said += [f"Paper: {paper.source}.", paper.note]
+        lines += ["", " ".join(filter(None, said)), ""]
         parts.append("\n".join(lines))
     return "\n".join(parts)
 

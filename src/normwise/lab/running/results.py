@@ -17,7 +17,10 @@ from normwise.lab.summary import Spread, example_half_width, seed_half_width
 from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.problem import Metric
 
-__all__ = ["Done", "Entry", "Table", "read_cells", "tables"]
+__all__ = ["RECIPE", "Done", "Entry", "Table", "read_cells", "tables"]
+
+# The recipe as it was run, beside its rows; without it the library's own of that name is taken.
+RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ class Entry:
         if self.difference is None:
             return ""
         if self.half_width is None:
-            return "one seed: nothing can be said"
+            return "one seed"
         if abs(self.difference) <= self.half_width or self.difference == 0:
-            return "no difference beyond chance"
+            return "within chance"
         better = (self.difference > 0) == metric.higher_is_better
         return "better" if better else "worse"
 
@@ -140,7 +143,8 @@ def tables(cells: Sequence[Done]) -> list[Table]:
         groups.setdefault((c["recipe"], c["scale"], c["row"]), []).append(cell)
     made = []
     for (name, scale, row), group in groups.items():
-        recipe = find(name)
+        own = group[0].folder.parents[2] / RECIPE
+        recipe = find(str(own) if own.exists() else name)
         for metric in kind(recipe.task).metrics:
             entries = [
                 _entry(recipe, row, method, metric, group)

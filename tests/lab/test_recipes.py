@@ -1,0 +1,125 @@
+"""Recipes: checked to the last key before anything is trained."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from normwise.lab.errors import UsageError
+from normwise.lab.recipes import find, ids, read
+
+GOOD = """
+schema: 1
+id: mine
+title: Mine
+question: Which?
+task: classification
+paper: {source: none, metric: accuracy, rows: {digits: {sgd: 1.5}}}
+methods:
+  sgd: {label: SGD, settings: {optimizer: sgd, lr: 0.1}}
+  adam: {label: Adam, baseline: sgd, settings: {optimizer: adam, lr: 1e-3}}
+settings: {data: digits, network: resnet8, batch_size: 64}
+scales:
+  paper: {settings: {epochs: 30}, rows: {digits: {}}}
+  small: {seeds: 2, settings: {epochs: 3}, rows: {digits: {}, wide: {width: 32, epochs: 4}}}
+"""
+
+
+def test_a_cell_takes_its_settings_from_all_levels():
+    recipe = read(GOOD, "mine.yaml")
+    cells = recipe.cells("small")
+    names = [(c.row, c.seed, c.method) for c in cells]
+    assert names[:4] == [(r, s, m) for r in ("digits",) for s in (0, 1) for m in ("sgd", "adam")]
+    assert len(names) == 8
+    last = cells[-1]
+    assert (last.training.epochs, last.options.width, last.training.lr) == (4, 32, 1e-3)
+    assert last.folder == "mine-small/wide/adam/seed-1"
+    assert len({c.folder for c in cells}) == 8
+    assert [c.seed for c in recipe.cells("small", 3, ["sgd"], ["wide"])] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("schema: 1", "schema: 0", ["schema 0", "reads 1", "older"]),
+        ("schema: 1", "schema: 2", ["schema 2", "newer"]),
+        ("schema: 1\n", "", ["schema None"]),
+        ("epochs: 3}", "epocs: 3}", ["'epocs'", "did you mean 'epochs'", "scale 'small'"]),
+        ("title: Mine", "titel: Mine", ["'titel'", "did you mean 'title'"]),
+        ("network: resnet8", "network: 8", ["network is 8", "type str"]),
+        ("epochs: 30", "epochs: many", ["epochs is 'many'", "type int"]),
+        ("epochs: 30", "epochs: 1.5", ["epochs is 1.5", "type int"]),
+        ("epochs: 30", "epochs: 0", ["epochs 0", "1 or more"]),
+        ("lr: 1e-3", "lr: -1", ["lr -1.0", "not negative"]),
+        ("lr: 1e-3", "lr: .nan", ["lr nan", "finite"]),
+        ("lr: 1e-3", "lr: fast", ["lr is 'fast'", "type float"]),
+        ("batch_size: 64", "augment: [turn], batch_size: 1", ["'turn'", "choose from crop, flip"]),
+        ("batch_size: 64", "augment: [mixup, cutmix], batch_size: 1", ["both mixup and cutmix"]),
+        (", batch_size: 64", "", ["'batch_size' is missing"]),
+        ("optimizer: adam", "optimizer: adamm", ["'adamm'", "did you mean 'adam'"]),
+        ("task: classification", "task: clasification", ["did you mean 'classification'"]),
+        ("baseline: sgd", "baseline: sdg", ["baseline of method 'adam'", "did you mean 'sgd'"]),
+        ("{sgd: 1.5}", "{sgdp: 1.5}", ["paper's row 'digits'", "'sgdp'"]),
+        ("  paper: {", "  big: {", ["lacks scale 'paper'"]),
+        ("id: mine", "id: [mine", ["not YAML"]),
+        ("title: Mine", "title: !!python/object/apply:os.getcwd []", ["not YAML", "python/object"]),
+    ],
+)
+def test_a_wrong_recipe_says_what_and_where(old, new, words):
+    assert old in GOOD
+    with pytest.raises(UsageError) as error:
+        read(GOOD.replace(old, new, 1), "mine.yaml")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_what_is_no_recipe_is_refused():
+    for text in ("", "- 1\n- 2", "just words"):
+        with pytest.raises(UsageError, match=r"mine\.yaml is no recipe"):
+            read(text, "mine.yaml")
+
+
+def test_unknown_names_get_a_suggestion(tmp_path):
+    recipe = read(GOOD, "mine.yaml")
+    for arguments, word in (
+        (("smal",), "'small'"),
+        (("small", 1, ["sdg"]), "'sgd'"),
+        (("small", 1, [], ["digit"]), "'digits'"),
+    ):
+        with pytest.raises(UsageError, match=f"did you mean {word}"):
+            recipe.cells(*arguments)
+    with pytest.raises(UsageError, match="did you mean 'adamp-imagenet'"):
+        find("adamp-imagnet")
+    with pytest.raises(UsageError, match="cannot read recipe"):
+        find(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("name", ids())
+def test_every_recipe_of_the_library_is_whole(name):
+    recipe = find(name)
+    assert recipe.id == name
+    assert recipe.question.endswith("?")
+    for scale in ("paper", "small"):
+        assert recipe.cells(scale)
+    if recipe.paper.rows:
+        # Every number stands beside a row of ours, or the recipe says why there is none.
+        beside = set(recipe.scales["small"].rows) & set(recipe.paper.rows)
+        assert beside or recipe.paper.note
+
+
+def test_methods_of_a_pair_differ_in_the_optimizer_alone():
+    for name in ids():
+        recipe = find(name)
+        for method in recipe.methods.values():
+            optimizer = method.settings.get("optimizer")
+            if optimizer in ("sgdp", "adamp") and method.baseline is not None:
+                theirs = dict(recipe.methods[method.baseline].settings)
+                ours = dict(method.settings)
+                assert ours.pop("optimizer")[:-1] in theirs.pop("optimizer")
+                assert ours == theirs
+
+
+def test_a_file_of_the_user_is_found_by_its_path(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(GOOD)))
+    assert find(str(path)).id == "mine"
