@@ -30,11 +30,31 @@ def test_attacked_images_stay_in_the_ball_and_in_the_range_of_pixels(
 ) -> None:
     x, y = torch.rand(16, 3, 8, 8).round(decimals=1), torch.randint(5, (16,))
     start = 3 * torch.randn_like(x)  # outside the ball
-    worst = attack(network(), x, y, ball=ball, radius=radius, steps=7, start=start)
+    model, seen = network(), []
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    worst = attack(model, x, y, ball=ball, radius=radius, steps=7, start=start)
+    assert len(seen) == 7
+    # Also on its way it shows the network only images; a difference and a sum may round.
+    assert all(-1e-6 < float(at.min()) and float(at.max()) < 1 + 1e-6 for at in seen)
     assert float(worst.min()) >= 0
     assert float(worst.max()) <= 1
     assert float(lengths(worst - x, ball).max()) <= radius * (1 + 1e-5)
     assert not worst.requires_grad
+
+
+@pytest.mark.parametrize("ball", BALLS)
+def test_a_start_in_the_ball_is_kept_and_one_outside_is_brought_to_its_edge(ball: str) -> None:
+    x, y = 0.4 + 0.2 * torch.rand(4, 3, 8, 8), torch.randint(5, (4,))
+    start = torch.randn_like(x)
+    start /= lengths(start, ball)[:, None, None, None]
+
+    def begun(size: float) -> Tensor:
+        at = attack(network(), x, y, ball=ball, radius=0.3, steps=0, start=size * start)
+        return lengths(at - x, ball)
+
+    for size in (0.1, 0.7, 1.0):
+        torch.testing.assert_close(begun(size), torch.full((4,), 0.3 * size))
+    torch.testing.assert_close(begun(5.0), torch.full((4,), 0.3))
 
 
 @pytest.mark.parametrize("ball", BALLS)
