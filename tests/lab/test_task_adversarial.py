@@ -35,7 +35,7 @@ def test_attacked_images_stay_in_the_ball_and_in_the_range_of_pixels(
     worst = attack(model, x, y, ball=ball, radius=radius, steps=7, start=start)
     assert len(seen) == 7
     # Also on its way it shows the network only images; a difference and a sum may round.
-    assert all(-1e-6 < float(at.min()) and float(at.max()) < 1 + 1e-6 for at in seen)
+    assert all(float(at.min()) > -1e-6 and float(at.max()) < 1 + 1e-6 for at in seen)
     assert float(worst.min()) >= 0
     assert float(worst.max()) <= 1
     assert float(lengths(worst - x, ball).max()) <= radius * (1 + 1e-5)

@@ -136,5 +136,5 @@ def test_a_mistake_in_the_options_is_shown() -> None:
         Options(data="omniglot", network="resnet8", loss="triplets")
     with pytest.raises(UsageError, match=r"unknown data 'omniglott': did you mean 'omniglot'"):
         Options(data="omniglott", network="resnet8", loss="triplet")
-    with pytest.raises(UsageError, match=r"class_size 1 is not allowed"):
-        Options(data="omniglot", network="resnet8", loss="triplet", class_size=1)
+    with pytest.raises(UsageError, match=r"test_classes 1 is not allowed"):
+        Options(data="omniglot", network="resnet8", loss="triplet", test_classes=1)

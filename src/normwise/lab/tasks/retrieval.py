@@ -40,7 +40,6 @@ class Options:
         images_per_class: in a batch (default: 4).
         train_classes: only so many (default: all).
         test_classes: only so many (default: all).
-        class_size: only so many training images of each class (default: all).
     """
 
     data: str
@@ -51,14 +50,13 @@ class Options:
     images_per_class: int = 4
     train_classes: int | None = None
     test_classes: int | None = None
-    class_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("data", tuple(READERS)), ("loss", LOSSES)):
             value = getattr(self, name)
             if value not in allowed:
                 raise UsageError(f"unknown {name} {value!r}: {nearest(value, allowed)}")
-        for name in ("images_per_class", "train_classes", "test_classes", "class_size"):
+        for name in ("images_per_class", "train_classes", "test_classes"):
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise UsageError(f"{name} {value} is not allowed: must be 2 or more")
@@ -181,8 +179,6 @@ class Retrieval(Problem):
         self.classes = int(y.max()) + 1
         # Where each class's images are; all classes have the same number.
         self.members = torch.stack([(y == k).nonzero().flatten() for k in range(self.classes)])
-        if options.class_size is not None:
-            self.members = self.members[:, : options.class_size]
         self.train, self.labels = x.to(device), y.to(device)
         self.test, self.test_labels = test.to(device), test_y.to(device)
         self.mean, self.std = float(x.float().mean()), float(x.float().std())
