@@ -282,6 +282,30 @@ def test_processes_give_what_one_after_the_other_gives(tmp_path):
         assert contents(tmp_path / "a", cell) == contents(tmp_path / "b", cell)
 
 
+@fork_only
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_ctrl_c_stops_all_processes_and_says_how_to_go_on(tmp_path, jobs):
+    command = [sys.executable, "-m", "normwise", "paper", "run", "digits", "--scale", "paper"]
+    process = subprocess.Popen(
+        [*command, "--jobs", jobs, "--out", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell may have told its background jobs to ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("metrics.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert error == "normwise: interrupted; run the same command again to go on\n"
+
+
 def test_an_error_in_a_process_stops_the_others_with_its_message(tmp_path):
     bad = tiny(batch_size=10_000)
     with pytest.raises(UsageError, match="batch_size 10000 is not allowed: there are 898"):

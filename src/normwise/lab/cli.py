@@ -165,15 +165,19 @@ def _paper_run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
 
-    results = run_cells(
-        cells,
-        arguments.out,
-        data_root(),
-        jobs=arguments.jobs,
-        executor=arguments.executor,
-        device=arguments.device,
-        observe=observe,
-    )
+    try:
+        results = run_cells(
+            cells,
+            arguments.out,
+            data_root(),
+            jobs=arguments.jobs,
+            executor=arguments.executor,
+            device=arguments.device,
+            observe=observe,
+        )
+    except KeyboardInterrupt:
+        print("normwise: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
     made = tables(read_cells([arguments.out / cell.folder for cell in cells]))
     if arguments.json:
         print(json.dumps(as_data(made), allow_nan=False))

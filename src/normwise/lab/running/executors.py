@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -60,11 +61,17 @@ def run_cells(
     return _in_processes(cells, out, root, jobs, device, observe)
 
 
+def _ignore_ctrl_c() -> None:
+    """Leave Ctrl-C, which a terminal sends to every process, to the one that can tell the user."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _in_processes(
     cells: Sequence[Cell], out: Path, root: Path, jobs: int, device: str, observe: Observer
 ) -> list[dict[str, Any]]:
     # Fork would copy the state of torch's threads; a fresh process starts like any other run.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_ignore_ctrl_c) as pool:
         futures: dict[Future[dict[str, Any]], Cell] = {
             pool.submit(run_cell, cell, out, root, device=device): cell for cell in cells
         }
@@ -80,9 +87,11 @@ def _in_processes(
                 "go on, perhaps with fewer --jobs"
             ) from None
         except BaseException:
+            # Those that train are stopped at once, and their cells resume; shutdown forgets them.
+            workers = list(pool._processes.values())
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
+            for worker in workers:
+                worker.terminate()
             raise
         return [future.result() for future in futures]
 
