@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from normwise.decay import EpsilonShiftedL2
 from normwise.reparam import WeightNorm, WeightStandardization, reparametrize
+from normwise.theory import sgd_without_decay
 
 METHODS = {"none": None, "WN": WeightNorm, "WS": WeightStandardization}
 
@@ -198,7 +199,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 def all_runs(steps: int, seed: int) -> list[Run]:
-    rates = [1e-2, 1e-3, 1e-4, 0.0]
+    rates = [1e-2, 1e-3, 1e-4, 1e-5, 0.0]
     runs = []
     for optimizer in ("SGD", "Adam"):
         for method in ("WS", "WN"):
@@ -236,7 +237,7 @@ def show(results: list[dict], figures: Path | None) -> None:
 
 
 def draw(results: list[dict], figures: Path) -> None:
-    """Figures 6 and 7, the largest 1/‖W‖ over the steps, and 2, the effective learning rate."""
+    """Figures 6 and 7, the largest 1/‖W‖ over the steps, then the effective learning rates."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -262,16 +263,47 @@ def draw(results: list[dict], figures: Path) -> None:
         figure.savefig(figures / f"epsilon_shift_{method}.png", dpi=120, bbox_inches="tight")
         pyplot.close(figure)
 
-    figure, axis = pyplot.subplots(figsize=(6, 4))
-    for r in results:
-        if (r["optimizer"], r["decay"]) == ("SGD", "bare") and r["weight_decay"] <= 1e-3:
-            points = [(s, lr * inverse) for s, _, inverse, lr in r["history"]]
-            axis.semilogy(
-                *zip(*points, strict=True), label=f"{r['method']}, λ = {r['weight_decay']:g}"
-            )
-    axis.set(xlabel="step", ylabel="median η/‖W‖²", title="effective learning rate, SGD")
-    axis.legend(fontsize=7)
+    draw_effective_learning_rates(results, figures)
+
+
+def draw_effective_learning_rates(results: list[dict], figures: Path) -> None:
+    """Figure 2, over the whole run, and figures 4 and 5, its start beside Theorem 1's schedule."""
+    from matplotlib import pyplot
+
+    def of(r: dict, until: float = math.inf) -> tuple[list[int], list[float]]:
+        points = [(s, lr * inverse) for s, _, inverse, lr in r["history"] if s <= until]
+        return [s for s, _ in points], [v for _, v in points]
+
+    plain = [r for r in results if (r["optimizer"], r["decay"]) == ("SGD", "bare")]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, method in zip(axes, ("WS", "WN"), strict=True):
+        for r in plain:
+            if r["method"] in (method, "none") and r["weight_decay"] in (0, 1e-4, 1e-3):
+                style = ":" if r["method"] == "none" else "-"
+                name = "not normalized" if r["method"] == "none" else r["method"]
+                axis.semilogy(*of(r), style, label=f"{name}, λ = {r['weight_decay']:g}")
+        axis.set(xlabel="step", title=f"{method}, SGD")
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("median effective learning rate η/‖W‖²")
     figure.savefig(figures / "effective_learning_rate.png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+    start = 3000
+    figure, (measured, schedule) = pyplot.subplots(1, 2, figsize=(10, 4))
+    for r in sorted(plain, key=lambda r: -r["weight_decay"]):
+        if r["method"] == "WS" and r["weight_decay"] in (0, 1e-4, 1e-3):
+            steps, rates = of(r, start)
+            label = f"λ = {r['weight_decay']:g}"
+            measured.semilogy(steps, [v / rates[0] for v in rates], label=label)
+            equivalent = sgd_without_decay([0.1] * start, r["weight_decay"], 0.9, torch.float64)
+            schedule.semilogy([v / 0.1 for v in equivalent.lrs], label=label)
+    measured.set(xlabel="step", ylabel="effective learning rate, relative to its start")
+    measured.set_title("WS, SGD, median of the slices")
+    schedule.set(xlabel="step", ylabel="learning rate, relative to η")
+    schedule.set_title("the same without decay (Theorem 1)")
+    for axis in (measured, schedule):
+        axis.legend(fontsize=7)
+    figure.savefig(figures / "implicit_warm_up.png", dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
 
