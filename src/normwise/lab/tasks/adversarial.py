@@ -1,7 +1,8 @@
-"""Adversarial training: the loss at the worst point that projected gradient descent finds."""
+"""Adversarial training: the loss at the worst image that projected gradient descent finds."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ METRICS = (
     Metric("attacked_accuracy", "test accuracy under attack", "%", 100.0),
     Metric("accuracy", "test accuracy", "%", 100.0),
 )
+BALLS = ("linf", "l2")
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class Options(classification.Options):
 
     Args:
         ball: ``linf`` or ``l2`` (default: linf).
-        radius: of the ball around an image, in steps of 1/255 of a pixel's range (default: 4).
+        radius: of the ball around an image, in 1/255 of a pixel's range (default: 4).
         attack_steps: of the attack in training (default: 10).
-        test_attack_steps: of the attack in testing (default: 10).
+        test_attack_steps: of the attack in testing, PGD-10 by default (default: 10).
     """
 
     ball: str = "linf"
@@ -40,10 +42,13 @@ class Options(classification.Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ball not in ("linf", "l2"):
-            raise UsageError(f"unknown ball {self.ball!r}: {nearest(self.ball, ('linf', 'l2'))}")
-        if not self.radius > 0:
-            raise UsageError(f"radius {self.radius} is not allowed: must be greater than 0")
+        if self.ball not in BALLS:
+            raise UsageError(f"unknown ball {self.ball!r}: {nearest(self.ball, BALLS)}")
+        if not 0 < self.radius < math.inf:
+            raise UsageError(f"radius {self.radius} is not allowed: must be finite and above 0")
+        for name in ("attack_steps", "test_attack_steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)} is not allowed: must be 1 or more")
 
 
 def attack(
@@ -56,19 +61,22 @@ def attack(
     steps: int,
     start: Tensor,
 ) -> Tensor:
-    """Ascend the cross-entropy of ``model`` within a ball (PGD, arXiv 1706.06083).
+    """Images within a ball at which the cross-entropy of ``model`` is high (PGD, arXiv 1706.06083).
 
-    Each step is 2.5·radius/steps long: along the sign of the gradient for L∞, along the gradient
-    of each image for L2; then the point is projected onto the ball and onto the range of pixels.
+    Each step goes 2.5·radius/steps, as far as that paper's, along the sign of the gradient for L∞
+    and along the gradient of each image for L2; then the point is brought back into the ball, and
+    the pixels into [0, 1].
 
     Args:
-        model: in evaluation mode, from pixels in [0, 1] to logits.
+        model: from pixels in [0, 1] to logits, each image's apart from the others' (so BatchNorm in
+            evaluation mode).
         x: images, shape ``(N, C, H, W)``, in [0, 1].
         y: targets as classes or probabilities.
         ball: ``linf`` or ``l2``.
         radius: in units of ``x``.
         steps: how many.
-        start: where in the ball to begin, in units of the radius, shape of ``x``; it is projected.
+        start: where to begin, as a difference to ``x`` in units of the radius; it is brought into
+            the ball.
 
     Returns:
         The attacked images, detached.
@@ -78,8 +86,8 @@ def attack(
         if ball == "linf":
             delta = delta.clamp(-radius, radius)
         else:
-            length = delta.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
-            delta = delta * (radius / length).clamp(max=1)
+            delta = delta * (radius / _lengths(delta)).clamp(max=1)
+        # No pixel moves further than before, so that the point stays in the ball.
         return (x + delta).clamp(0, 1) - x
 
     delta = project(radius * start)
@@ -87,12 +95,15 @@ def attack(
         delta.requires_grad_()
         loss = F.cross_entropy(model(x + delta), y, reduction="sum")
         (g,) = torch.autograd.grad(loss, delta)
-        if ball == "linf":
-            direction = g.sign()
-        else:
-            direction = g / g.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
+        direction = g.sign() if ball == "linf" else g / _lengths(g)
         delta = project(delta.detach() + 2.5 * radius / steps * direction)
-    return (x + delta).detach()
+    return (x + delta).clamp(0, 1)
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """The L2 norm of each image, broadcastable; never 0."""
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
+    return lengths.clamp(min=1e-30)
 
 
 class _OnPixels(nn.Module):
@@ -112,12 +123,15 @@ class _OnPixels(nn.Module):
 class Adversarial(Classification):
     """Cross-entropy of attacked images; tested on attacked and on clean ones."""
 
+    options: Options
+
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:
         super().__init__(options, root, device)
         if self.train.dtype != torch.uint8:
-            raise UsageError(f"adversarial training needs images, and {options.data!r} are none")
+            raise UsageError(
+                f"data {options.data!r} is not allowed: an attack needs pixels between 0 and 255"
+            )
         self.model = _OnPixels(self.model, self.mean, self.std)
-        self.attack = options
         self.trivial = {"attacked_accuracy": self.trivial["accuracy"], **self.trivial}
 
     def standardized(self, x: Tensor) -> Tensor:
@@ -130,10 +144,11 @@ class Adversarial(Classification):
         return x, y, self._start(x, draw)
 
     def _start(self, x: Tensor, draw: Generator) -> Tensor:
-        if self.attack.ball == "linf":
+        """Uniform in the cube; on the sphere, where a ball of so many dimensions has its volume."""
+        if self.options.ball == "linf":
             return (2 * torch.rand(x.shape, generator=draw) - 1).to(x.device)
         start = torch.randn(x.shape, generator=draw)
-        return (start / start.flatten(1).norm(dim=1)[:, None, None, None]).to(x.device)
+        return (start / _lengths(start)).to(x.device)
 
     def _attacked(self, x: Tensor, y: Tensor, steps: int, start: Tensor) -> Tensor:
         self.model.eval()
@@ -141,8 +156,8 @@ class Adversarial(Classification):
             self.model,
             x,
             y,
-            ball=self.attack.ball,
-            radius=self.attack.radius / 255,
+            ball=self.options.ball,
+            radius=self.options.radius / 255,
             steps=steps,
             start=start,
         )
@@ -150,7 +165,7 @@ class Adversarial(Classification):
     def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:  # type: ignore[override]  # as batch
         """Cross-entropy at the attacked images, in nats."""
         x, y, start = batch
-        worst = self._attacked(x, y, self.attack.attack_steps, start)
+        worst = self._attacked(x, y, self.options.attack_steps, start)
         self.model.train()
         return super().loss((worst, y))
 
@@ -159,9 +174,10 @@ class Adversarial(Classification):
         clean = super().evaluate().metrics
         draw = torch.Generator().manual_seed(0)
         wrong = []
-        for part, y in zip(self.test.split(500), self.test_labels.split(500), strict=True):
+        parts = zip(torch.split(self.test, 500), torch.split(self.test_labels, 500), strict=True)
+        for part, y in parts:
             x = self.standardized(part)
-            worst = self._attacked(x, y, self.attack.test_attack_steps, self._start(x, draw))
+            worst = self._attacked(x, y, self.options.test_attack_steps, self._start(x, draw))
             with torch.no_grad():
                 wrong.append(self.model(worst).argmax(1) != y)
         missed = torch.cat(wrong)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import colorsys
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,26 @@ from normwise.lab.errors import UsageError
 from normwise.lab.tasks.classification import load, subset
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
-__all__ = ["Bias", "Options", "coloured", "hsic"]
+__all__ = ["COLOURS", "Bias", "Options", "coloured", "colours", "hsic"]
 
 METRICS = (
     Metric("unbiased_accuracy", "unbiased test accuracy", "%", 100.0),
     Metric("biased_accuracy", "biased test accuracy", "%", 100.0),
 )
 CLASSES = 10
+# Red, green and blue of each digit's background, as published with ReBias.
+COLOURS = (
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (225, 225, 0),
+    (225, 0, 225),
+    (0, 255, 255),
+    (255, 128, 0),
+    (255, 0, 128),
+    (128, 0, 255),
+    (128, 128, 128),
+)
 
 
 @dataclass(frozen=True)
@@ -28,18 +41,21 @@ class Options:
     """What a recipe may set.
 
     Args:
-        correlation: ρ, the share of training images whose background is their class's colour
-            (default: 0.99).
-        width: channels of both networks (default: 16).
+        correlation: ρ, the share of each digit's training images that have its colour; 0.1 is no
+            bias (default: 0.99).
         penalty: λ of the dependence between the two networks (default: 1; 0 for none, and then
             without the second network).
+        width: channels of both networks' first convolution, doubled by each of the next three
+            (default: 16).
+        shrink: the factor by which images get smaller, a divisor of 28 (default: 1).
         train_examples: only so many (default: all 60,000).
         test_examples: only so many (default: all 10,000).
     """
 
     correlation: float = 0.99
-    width: int = 16
     penalty: float = 1.0
+    width: int = 16
+    shrink: int = 1
     train_examples: int | None = None
     test_examples: int | None = None
 
@@ -48,73 +64,89 @@ class Options:
             raise UsageError(
                 f"correlation {self.correlation} is not allowed: must be between 0 and 1"
             )
+        if not 0 <= self.penalty < math.inf:
+            raise UsageError(f"penalty {self.penalty} is not allowed: must be 0 or more")
+        if self.shrink < 1 or 28 % self.shrink:
+            raise UsageError(f"shrink {self.shrink} is not allowed: must divide 28")
 
 
-def coloured(images: Tensor, labels: Tensor, correlation: float, draw: Generator) -> Tensor:
-    """White digits on coloured grounds (Biased-MNIST, arXiv 1910.02806).
+def colours(labels: Tensor, correlation: float, draw: Generator) -> Tensor:
+    """Which digit's colour each image gets, shape ``(N,)`` (Biased-MNIST, arXiv 1910.02806, 5.1).
 
-    The colour is that of the digit's class with probability ``correlation``, and otherwise that of
-    another class. The ten colours are evenly spaced hues, and every ground is a little lighter or
-    darker; the published set's exact colours are not known to us.
+    Of each digit's n images, ⌊ρn⌋ get its own colour, and the others' are shared out evenly.
+
+    Args:
+        labels: digits, shape ``(N,)``.
+        correlation: ρ.
+        draw: the source of randomness.
+    """
+    given = labels.clone()
+    for digit in range(CLASSES):
+        own = (labels == digit).nonzero().flatten()
+        own = own[torch.randperm(len(own), generator=draw)]
+        # A product such as 0.29 · 100 may be a little less than the number that it stands for.
+        biased = math.floor(correlation * len(own) + 1e-9)
+        others = own[biased:]
+        step = 1 + torch.randperm(CLASSES - 1, generator=draw)
+        given[others] = (digit + step[torch.arange(len(others)) % (CLASSES - 1)]) % CLASSES
+    return given
+
+
+def coloured(images: Tensor, colour: Tensor, shrink: int = 1) -> Tensor:
+    """White digits on backgrounds of these colours; all that is not black counts as white.
 
     Args:
         images: shape ``(N, 1, H, W)``, uint8.
-        labels: shape ``(N,)``.
-        correlation: ρ; 0.1 makes colour and class independent.
-        draw: the source of randomness.
+        colour: a digit for each image, whose entry of ``COLOURS`` it gets.
+        shrink: side of the squares of pixels that are averaged (default: 1).
 
     Returns:
-        Shape ``(N, 3, H, W)``, float32 in [0, 1].
+        Shape ``(N, 3, H / shrink, W / shrink)``, float32 in [-1, 1].
     """
-    palette = torch.tensor([colorsys.hsv_to_rgb(k / CLASSES, 0.9, 0.8) for k in range(CLASSES)])
-    other = torch.randint(1, CLASSES, labels.shape, generator=draw)
-    keep = torch.rand(labels.shape, generator=draw) < correlation
-    ground = palette[torch.where(keep, labels, (labels + other) % CLASSES)]
-    ground = (ground + 0.05 * torch.randn(len(labels), 1, generator=draw)).clamp(0, 1)
-    ink = images.float() / 255
-    return ink + (1 - ink) * ground[:, :, None, None]
+    ground = torch.tensor(COLOURS, dtype=torch.float32)[colour][:, :, None, None] / 127.5 - 1
+    ink = F.avg_pool2d((images > 0).float(), shrink)
+    return ink + (1 - ink) * ground
 
 
 def hsic(x: Tensor, y: Tensor) -> Tensor:
-    """How much two sets of features depend on each other: the unbiased HSIC with Gaussian kernels.
+    """How much two sets of features depend on each other: the unbiased estimate of HSIC.
 
-    Song et al., JMLR 13 (2012), Eq. 5; each kernel's width is the median distance.
+    Song et al., JMLR 13 (2012), Eq. 4, with the kernel exp(−‖a − b‖²/2). Its mean over draws is 0
+    where they are independent, so it can be negative. The published ReBias subtracts the diagonal
+    from every row of a kernel's matrix where the formula removes it; this follows the formula.
 
     Args:
-        x: features, shape ``(N, …)``, N ≥ 4.
-        y: the other features of the same examples.
+        x: features, shape ``(N, D)``, N ≥ 4.
+        y: the other features of the same examples, shape ``(N, E)``.
     """
     n = len(x)
     k, m = _kernel(x), _kernel(y)
-    trace = (k * m).sum()
-    product = k.sum() * m.sum() / ((n - 1) * (n - 2))
-    cross = (k.sum(0) * m.sum(0)).sum() * 2 / (n - 2)
-    return (trace + product - cross) / (n * (n - 3))
+    together = (k * m).sum()
+    apart = k.sum() * m.sum() / ((n - 1) * (n - 2))
+    along = (k.sum(0) * m.sum(0)).sum() * 2 / (n - 2)
+    return (together + apart - along) / (n * (n - 3))
 
 
 def _kernel(x: Tensor) -> Tensor:
-    """exp(−d²/2σ²) of all pairs, with a diagonal of zeros."""
-    x = x.flatten(1)
-    square = (x[:, None] - x[None]).square().sum(2)
-    width = square.detach()[~torch.eye(len(x), dtype=torch.bool, device=x.device)].median()
-    kernel = torch.exp(-square / (2 * width).clamp(min=1e-12))
-    return kernel - torch.diag_embed(torch.diagonal(kernel))
+    """exp(−d²/2) of all pairs, with a diagonal of zeros."""
+    squares = x.square().sum(1)
+    distances = squares[:, None] + squares[None] - 2 * x @ x.T
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    return torch.exp(-distances.clamp(min=0) / 2).masked_fill(itself, 0.0)
 
 
 class _Net(nn.Module):
-    """Four convolutions with BatchNorm and a linear classifier; a 1×1 kernel sees colours only."""
+    """Four convolutions with BatchNorm and a linear classifier; kernels of 1×1 see colours only."""
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         fan_in = 3
         for stage in range(4):
-            fan_out = width * (1 if stage < 2 else 2)
-            layers += [
-                nn.Conv2d(fan_in, fan_out, kernel, 2 if stage == 1 else 1, kernel // 2, bias=False),
-                nn.BatchNorm2d(fan_out),
-                nn.ReLU(),
-            ]
+            fan_out = width * 2**stage
+            conv = nn.Conv2d(fan_in, fan_out, kernel, padding=kernel // 2, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            layers += [conv, nn.BatchNorm2d(fan_out), nn.ReLU()]
             fan_in = fan_out
         self.body = nn.Sequential(*layers)
         self.classifier = nn.Linear(fan_in, CLASSES)
@@ -127,9 +159,8 @@ class _Net(nn.Module):
 class Bias(Problem):
     """ReBias (arXiv 1910.02806): learn, while depending little on what a biased network sees.
 
-    The network sees 5×5 neighbourhoods, the biased one single pixels. The first minimizes
-    CE + λ·HSIC with the second's features held fixed, the second CE − λ·HSIC with the first's held
-    fixed, in one step.
+    The network f sees neighbourhoods of 7×7 pixels, and g single pixels. Each step lowers f's cross
+    entropy + λ·HSIC(f, g) in f, and g's cross entropy − λ·HSIC(f, g) in g, both at once.
 
     Args:
         options: the settings.
@@ -137,67 +168,65 @@ class Bias(Problem):
         device: where to compute.
     """
 
+    model: nn.ModuleDict
+
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:
         data = load("mnist", root)
         self.options = options
-
-        def part(images: Tensor, labels: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
-            chosen = subset(len(images) if count is None else count, len(images))
-            return images[chosen], labels[chosen]
-
-        x, y = part(
-            torch.tensor(data.train), torch.tensor(data.train_labels), options.train_examples
-        )
-        test, test_y = part(
-            torch.tensor(data.test), torch.tensor(data.test_labels), options.test_examples
-        )
+        # The same colours for every seed, so that the seeds share their data.
         draw = torch.Generator().manual_seed(0)
-        self.train = coloured(x, y, options.correlation, draw).to(device)
-        self.biased = coloured(test, test_y, options.correlation, draw).to(device)
-        self.unbiased = coloured(test, test_y, 1 / CLASSES, draw).to(device)
-        self.train_labels, self.test_labels = y.to(device), test_y.to(device)
-        self.examples = len(y)
-        nets = {"main": _Net(options.width, 5)}
+        x, y = _part(data.train, data.train_labels, options.train_examples)
+        given = colours(y, options.correlation, draw)
+        self.train = coloured(x, given, options.shrink).to(device)
+        self.train_labels = y.to(device)
+        x, y = _part(data.test, data.test_labels, options.test_examples)
+        unbiased = colours(y, 1 / CLASSES, draw)
+        self.unbiased = coloured(x, unbiased, options.shrink).to(device)
+        self.biased = coloured(x, y, options.shrink).to(device)
+        self.test_labels = y.to(device)
+        self.examples = len(given)
+        nets = {"f": _Net(options.width, 7)}
         if options.penalty:
-            nets["biased"] = _Net(options.width, 1)
+            nets["g"] = _Net(options.width, 1)
         self.model = nn.ModuleDict(nets).to(device)
         self.facts = {
             "data": "biased-mnist",
             "correlation": options.correlation,
-            "train_examples": len(y),
-            "test_examples": len(test_y),
+            "train_examples": len(given),
+            "of_another_colour": int((given.to(device) != self.train_labels).sum()),
+            "test_examples": len(y),
         }
-        # Guessing by the colour alone is right whenever the colour is.
+        # The digit whose colour it is.
         self.trivial = {
-            "unbiased_accuracy": 1 / CLASSES,
-            "biased_accuracy": options.correlation,
+            "unbiased_accuracy": float((unbiased == y).double().mean()),
+            "biased_accuracy": 1.0,
         }
 
     def batch(self, chosen: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
-        """Images and classes; nothing is drawn."""
+        """Images and digits; nothing is drawn."""
         chosen = chosen.to(self.train.device)
         return self.train[chosen], self.train_labels[chosen]
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The sum of both networks' losses."""
+        """The sum of what f and g lower; each gets the gradient of its own part alone."""
         x, y = batch
-        logits, features = self.model["main"](x)
+        logits, seen = self.model["f"](x)
         loss = F.cross_entropy(logits, y)
         if self.options.penalty:
-            biased_logits, biased = self.model["biased"](x)
-            loss = loss + F.cross_entropy(biased_logits, y)
-            dependence = hsic(features, biased.detach()) - hsic(features.detach(), biased)
+            logits, biased = self.model["g"](x)
+            loss = loss + F.cross_entropy(logits, y)
+            dependence = hsic(seen, biased.detach()) - hsic(seen.detach(), biased)
             loss = loss + self.options.penalty * dependence
         return loss
 
     def evaluate(self) -> Evaluation:
-        """Accuracy where colours say nothing, and where they say as much as in training."""
+        """Accuracy where colours say nothing, and where they say all."""
         self.model.eval()
 
         def missed(images: Tensor) -> Tensor:
-            parts = zip(images.split(500), self.test_labels.split(500), strict=True)
+            parts = zip(torch.split(images, 500), torch.split(self.test_labels, 500), strict=True)
             with torch.no_grad():
-                return torch.cat([self.model["main"](x)[0].argmax(1) != y for x, y in parts])
+                return torch.cat([self.model["f"](x)[0].argmax(1) != y for x, y in parts])
 
         unbiased, biased = missed(self.unbiased), missed(self.biased)
         return Evaluation(
@@ -207,3 +236,11 @@ class Bias(Problem):
             },
             unbiased.nonzero().flatten().tolist(),
         )
+
+
+def _part(images: object, labels: object, count: int | None) -> tuple[Tensor, Tensor]:
+    x, y = torch.tensor(images), torch.tensor(labels)
+    if count is not None:
+        chosen = subset(count, len(x))
+        x, y = x[chosen], y[chosen]
+    return x, y

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from normwise.lab.data.boxes import BCCD_CLASSES, Boxed, bccd
-from normwise.lab.errors import UsageError
+from normwise.lab.errors import UsageError, nearest
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
 __all__ = ["Detection", "Options", "average_precision", "centre_targets", "decode", "focal"]
@@ -24,6 +26,7 @@ METRICS = (
     Metric("ap50", "AP at IoU 0.5", "", 100.0),
 )
 STRIDE = 4
+PARTS = ("val", "test")
 
 
 @dataclass(frozen=True)
@@ -41,59 +44,62 @@ class Options:
     width: int = 16
     test_part: str = "test"
 
+    def __post_init__(self) -> None:
+        if self.test_part not in PARTS:
+            hint = nearest(self.test_part, PARTS)
+            raise UsageError(f"unknown test_part {self.test_part!r}: {hint}")
+        if not 0 < self.scale < math.inf:
+            raise UsageError(f"scale {self.scale} is not allowed: must be finite and above 0")
+
+
+def _conv(fan_in: int, fan_out: int, size: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(fan_in, fan_out, size, stride, size // 2, bias=False), nn.BatchNorm2d(fan_out)
+    )
+
+
+class _Block(nn.Module):
+    """A residual block that halves the resolution."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            _conv(fan_in, fan_out, 3, 2), nn.ReLU(), _conv(fan_out, fan_out, 3)
+        )
+        self.shortcut = _conv(fan_in, fan_out, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
 
 class _CentreNet(nn.Module):
-    """A ResNet of four stages, brought back to a quarter of the resolution, and three heads."""
+    """A ResNet of four blocks, brought back to a quarter of the resolution, and a head.
+
+    Its output has shape ``(N, classes + 4, H / 4, W / 4)``: logits of centres, then width, height
+    and the centre's place in its cell, in cells.
+    """
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
-        stages = []
-        fan_in = 3
-        for stage in range(4):
-            fan_out = width * 2**stage
-            stages.append(
-                nn.Sequential(
-                    nn.Conv2d(fan_in, fan_out, 3, 2, 1, bias=False),
-                    nn.BatchNorm2d(fan_out),
-                    nn.ReLU(),
-                    nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False),
-                    nn.BatchNorm2d(fan_out),
-                    nn.ReLU(),
-                )
-            )
-            fan_in = fan_out
-        self.stages = nn.ModuleList(stages)
-        self.across = nn.ModuleList(
-            nn.Conv2d(width * 2**stage, 2 * width, 1, bias=False) for stage in (1, 2, 3)
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(2 * width) for _ in range(3))
-        self.heads = nn.Sequential(
-            nn.Conv2d(2 * width, 2 * width, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(2 * width),
-            nn.ReLU(),
-            nn.Conv2d(2 * width, classes + 4, 1),
-        )
-        last = self.heads[-1]
-        assert isinstance(last, nn.Conv2d)
-        assert last.bias is not None
-        # So that a centre is improbable at first, as in the focal loss's paper.
-        nn.init.constant_(last.bias, 0.0)
-        nn.init.constant_(last.bias[:classes], -2.19)
+        widths = [3, *(width * 2**stage for stage in range(4))]
+        self.blocks = nn.ModuleList(_Block(a, b) for a, b in itertools.pairwise(widths))
+        self.across = nn.ModuleList(_conv(fan_in, 2 * width, 1) for fan_in in widths[2:])
+        centres = nn.Conv2d(2 * width, classes + 4, 1)
+        # So that a centre is improbable at first (arXiv 1708.02002, section 3.3).
+        nn.init.zeros_(centres.bias)  # type: ignore[arg-type]  # it has a bias
+        nn.init.constant_(centres.bias[:classes], -2.19)  # type: ignore[index]  # as above
+        self.head = nn.Sequential(_conv(2 * width, 2 * width, 3), nn.ReLU(), centres)
 
     def forward(self, x: Tensor) -> Tensor:
         maps = []
-        for stage in self.stages:
-            x = stage(x)
+        for block in self.blocks:
+            x = block(x)
             maps.append(x)
-        merged = None
-        for across, norm, features in zip(
-            reversed(self.across), reversed(self.norms), reversed(maps[1:]), strict=True
-        ):
-            y = norm(across(features))
-            if merged is not None:
-                y = y + F.interpolate(merged, scale_factor=2.0)
-            merged = F.relu(y)
-        out: Tensor = self.heads(merged)
+        merged = self.across[2](maps[3])
+        for stage in (2, 1):
+            upper = F.interpolate(F.relu(merged), scale_factor=2.0)
+            merged = self.across[stage - 1](maps[stage]) + upper
+        out: Tensor = self.head(F.relu(merged))
         return out
 
 
@@ -111,25 +117,23 @@ def centre_targets(
     Returns:
         The heat map ``(classes, height, width)``, 1 at each centre and a Gaussian of a sixth of
         the box's sides around it; size and offset in cells ``(4, height, width)``: width, height,
-        and the centre's place in its cell; and where they hold ``(height, width)``.
+        and the centre's place in its cell; and the cells that have them ``(height, width)``. Of
+        boxes whose centres share a cell one is kept.
     """
-    heat = torch.zeros(classes, height, width)
+    size = (boxes[:, 2:] - boxes[:, :2]) / STRIDE
+    centre = (boxes[:, 2:] + boxes[:, :2]) / 2 / STRIDE
+    cell = centre.long().clamp(max=torch.tensor([width - 1, height - 1]))
+    column, row = cell.unbind(1)
+    spread = (size / 6).clamp(min=0.5)[:, :, None]
+    across = (torch.arange(width) - column[:, None]) / spread[:, 0]
+    down = (torch.arange(height) - row[:, None]) / spread[:, 1]
+    bumps = torch.exp(-(across.square()[:, None, :] + down.square()[:, :, None]) / 2)
+    of_class = labels[:, None, None].expand_as(bumps)
+    heat = torch.zeros(classes, height, width).scatter_reduce_(0, of_class, bumps, "amax")
     values = torch.zeros(4, height, width)
+    values[:, row, column] = torch.cat([size, centre - cell], dim=1).T
     at = torch.zeros(height, width, dtype=torch.bool)
-    rows = torch.arange(height)[:, None]
-    columns = torch.arange(width)[None]
-    for (left, top, right, bottom), label in zip(
-        (boxes / STRIDE).tolist(), labels.tolist(), strict=True
-    ):
-        x, y = (left + right) / 2, (top + bottom) / 2
-        column, row = min(int(x), width - 1), min(int(y), height - 1)
-        spread_x, spread_y = max((right - left) / 6, 0.5), max((bottom - top) / 6, 0.5)
-        bump = torch.exp(
-            -((columns - column) ** 2) / (2 * spread_x**2) - (rows - row) ** 2 / (2 * spread_y**2)
-        )
-        heat[label] = torch.maximum(heat[label], bump)
-        values[:, row, column] = torch.tensor([right - left, bottom - top, x - column, y - row])
-        at[row, column] = True
+    at[row, column] = True
     return heat, values, at
 
 
@@ -187,9 +191,9 @@ def average_precision(
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError:
-        raise UsageError("detection needs pycocotools: pip install pycocotools") from None
+        raise UsageError('detection needs pycocotools: pip install "normwise[detection]"') from None
 
-    def corner(box: list[float]) -> list[float]:
+    def corner_and_size(box: list[float]) -> list[float]:
         return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
     annotations: list[dict[str, Any]] = []
@@ -200,13 +204,18 @@ def average_precision(
                     "id": len(annotations) + 1,
                     "image_id": image,
                     "category_id": label,
-                    "bbox": corner(box),
+                    "bbox": corner_and_size(box),
                     "area": (box[2] - box[0]) * (box[3] - box[1]),
                     "iscrowd": 0,
                 }
             )
     results = [
-        {"image_id": image, "category_id": int(label), "bbox": corner(box), "score": float(score)}
+        {
+            "image_id": image,
+            "category_id": int(label),
+            "bbox": corner_and_size(box),
+            "score": float(score),
+        }
         for image, item in enumerate(found)
         for box, score, label in zip(
             item["boxes"].tolist(), item["scores"].tolist(), item["labels"].tolist(), strict=True
@@ -326,7 +335,8 @@ class Detection(Problem):
         l1 = ((output[:, self.classes :] - values).abs() * at[:, None]).sum((0, 2, 3))
         count = at.sum().clamp(min=1)
         sizes, offsets = l1[:2].sum() / count, l1[2:].sum() / count
-        return focal(output[:, : self.classes], heat) + offsets + 0.1 * sizes
+        loss: Tensor = focal(output[:, : self.classes], heat) + offsets + 0.1 * sizes
+        return loss
 
     def evaluate(self) -> Evaluation:
         """AP on the test images."""
@@ -334,7 +344,7 @@ class Detection(Problem):
         with torch.no_grad():
             found = [
                 item
-                for x in self.test.split(16)
+                for x in torch.split(self.test, 16)
                 for item in decode(self.model(self._input(x)), self.classes)
             ]
         return Evaluation(average_precision(found, self.truth, self.classes))

@@ -17,9 +17,12 @@ from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks import build
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
-__all__ = ["Options", "Retrieval", "proxy_anchor", "recall_at_1", "semi_hard_triplet"]
+__all__ = ["LOSSES", "Options", "Retrieval", "hits", "make_loss"]
 
-METRICS = (Metric("recall", "Recall@1 on unseen classes", "%", 100.0),)
+METRICS = (
+    Metric("recall_at_1", "Recall@1 on unseen classes", "%", 100.0),
+    Metric("recall_at_4", "Recall@4 on unseen classes", "%", 100.0),
+)
 LOSSES = ("triplet", "proxy-anchor")
 
 
@@ -34,7 +37,7 @@ class Options:
         loss: ``triplet`` or ``proxy-anchor``.
         width: channels of the network's first stage (default: 16).
         embedding: numbers an image becomes (default: 64).
-        per_class: images of each class in a batch (default: 4).
+        images_per_class: in a batch (default: 4).
         train_classes: only so many (default: all).
         test_classes: only so many (default: all).
     """
@@ -44,122 +47,119 @@ class Options:
     loss: str
     width: int = 16
     embedding: int = 64
-    per_class: int = 4
+    images_per_class: int = 4
     train_classes: int | None = None
     test_classes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise UsageError(f"unknown loss {self.loss!r}: {nearest(self.loss, LOSSES)}")
-        if self.per_class < 2:
-            raise UsageError(f"per_class {self.per_class} is not allowed: must be 2 or more")
+        for name, allowed in (("data", tuple(READERS)), ("loss", LOSSES)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UsageError(f"unknown {name} {value!r}: {nearest(value, allowed)}")
+        for name in ("images_per_class", "train_classes", "test_classes"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise UsageError(f"{name} {value} is not allowed: must be 2 or more")
 
 
-def semi_hard_triplet(embeddings: Tensor, labels: Tensor, margin: float = 0.2) -> Tensor:
-    """The triplet loss over semi-hard negatives (FaceNet, arXiv 1503.03832, section 3.2).
+def make_loss(name: str, classes: int, embedding: int) -> nn.Module:
+    """A loss of embeddings, shape ``(N, embedding)`` and of any length, and of their classes.
 
-    For each anchor and positive, the nearest negative that is farther than the positive but within
-    the margin, in squared Euclidean distance of unit vectors; pairs without one count nothing.
-
-    Args:
-        embeddings: unit vectors, shape ``(N, D)``.
-        labels: shape ``(N,)``.
-        margin: (default: 0.2).
-    """
-    distance = 2 - 2 * embeddings @ embeddings.T
-    same = labels[:, None] == labels[None]
-    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    positive = distance[:, :, None]
-    negative = distance[:, None, :]
-    semi_hard = (
-        (same & ~itself)[:, :, None]
-        & ~same[:, None, :]
-        & (negative > positive)
-        & (negative < positive + margin)
-    )
-    nearest_one = torch.where(semi_hard, negative, torch.inf).amin(2)
-    found = nearest_one.isfinite()
-    gap = torch.where(found, distance + margin - nearest_one, 0.0)
-    return gap.sum() / found.sum().clamp(min=1)
-
-
-def proxy_anchor(
-    embeddings: Tensor, labels: Tensor, proxies: Tensor, margin: float = 0.1, scale: float = 32.0
-) -> Tensor:
-    """Proxy-Anchor (arXiv 2003.13911, Eq. 4).
+    ``triplet`` is FaceNet's with semi-hard negatives: squared distances of unit vectors, margin 0.2
+    (arXiv 1503.03832, Eqs. 3 and 4). ``proxy-anchor`` has a trained vector for each class, margin
+    0.1 and scale 32 (arXiv 2003.13911, Eq. 4).
 
     Args:
-        embeddings: unit vectors, shape ``(N, D)``.
-        labels: shape ``(N,)``.
-        proxies: one for each class, of any length, shape ``(classes, D)``.
-        margin: δ (default: 0.1).
-        scale: α (default: 32).
+        name: one of ``LOSSES``.
+        classes: how many there are.
+        embedding: numbers an image becomes.
+
+    Raises:
+        UsageError: if pytorch-metric-learning is not installed.
     """
-    cosine = embeddings @ F.normalize(proxies, dim=1).T
-    positive = F.one_hot(labels, len(proxies)).bool()
+    try:
+        from pytorch_metric_learning.distances import LpDistance
+        from pytorch_metric_learning.losses import ProxyAnchorLoss, TripletMarginLoss
+        from pytorch_metric_learning.miners import TripletMarginMiner
+    except ImportError:
+        raise UsageError(
+            'retrieval needs pytorch-metric-learning: pip install "normwise[retrieval]"'
+        ) from None
+    if name == "proxy-anchor":
+        loss: nn.Module = ProxyAnchorLoss(classes, embedding, margin=0.1, alpha=32)
+        return loss
+    squared = LpDistance(power=2)
+    miner = TripletMarginMiner(margin=0.2, type_of_triplets="semihard", distance=squared)
+    return _Mined(miner, TripletMarginLoss(margin=0.2, distance=squared))
 
-    def log1p_sum_exp(x: Tensor, chosen: Tensor) -> Tensor:
-        x = torch.where(chosen, x, -torch.inf)
-        return torch.logaddexp(x.logsumexp(0), x.new_zeros(()))
 
-    pulled = log1p_sum_exp(-scale * (cosine - margin), positive)
-    pushed = log1p_sum_exp(scale * (cosine + margin), ~positive)
-    present = positive.any(0)
-    return pulled[present].sum() / present.sum() + pushed.mean()
+class _Mined(nn.Module):
+    """A loss over the triplets that a miner finds."""
+
+    def __init__(self, miner: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.miner = miner
+        self.loss = loss
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        out: Tensor = self.loss(embeddings, labels, self.miner(embeddings, labels))
+        return out
 
 
-def recall_at_1(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """For each image, whether the nearest other one by cosine is of its class."""
+def hits(embeddings: Tensor, labels: Tensor, k: int) -> Tensor:
+    """For each image whether one of the ``k`` nearest others by cosine is of its class.
+
+    The mean is Recall@k. An image is never its own neighbour, also where others coincide with it;
+    pytorch-metric-learning takes the nearest of all for the image itself.
+
+    Args:
+        embeddings: shape ``(N, …)``, of any length.
+        labels: shape ``(N,)``.
+        k: at most N − 1.
+    """
     unit = F.normalize(embeddings.flatten(1).double(), dim=1)
-    hits = []
+    found = []
     for start in range(0, len(unit), 1000):
         similarity = unit[start : start + 1000] @ unit.T
-        rows = torch.arange(len(similarity))
+        rows = torch.arange(len(similarity), device=unit.device)
         similarity[rows, start + rows] = -torch.inf
-        hits.append(labels[similarity.argmax(1)] == labels[start : start + 1000])
-    return torch.cat(hits)
+        neighbours = labels[similarity.topk(k).indices]
+        found.append((neighbours == labels[start : start + 1000, None]).any(1))
+    return torch.cat(found)
+
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _omniglot(root: Path, train_classes: int | None, test_classes: int | None) -> Parts:
+    seen = omniglot(root, "background", characters=train_classes)
+    unseen = omniglot(root, "evaluation", characters=test_classes)
+    return (
+        torch.tensor(seen.images),
+        torch.tensor(seen.labels),
+        torch.tensor(unseen.images),
+        torch.tensor(unseen.labels),
+    )
+
+
+def _cifar100(root: Path, train_classes: int | None, test_classes: int | None) -> Parts:
+    data = cifar100(root)
+    x, y = torch.tensor(data.train), torch.tensor(data.train_labels)
+    test, test_y = torch.tensor(data.test), torch.tensor(data.test_labels)
+    seen = y < min(train_classes or 50, 50)
+    unseen = (test_y >= 50) & (test_y < 50 + (test_classes or 50))
+    return x[seen], y[seen], test[unseen], test_y[unseen]
+
+
+READERS: dict[str, Callable[[Path, int | None, int | None], Parts]] = {
+    "omniglot": _omniglot,
+    "cifar100": _cifar100,
+}
 
 
 @cache
-def _load(
-    name: str, root: Path, train_classes: int | None, test_classes: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def drawings() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        seen = omniglot(root, "background", characters=train_classes)
-        unseen = omniglot(root, "evaluation", characters=test_classes)
-        return (
-            torch.tensor(seen.images),
-            torch.tensor(seen.labels),
-            torch.tensor(unseen.images),
-            torch.tensor(unseen.labels),
-        )
-
-    def pictures() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        data = cifar100(root)
-        x, y = torch.tensor(data.train), torch.tensor(data.train_labels)
-        test, test_y = torch.tensor(data.test), torch.tensor(data.test_labels)
-        seen = y < (50 if train_classes is None else train_classes)
-        unseen = (test_y >= 50) & (test_y < 50 + (50 if test_classes is None else test_classes))
-        return x[seen], y[seen], test[unseen], test_y[unseen]
-
-    readers: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]]] = {
-        "omniglot": drawings,
-        "cifar100": pictures,
-    }
-    if name not in readers:
-        raise UsageError(f"unknown data {name!r}: {nearest(name, readers)}")
-    return readers[name]()
-
-
-class _Embedder(nn.Module):
-    def __init__(self, body: nn.Module, classes: int, size: int, loss: str) -> None:
-        super().__init__()
-        self.body = body
-        if loss == "proxy-anchor":
-            self.proxies = nn.Parameter(torch.randn(classes, size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.body(x), dim=1)
+def _load(name: str, root: Path, train_classes: int | None, test_classes: int | None) -> Parts:
+    return READERS[name](root, train_classes, test_classes)
 
 
 class Retrieval(Problem):
@@ -171,55 +171,60 @@ class Retrieval(Problem):
         device: where to compute.
     """
 
+    model: nn.ModuleDict
+
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:
         x, y, test, test_y = _load(options.data, root, options.train_classes, options.test_classes)
         self.options = options
+        self.classes = int(y.max()) + 1
+        # Where each class's images are; all classes have the same number.
+        self.members = torch.stack([(y == k).nonzero().flatten() for k in range(self.classes)])
         self.train, self.labels = x.to(device), y.to(device)
         self.test, self.test_labels = test.to(device), test_y.to(device)
         self.mean, self.std = float(x.float().mean()), float(x.float().std())
-        self.examples = len(x)
-        self.classes = int(y.max()) + 1
-        body = build(options.network, x.shape[1], options.embedding, options.width)
-        self.model = _Embedder(body, self.classes, options.embedding, options.loss).to(device)
+        self.examples = self.members.numel()
+        self.model = nn.ModuleDict(
+            {
+                "body": build(options.network, x.shape[1], options.embedding, options.width),
+                # What it trains is trained with the network.
+                "loss": make_loss(options.loss, self.classes, options.embedding),
+            }
+        ).to(device)
         self.facts = {
             "data": options.data,
-            "train_examples": len(x),
+            "train_examples": self.examples,
             "test_examples": len(test),
             "train_classes": self.classes,
-            "test_classes": len(test_y.unique()),
+            "test_classes": len(torch.unique(test_y)),
         }
-        # The nearest neighbour by the pixels themselves.
-        self.trivial = {
-            "recall": float(recall_at_1(self._input(self.test), self.test_labels).double().mean())
-        }
+        # The nearest neighbours by the pixels themselves.
+        self.trivial = self._recalls(self._input(self.test))
 
     def _input(self, x: Tensor) -> Tensor:
         return (x.float() - self.mean) / self.std
 
+    def _recalls(self, embeddings: Tensor) -> dict[str, float]:
+        return {
+            f"recall_at_{k}": float(hits(embeddings, self.test_labels, k).double().mean())
+            for k in (1, 4)
+        }
+
     def batches(self, size: int, draw: Generator) -> Tensor:
-        """``size / per_class`` classes a step, ``per_class`` images of each."""
-        per_class = self.options.per_class
-        if size % per_class or size // per_class > self.classes:
+        """Each step has random classes, and ``images_per_class`` random images of each."""
+        each = self.options.images_per_class
+        classes, available = self.members.shape
+        if size % each or size // each > classes or each > available:
             raise UsageError(
-                f"batch_size {size} is not allowed: must be a multiple of per_class {per_class}, "
-                f"and at most {per_class * self.classes}"
+                f"batch_size {size} is not allowed: must be {each} images each of at most "
+                f"{classes} classes with {available} images"
             )
-        # Classes in random order, the images of each in random order.
-        labels = self.labels.cpu()
-        members = [(labels == k).nonzero().flatten() for k in range(self.classes)]
-        steps = self.examples // size
-        batches = []
-        for _ in range(steps):
-            chosen = torch.randperm(self.classes, generator=draw)[: size // per_class].tolist()
-            batches.append(
-                torch.cat(
-                    [
-                        members[k][torch.randperm(len(members[k]), generator=draw)[:per_class]]
-                        for k in chosen
-                    ]
-                )
-            )
-        return torch.stack(batches)
+
+        def chosen() -> Tensor:
+            some = self.members[torch.randperm(classes, generator=draw)[: size // each]]
+            order = torch.rand(some.shape, generator=draw).argsort(1)[:, :each]
+            return some.gather(1, order).flatten()
+
+        return torch.stack([chosen() for _ in range(self.examples // size)])
 
     def batch(self, chosen: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
         """Images and classes; nothing is drawn."""
@@ -229,17 +234,15 @@ class Retrieval(Problem):
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The chosen loss of the batch's embeddings."""
         x, y = batch
-        embeddings = self.model(x)
-        if self.options.loss == "triplet":
-            return semi_hard_triplet(embeddings, y)
-        return proxy_anchor(embeddings, y, self.model.proxies)  # type: ignore[arg-type]  # a parameter
+        out: Tensor = self.model["loss"](self.model["body"](x), y)
+        return out
 
     def evaluate(self) -> Evaluation:
-        """Recall@1 among the test images, all of unseen classes."""
+        """Recall@1 and @4 among the test images, all of unseen classes."""
         self.model.eval()
         with torch.no_grad():
-            embeddings = torch.cat([self.model(self._input(x)) for x in self.test.split(500)])
-        hit = recall_at_1(embeddings, self.test_labels)
-        return Evaluation(
-            {"recall": float(hit.double().mean())}, (~hit).nonzero().flatten().tolist()
-        )
+            embeddings = torch.cat(
+                [self.model["body"](self._input(x)) for x in torch.split(self.test, 500)]
+            )
+        missed = ~hits(embeddings, self.test_labels, 1)
+        return Evaluation(self._recalls(embeddings), missed.nonzero().flatten().tolist())
