@@ -1,8 +1,10 @@
 """See and control the norms of neural-network weights."""
 
+from normwise import decay, theory
 from normwise.decay import EpsilonShiftedL2
 from normwise.geometry import View
 from normwise.invariance import JointSet, ParameterReport, Report, analyze
+from normwise.monitor import Monitor
 from normwise.optim import SGDP, SGDW, AdamP, tangential
 from normwise.reparam import center_weight_normalize, fold, weight_normalize, weight_standardize
 
@@ -14,14 +16,17 @@ __all__ = [
     "AdamP",
     "EpsilonShiftedL2",
     "JointSet",
+    "Monitor",
     "ParameterReport",
     "Report",
     "View",
     "__version__",
     "analyze",
     "center_weight_normalize",
+    "decay",
     "fold",
     "tangential",
+    "theory",
     "weight_normalize",
     "weight_standardize",
 ]
