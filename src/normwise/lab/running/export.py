@@ -16,7 +16,8 @@ _HEAD = ("method", "mean ± sd", "seeds", "difference (95%)", "verdict", "paper"
 
 
 def _number(value: float, metric: Metric, sign: bool = False) -> str:
-    return f"{value:{'+' if sign else ''}.{metric.digits}f}".replace("-", "−")
+    rounded = round(value, metric.digits) + 0.0  # so that nothing is shown as −0
+    return f"{rounded:{'+' if sign else ''}.{metric.digits}f}".replace("-", "−")
 
 
 def _cells(entry: Entry, metric: Metric) -> tuple[str, ...]:
