@@ -32,6 +32,12 @@ def test_of_each_digit_the_share_rho_has_its_colour_and_the_others_are_shared_ev
         assert int(others.max() - others.min()) <= 1
 
 
+def test_a_share_that_floats_cannot_hold_is_not_rounded_down_to_one_image_less() -> None:
+    labels = torch.arange(10).repeat(100)
+    assert 0.29 * 100 < 29
+    assert int((colours(labels, 0.29, draw()) == labels).sum()) == 290
+
+
 def test_without_bias_the_colour_says_nothing_of_the_digit() -> None:
     labels = torch.arange(10).repeat(90)
     given = colours(labels, 0.1, draw())
