@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,11 @@ def _in_processes(
 def _on_ray(
     cells: Sequence[Cell], out: Path, root: Path, device: str, observe: Observer
 ) -> list[dict[str, Any]]:
-    ray: Any  # its types do not know keyword arguments of remote functions
     try:
-        import ray
+        # Its types, where it is installed, do not know keyword arguments of remote functions.
+        ray: Any = import_module("ray")
     except ImportError:
-        raise UsageError("--executor ray needs Ray: pip install ray") from None
+        raise UsageError('--executor ray needs Ray: pip install "normwise[ray]"') from None
     if not ray.is_initialized():
         try:
             ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
