@@ -170,8 +170,8 @@ def stopping(error, after):
     """A replacement of ``train`` that raises ``error`` after so many epochs of the second run."""
     original = module.train
 
-    def train(task, data, contender, settings, seed):
-        for record in original(task, data, contender, settings, seed):
+    def train(task, data, contender, settings, seed, processes):
+        for record in original(task, data, contender, settings, seed, processes):
             yield record
             if contender.name != settings.optimizers[0] and record.epoch == after:
                 raise error
@@ -214,8 +214,8 @@ def test_an_unforeseen_error_is_marked_and_passed_on(tmp_path, monkeypatch):
 def test_a_nan_in_one_seed_leaves_the_other_seeds_alone(tmp_path, monkeypatch):
     original = module.train
 
-    def train(task, data, contender, settings, seed):
-        for record in original(task, data, contender, settings, seed):
+    def train(task, data, contender, settings, seed, processes):
+        for record in original(task, data, contender, settings, seed, processes):
             if seed == 1 and record.epoch == 1:
                 raise Diverged("the training loss became nan", 1, 3)
             yield record
