@@ -13,6 +13,13 @@ import pytest
 WORKER = Path(__file__).with_name("worker.py")
 
 
+def pytest_collection_modifyitems(items):
+    """One worker of pytest-xdist runs all of these, so that the ranks are started once."""
+    for item in items:
+        if item.path.parent == WORKER.parent:
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 class World:
     """Some processes of one process group; a call is made on all of them."""
 
