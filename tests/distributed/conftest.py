@@ -85,7 +85,7 @@ def end(process):
 
 @pytest.fixture(scope="package")
 def worlds():
-    """``worlds(n)`` is a :class:`World` of n ranks."""
+    """``worlds(n)`` is a :class:`World` of n ranks, a new one where a rank of the last has died."""
     known = {}
 
     def get(size):
@@ -98,11 +98,11 @@ def worlds():
         world.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture
 def world2(worlds):
     return worlds(2)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture
 def world4(worlds):
     return worlds(4)
