@@ -287,7 +287,7 @@ def _adam_sums(w, g, m, v, u, options, denominator, gated):
 
 @_inlined
 def _sgd_sums(w, g, m, u, options, gated):
-    """:func:`_sgd_directions` and :func:`_sums` in one loop."""
+    """:func:`_sgd_directions` and :func:`_sums` in one loop; heavy ball's u is m, and not copied."""
     one = u.dtype.type
     grad, m_keep, m_add = one(options[GRAD]), one(options[M_KEEP]), one(options[M_ADD])
     nesterov = options[LOOK_AHEAD] != 0
@@ -297,7 +297,8 @@ def _sgd_sums(w, g, m, u, options, gated):
         first = m_keep * m[i] + m_add * gradient
         direction = gradient + m_keep * first if nesterov else first
         m[i] = first
-        u[i] = direction
+        if nesterov:
+            u[i] = direction
         z = gradient if gated else direction
         x = _widened(w[i])
         wu += x * direction
@@ -515,6 +516,7 @@ def _chunk(block, number, scratch, like):
         sums = block[SUMS] + chunk[SLOT] * 4 * 8
     else:
         sums = block[SUMS] + (tensor[TOTALS] + chunk[SLICE_0]) * 4 * 8
+    in_place = not (at_once or adam) and options[LOOK_AHEAD] == 0
     is_open, is_safe = 1.0, 1.0
     layer_wu = layer_ww = layer_wg = layer_gg = 0.0
     for s in range(slices):
@@ -538,6 +540,8 @@ def _chunk(block, number, scratch, like):
                             x = _adam_sums(w, g, m, v, u, options, scale, mode == AUTO)
                         else:
                             x = _sgd_sums(w, g, m, u, options, mode == AUTO)
+                            if in_place:
+                                u = m
                         a, b, c, d = (
                             np.float64(x[0]),
                             np.float64(x[1]),
@@ -582,7 +586,9 @@ def _chunk(block, number, scratch, like):
         for row in range(rows):
             at = start + row * stride + s * inner
             w = _array(tensor[W] + at * size, part, like)
-            u = _array(scratch + (row * run + s * inner * at_once) * compute_size, part, compute)
+            from_scratch = scratch + (row * run + s * inner * at_once) * compute_size
+            from_buffer = tensor[M] + at * compute_size
+            u = _array(from_buffer if in_place else from_scratch, part, compute)
             _combine(w, u, keep, add)
 
     if first_pass:
