@@ -36,6 +36,8 @@ from normwise.reparam import WeightNorm, WeightStandardization, reparametrize
 from normwise.theory import sgd_without_decay
 
 METHODS = {"none": None, "WN": WeightNorm, "WS": WeightStandardization}
+# The decays of the paper's tables, and how the pictures tell them apart.
+COLOURS = {1e-2: "C3", 1e-3: "C1", 1e-4: "C2", 1e-5: "C0", 0.0: "black"}
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 def all_runs(steps: int, seed: int) -> list[Run]:
-    rates = [1e-2, 1e-3, 1e-4, 1e-5, 0.0]
+    rates = list(COLOURS)
     runs = []
     for optimizer in ("SGD", "Adam"):
         for method in ("WS", "WN"):
@@ -247,7 +249,7 @@ def draw(results: list[dict], figures: Path) -> None:
     for method in ("WS", "WN"):
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
         for axis, optimizer in zip(axes, ("SGD", "Adam"), strict=True):
-            for r in results:
+            for r in sorted(results, key=lambda r: (-r["weight_decay"], r["decay"])):
                 if (r["method"], r["optimizer"]) != (method, optimizer) or r["decay"] == "guarded":
                     continue
                 points = [(s, v) for s, v, *_ in r["history"] if math.isfinite(v)]
@@ -255,6 +257,7 @@ def draw(results: list[dict], figures: Path) -> None:
                 axis.semilogy(
                     *zip(*points, strict=True),
                     "--" if r["decay"] == "shifted" else "-",
+                    color=COLOURS[r["weight_decay"]],
                     label=f"{r['decay']}, λ = {r['weight_decay']:g}{failed}",
                 )
             axis.set(title=f"{method}, {optimizer}", xlabel="step")
@@ -275,13 +278,15 @@ def draw_effective_learning_rates(results: list[dict], figures: Path) -> None:
         return [s for s, _ in points], [v for _, v in points]
 
     plain = [r for r in results if (r["optimizer"], r["decay"]) == ("SGD", "bare")]
+    plain.sort(key=lambda r: (r["method"] == "none", -r["weight_decay"]))
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, method in zip(axes, ("WS", "WN"), strict=True):
         for r in plain:
             if r["method"] in (method, "none") and r["weight_decay"] in (0, 1e-4, 1e-3):
                 style = ":" if r["method"] == "none" else "-"
                 name = "not normalized" if r["method"] == "none" else r["method"]
-                axis.semilogy(*of(r), style, label=f"{name}, λ = {r['weight_decay']:g}")
+                label = f"{name}, λ = {r['weight_decay']:g}"
+                axis.semilogy(*of(r), style, color=COLOURS[r["weight_decay"]], label=label)
         axis.set(xlabel="step", title=f"{method}, SGD")
         axis.legend(fontsize=7)
     axes[0].set_ylabel("median effective learning rate η/‖W‖²")
@@ -290,13 +295,15 @@ def draw_effective_learning_rates(results: list[dict], figures: Path) -> None:
 
     start = 3000
     figure, (measured, schedule) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for r in sorted(plain, key=lambda r: -r["weight_decay"]):
+    for r in plain:
         if r["method"] == "WS" and r["weight_decay"] in (0, 1e-4, 1e-3):
             steps, rates = of(r, start)
             label = f"λ = {r['weight_decay']:g}"
-            measured.semilogy(steps, [v / rates[0] for v in rates], label=label)
+            colour = COLOURS[r["weight_decay"]]
+            measured.semilogy(steps, [v / rates[0] for v in rates], color=colour, label=label)
             equivalent = sgd_without_decay([0.1] * start, r["weight_decay"], 0.9, torch.float64)
-            schedule.semilogy([v / 0.1 for v in equivalent.lrs], label=label)
+            rates = [v / 0.1 for v in equivalent.lrs]
+            schedule.semilogy(rates, color=colour, label=label)
     measured.set(xlabel="step", ylabel="effective learning rate, relative to its start")
     measured.set_title("WS, SGD, median of the slices")
     schedule.set(xlabel="step", ylabel="learning rate, relative to η")

@@ -52,6 +52,7 @@ def test_a_cell_takes_its_settings_from_all_levels():
         ("epochs: 30", "epochs: 0", ["epochs 0", "1 or more"]),
         ("lr: 1e-3", "lr: -1", ["lr -1.0", "not negative"]),
         ("lr: 1e-3", "lr: .nan", ["lr nan", "finite"]),
+        ("lr: 1e-3", "lr: 1, normalization_eps: -1", ["normalization_eps -1.0", "not negative"]),
         ("lr: 1e-3", "lr: fast", ["lr is 'fast'", "type float"]),
         ("batch_size: 64", "augment: [turn], batch_size: 1", ["'turn'", "choose from crop, flip"]),
         ("batch_size: 64", "augment: [mixup, cutmix], batch_size: 1", ["both mixup and cutmix"]),

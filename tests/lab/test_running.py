@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from normwise.lab.errors import UsageError
 from normwise.lab.recipes import find
@@ -255,6 +256,40 @@ def test_a_training_that_diverges_is_a_result_and_is_not_repeated(tmp_path):
     assert result["status"] == "failed"
     assert "not finite" in result["error"]
     assert run_cell(cell, tmp_path, ROOT) == result
+
+
+def test_bare_division_fails_where_the_guarded_does_not(tmp_path):
+    """A slice of zeros has no direction: 0/0 by the bare norm, and 0 by the library's."""
+    outcomes = {}
+    for guard in (None, 0.0):
+        network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False))
+        training = replace(tiny().training, normalization="WN", normalization_eps=guard)
+        module._prepare(network, replace(training, epsilon_shift=None))
+        with torch.no_grad():
+            network[0].parametrizations.weight.original[0] = 0
+        outcomes[guard] = network(torch.ones(1, 1, 1, 1)).isfinite().all().item()
+    assert outcomes == {None: True, 0.0: False}
+
+
+@pytest.mark.parametrize(
+    ("decay_on", "decayed"),
+    [
+        ("weights", {"0.weight"}),
+        ("no-biases", {"0.weight", "1.weight"}),
+        ("all", {"0.weight", "0.bias", "1.weight", "1.bias"}),
+    ],
+)
+def test_what_decays(decay_on, decayed):
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    plain = {"normalization": "none", "epsilon_shift": None, "weight_decay": 0.1}
+    optimizer, _ = module._prepare(network, tiny(decay_on=decay_on, **plain).training)
+    names = {id(p): name for name, p in network.named_parameters()}
+    groups = {
+        names[id(p)]: group["weight_decay"]
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert groups == {name: 0.1 if name in decayed else 0.0 for name in names.values()}
 
 
 def test_metrics_are_what_they_say(tmp_path, whole):

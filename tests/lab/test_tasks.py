@@ -246,6 +246,17 @@ def test_subsets_are_the_same_every_time_and_not_too_large(small):
         problem(train_examples=61)
 
 
+def test_shrunk_images_are_means_of_squares(small):
+    p = problem(shrink=4)
+    assert p.train.shape == (60, 3, 2, 2)
+    assert float(p.test[5, 1, 0, 1]) == small.test[5, 1, :4, 4:].mean()
+    assert problem(shrink=4).evaluate().metrics["accuracy"] >= 0
+    with pytest.raises(UsageError, match="shrink 3 is not allowed: must divide 8 × 8"):
+        problem(shrink=3)
+    with pytest.raises(UsageError, match="shrink 0 is not allowed"):
+        problem(shrink=0)
+
+
 def test_an_epoch_takes_every_example_once():
     p = type("P", (classification.Classification,), {"__init__": lambda self: None})()
     p.examples = 10

@@ -167,12 +167,14 @@ def _title(ax: Any, title: str, note: str) -> None:
 
 
 def _log(ax: Any) -> None:
-    """A logarithmic axis with ticks at 1, 2 and 5 where there is room, as plain numbers."""
-    from matplotlib.ticker import LogLocator, NullLocator
+    """A logarithmic axis with plain numbers at powers of ten, or closer where those are few."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+    few = MaxNLocator(nbins=5)
+    powers = LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,))
+    ax.yaxis.set_major_locator(few if high / low < 5 else powers)
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
 

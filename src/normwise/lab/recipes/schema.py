@@ -30,7 +30,8 @@ class Training:
         optimizer: sgd, sgdp, adam, adamw or adamp.
         lr: the learning rate at its highest.
         weight_decay: L2 in sgd and adam, decoupled in the others (default: 0).
-        decay_on: ``weights`` of two or more dimensions, or ``all`` parameters (default: weights).
+        decay_on: ``weights`` of two or more dimensions, all parameters but ``no-biases``, or
+            ``all`` (default: weights).
         momentum: of sgd and sgdp (default: 0.9).
         nesterov: of sgd, sgdp and adamp (default: no).
         betas: of adam, adamw and adamp (default: 0.9 and 0.999).
@@ -42,6 +43,8 @@ class Training:
         lr_factor: by what (default: 0.1).
         warmup: the share of the steps in which ``lr`` rises evenly from 0 (default: 0).
         normalization: of the weights: none, WN, CWN or WS (default: none).
+        normalization_eps: below which norm or std the division goes on as by this; 0 is the papers'
+            bare division, which can overflow (default: the library's own guard).
         gain: whether normalized weights have a learnable gain (default: no).
         epsilon_shift: ε of the ε-shifted L2 that takes the place of weight decay on normalized
             weights (default: plain decay).
@@ -67,6 +70,7 @@ class Training:
     lr_factor: float = 0.1
     warmup: float = 0.0
     normalization: str = "none"
+    normalization_eps: float | None = None
     gain: bool = False
     epsilon_shift: float | None = None
     clip: float | None = None
@@ -78,7 +82,7 @@ class Training:
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
             ("normalization", NORMALIZATIONS),
-            ("decay_on", ("weights", "all")),
+            ("decay_on", ("weights", "no-biases", "all")),
             ("autocast", ("none", "bfloat16")),
         ):
             value = getattr(self, name)
@@ -91,6 +95,11 @@ class Training:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"{name} {value} is not allowed: must be finite and not negative")
+        guard = self.normalization_eps
+        if guard is not None and not (math.isfinite(guard) and guard >= 0):
+            raise UsageError(
+                f"normalization_eps {guard} is not allowed: must be finite and not negative"
+            )
 
     def factor(self, step: int, steps: int) -> float:
         """The share of ``lr`` at a step, counted from 0, of ``steps`` in all."""

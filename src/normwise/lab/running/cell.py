@@ -372,11 +372,20 @@ def _times(folder: Path, epoch: int, steps: int, seconds: float, waited: float) 
 def _prepare(model: nn.Module, training: Training) -> tuple[Optimizer, float]:
     """Normalize the weights as asked, and make the optimizer; the norm before the first step."""
     if training.normalization != "none":
-        reparametrize(model, _NORMALIZATION[training.normalization], gain=training.gain)
-    everything = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in everything if p.ndim > 1 or training.decay_on == "all"]
-    others = [p for p in everything if not (p.ndim > 1 or training.decay_on == "all")]
-    groups = [
+        reparametrize(
+            model,
+            _NORMALIZATION[training.normalization],
+            gain=training.gain,
+            eps=training.normalization_eps,
+        )
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            bias = name.rpartition(".")[2] == "bias"
+            also = {"weights": False, "no-biases": not bias, "all": True}[training.decay_on]
+            (decayed if p.ndim > 1 or also else others).append(p)
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": training.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]

@@ -46,6 +46,8 @@ class Options:
         train_examples: only so many, drawn once and for all (default: all).
         test_examples: only so many (default: all).
         image_size: pixels a side, of folders (default: 224).
+        shrink: side of the squares of pixels that are averaged, a divisor of the images' (default:
+            1).
     """
 
     data: str
@@ -56,8 +58,11 @@ class Options:
     train_examples: int | None = None
     test_examples: int | None = None
     image_size: int = 224
+    shrink: int = 1
 
     def __post_init__(self) -> None:
+        if self.shrink < 1:
+            raise UsageError(f"shrink {self.shrink} is not allowed: must be 1 or more")
         known = [*GEOMETRIC, *MIXING]
         for name in self.augment:
             if name not in known:
@@ -134,6 +139,11 @@ class Classification(Problem):
         self.classes = len(data.classes)
         train, labels = _part(data.train, data.train_labels, options.train_examples, device)
         test, test_labels = _part(data.test, data.test_labels, options.test_examples, device)
+        if any(side % options.shrink for side in train.shape[2:]):
+            sides = " × ".join(map(str, train.shape[2:]))
+            raise UsageError(f"shrink {options.shrink} is not allowed: must divide {sides}")
+        if options.shrink > 1:
+            train, test = (F.avg_pool2d(x.float(), options.shrink) for x in (train, test))
         self.train, self.train_labels = train, labels
         self.test, self.test_labels = test, test_labels
         channels = train.float().transpose(0, 1).flatten(1).double()

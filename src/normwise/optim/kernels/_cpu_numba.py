@@ -287,7 +287,7 @@ def _adam_sums(w, g, m, v, u, options, denominator, gated):
 
 @_inlined
 def _sgd_sums(w, g, m, u, options, gated):
-    """:func:`_sgd_directions` and :func:`_sums` in one loop; heavy ball's u is m, and not copied."""
+    """:func:`_sgd_directions` and :func:`_sums` in a loop; heavy ball's u is m, and not copied."""
     one = u.dtype.type
     grad, m_keep, m_add = one(options[GRAD]), one(options[M_KEEP]), one(options[M_ADD])
     nesterov = options[LOOK_AHEAD] != 0
