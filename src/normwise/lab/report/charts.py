@@ -14,7 +14,9 @@ from normwise.lab.summary import Curve
 __all__ = ["Frame", "Line", "Scale", "linear", "logarithmic", "stretched_to_one", "svg", "tooltip"]
 
 WIDTH, HEIGHT = 560, 330
-LEFT, RIGHT, TOP, BOTTOM = 58, 74, 30, 40
+LEFT, TOP, BOTTOM = 58, 30, 40
+# A label stands so far right of the curves, and has about this width a character.
+GAP, CHARACTER = 15, 8
 _LABEL_HEIGHT = 15
 
 
@@ -117,6 +119,8 @@ class Frame:
 
     def __init__(self, lines: Sequence[Line], scale: Callable[[Sequence[float]], Scale]) -> None:
         self.lines = [line for line in lines if line.curve.epochs]
+        longest = max((len(line.label) for line in self.lines), default=0)
+        self.right = WIDTH - GAP - CHARACTER * max(longest, 7)
         curves = [line.curve for line in self.lines]
         self.first = min((c.epochs[0] for c in curves), default=0)
         self.last = max((c.epochs[-1] for c in curves), default=0)
@@ -125,7 +129,7 @@ class Frame:
     def x(self, epoch: float) -> float:
         """The horizontal place of an epoch."""
         span = (self.last - self.first) or 1
-        return LEFT + (epoch - self.first) / span * (WIDTH - LEFT - RIGHT)
+        return LEFT + (epoch - self.first) / span * (self.right - LEFT)
 
     def y(self, value: float) -> float:
         """The vertical place of a value."""
@@ -153,7 +157,7 @@ def svg(title: str, frame: Frame, y_label: str, drops: Sequence[int]) -> str:
     ]
     for value, text in frame.axis.ticks:
         parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" '
+            f'<line class="grid" x1="{LEFT}" x2="{frame.right}" y1="{y(value):.1f}" '
             f'y2="{y(value):.1f}"/><text class="tick" x="{LEFT - 8}" y="{y(value) + 4:.1f}" '
             f'text-anchor="end">{escape(text)}</text>'
         )
@@ -169,7 +173,7 @@ def svg(title: str, frame: Frame, y_label: str, drops: Sequence[int]) -> str:
         for epoch in _epoch_ticks(first, last)
     ]
     parts.append(
-        f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" '
+        f'<text class="tick" x="{(LEFT + frame.right) / 2}" y="{HEIGHT - 4}" '
         'text-anchor="middle">epoch</text>'
     )
     labels = _apart([y(line.curve.mean[-1]) for line in frame.lines], TOP, HEIGHT - BOTTOM)
@@ -191,7 +195,7 @@ def _drawn(line: Line, frame: Frame, at: float) -> str:
     end_x, end_y = x(c.epochs[-1]), y(c.mean[-1])
     band = f'<polygon class="band" points="{" ".join(there + back[::-1])}"/>' if c.seeds > 1 else ""
     leader = (
-        f'<path class="leader" d="M{end_x + 3:.1f} {end_y:.1f}L{WIDTH - RIGHT + 12} {at:.1f}"/>'
+        f'<path class="leader" d="M{end_x + 3:.1f} {end_y:.1f}L{frame.right + GAP - 3} {at:.1f}"/>'
         if abs(at - end_y) > 2
         else ""
     )
@@ -199,7 +203,7 @@ def _drawn(line: Line, frame: Frame, at: float) -> str:
         f'<g data-optimizer="{line.name}" class="o-{line.name}">{band}'
         f'<polyline class="mean" points="{mean}"{dotted}/>'
         f'<circle class="end" cx="{end_x:.1f}" cy="{end_y:.1f}" r="3"/>{leader}'
-        f'<text class="name" x="{WIDTH - RIGHT + 15}" y="{at + 4:.1f}">{escape(line.label)}</text>'
+        f'<text class="name" x="{frame.right + GAP}" y="{at + 4:.1f}">{escape(line.label)}</text>'
         "</g>"
     )
 
@@ -213,7 +217,7 @@ def tooltip(frame: Frame, text: Callable[[float], str]) -> dict[str, Any]:
     return {
         "width": WIDTH,
         "left": LEFT,
-        "right": WIDTH - RIGHT,
+        "right": frame.right,
         "first": frame.first,
         "last": frame.last,
         "lines": [

@@ -205,7 +205,9 @@ def _title(tables: Sequence[Table], cells: Sequence[Done]) -> str:
 
 def _subtitle(cells: Sequence[Done]) -> str:
     seeds = {cell.config["seed"] for cell in cells}
-    return f"{len(seeds)} seeds, {len({c.config['method'] for c in cells})} methods"
+    methods = {cell.config["method"] for cell in cells}
+    counts = ((len(seeds), "seed"), (len(methods), "method"))
+    return ", ".join(f"{n} {word}" + "s" * (n != 1) for n, word in counts)
 
 
 def _notice(cells: Sequence[Done]) -> str:
