@@ -13,6 +13,7 @@ from normwise.lab import compare as module
 from normwise.lab.compare import compare
 from normwise.lab.contenders import CONTENDERS, Family
 from normwise.lab.errors import UsageError
+from normwise.lab.models import ConvNet
 from normwise.lab.settings import Settings
 from normwise.lab.store import read_metrics
 from normwise.lab.tasks import TASKS
@@ -110,6 +111,7 @@ def test_all_files_are_there_and_whole(outcome):
     assert sorted(path.name for path in outcome.folder.iterdir()) == [
         "accuracy.png",
         "effective_lr.png",
+        *sorted(f"layers-{name}.jsonl" for name in outcome.run["settings"]["optimizers"]),
         "metrics.jsonl",
         "norms.png",
         "report.html",
@@ -126,6 +128,20 @@ def test_all_files_are_there_and_whole(outcome):
     assert json.loads((outcome.folder / "summary.json").read_text("utf-8"))["status"] == "complete"
 
 
+def test_layers_are_watched_with_the_first_seed(outcome):
+    page = (outcome.folder / "report.html").read_text("utf-8")
+    slices = {w.name: len(w.weight) for w in ConvNet(1, 10).invariant_weights()}
+    for name in outcome.run["settings"]["optimizers"]:
+        lines = (outcome.folder / f"layers-{name}.jsonl").read_text("utf-8").splitlines()
+        measured = {line["step"]: line["norm"] for line in map(json.loads, lines)}
+        epochs = [r for r in outcome.records if (r["optimizer"], r["seed"]) == (name, 0)]
+        for r in epochs[1:]:
+            logs = [n * math.log(measured[r["step"]][layer]) for layer, n in slices.items()]
+            assert math.exp(sum(logs) / sum(slices.values())) == pytest.approx(r["norm"])
+        assert f"{CONTENDERS[name].label}: 4 layers, no alarms" in page
+    assert page.count('<div class="panels">') == len(outcome.run["settings"]["optimizers"])
+
+
 def test_the_learning_rate_drops_at_the_papers_fractions():
     s = settings(epochs=100)
     assert s.drop_epochs() == [30, 60, 90]
@@ -135,7 +151,6 @@ def test_the_learning_rate_drops_at_the_papers_fractions():
 
 
 def test_weight_decay_spares_biases_and_norms():
-    from normwise.lab.models import ConvNet
     from normwise.lab.train import _param_groups
 
     model = ConvNet(1, 10)
@@ -170,8 +185,8 @@ def stopping(error, after):
     """A replacement of ``train`` that raises ``error`` after so many epochs of the second run."""
     original = module.train
 
-    def train(task, data, contender, settings, seed, processes):
-        for record in original(task, data, contender, settings, seed, processes):
+    def train(task, data, contender, settings, *others):
+        for record in original(task, data, contender, settings, *others):
             yield record
             if contender.name != settings.optimizers[0] and record.epoch == after:
                 raise error
@@ -214,8 +229,8 @@ def test_an_unforeseen_error_is_marked_and_passed_on(tmp_path, monkeypatch):
 def test_a_nan_in_one_seed_leaves_the_other_seeds_alone(tmp_path, monkeypatch):
     original = module.train
 
-    def train(task, data, contender, settings, seed, processes):
-        for record in original(task, data, contender, settings, seed, processes):
+    def train(task, data, contender, settings, seed, *others):
+        for record in original(task, data, contender, settings, seed, *others):
             if seed == 1 and record.epoch == 1:
                 raise Diverged("the training loss became nan", 1, 3)
             yield record

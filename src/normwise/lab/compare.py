@@ -11,21 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from normwise.lab.contenders import CONTENDERS
 from normwise.lab.environment import environment
 from normwise.lab.errors import UsageError
+from normwise.lab.models import LabModel
 from normwise.lab.parallel import ALONE, Processes
 from normwise.lab.settings import Settings
 from normwise.lab.store import RunFolder
 from normwise.lab.summary import summarize
 from normwise.lab.tasks import TASKS, Data
-from normwise.lab.train import Diverged, train
+from normwise.lab.train import Diverged, Watch, train
+from normwise.monitor import Monitor
+from normwise.monitor.writers import JsonLines
 
 __all__ = ["Outcome", "assist", "compare", "default_folder"]
 
 Record = dict[str, Any]
 Observer = Callable[[Record], None]
+# Measurements that a monitor takes in a run.
+_MEASURED = 100
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ def compare(
         "environment": {**environment(), "processes": processes.size},
     }
     records: list[Record] = []
+    monitors: dict[str, Monitor] = {}
 
     def keep(record: Record) -> None:
         store.append_metrics(record)
@@ -120,13 +127,13 @@ def compare(
 
     def finish(status: str) -> Outcome:
         run.update(status=status, ended=_now(), seconds=round(time.monotonic() - begin, 1))
-        return _finish(store, run, records, settings)
+        return _finish(store, run, records, settings, monitors)
 
     try:
         store.write_json("run.json", run)
         try:
             with _one_thread():
-                _train_all(settings, data, keep, processes)
+                _train_all(settings, data, keep, processes, monitors, store.path)
         except KeyboardInterrupt:
             return finish("interrupted")
         finished = any(r["status"] == "ok" and r["epoch"] == settings.epochs for r in records)
@@ -146,7 +153,7 @@ def assist(settings: Settings, processes: Processes) -> None:
     """Take part in the training of a :func:`compare` that runs on the first process."""
     data = _load(settings)
     with _one_thread():
-        _train_all(settings, data, lambda record: None, processes)
+        _train_all(settings, data, lambda record: None, processes, {}, None)
 
 
 def _load(settings: Settings) -> Data:
@@ -161,19 +168,53 @@ def _load(settings: Settings) -> Data:
     return data
 
 
-def _train_all(settings: Settings, data: Data, keep: Observer, processes: Processes) -> None:
-    """Seed by seed, so that an interrupted comparison has whole seeds of every optimizer."""
+def _train_all(
+    settings: Settings,
+    data: Data,
+    keep: Observer,
+    processes: Processes,
+    monitors: dict[str, Monitor],
+    folder: Path | None,
+) -> None:
+    """Seed by seed, so that an interrupted comparison has whole seeds of every optimizer.
+
+    The first seed of each is watched layer by layer, if one process has the weights whole.
+    """
+    steps = settings.epochs * (len(data.train_targets) // settings.batch_size)
+
+    def watch(model: LabModel, optimizer: Optimizer) -> None:
+        assert folder is not None
+        monitors[name] = Monitor(
+            model,
+            optimizer,
+            {w.name: w.view for w in model.invariant_weights()},
+            every=max(1, steps // _MEASURED),
+            writers=[JsonLines(folder / f"layers-{name}.jsonl")],
+            alarms=lambda alarm: None,  # they stand in the report
+        )
+
     for seed in range(settings.seeds):
         for name in settings.optimizers:
-            _train_one(settings, data, name, seed, keep, processes)
+            watched = seed == 0 and processes.size == 1
+            try:
+                _train_one(settings, data, name, seed, keep, processes, watch if watched else None)
+            finally:
+                if watched and name in monitors:
+                    monitors[name].close()
 
 
 def _train_one(
-    settings: Settings, data: Data, name: str, seed: int, keep: Observer, processes: Processes
+    settings: Settings,
+    data: Data,
+    name: str,
+    seed: int,
+    keep: Observer,
+    processes: Processes,
+    watch: Watch | None,
 ) -> None:
     task, contender = TASKS[settings.task], CONTENDERS[name]
     try:
-        for record in train(task, data, contender, settings, seed, processes):
+        for record in train(task, data, contender, settings, seed, processes, watch):
             keep({"status": "ok", **asdict(record)})
     except Diverged as error:
         keep(
@@ -189,7 +230,11 @@ def _train_one(
 
 
 def _finish(
-    store: RunFolder, run: dict[str, Any], records: list[Record], settings: Settings
+    store: RunFolder,
+    run: dict[str, Any],
+    records: list[Record],
+    settings: Settings,
+    monitors: dict[str, Monitor],
 ) -> Outcome:
     """Write all that is made from the metrics, and the final ``run.json`` last."""
     from normwise.lab.plots import PLOTS
@@ -203,7 +248,7 @@ def _finish(
     store.write_json("summary.json", summary)
     for name, plot in PLOTS.items():
         store.write_bytes(name, plot(records, settings, run["status"]))
-    store.write_text("report.html", render(run, records, settings))
+    store.write_text("report.html", render(run, records, settings, monitors))
     store.write_json("run.json", run)
     return Outcome(store.path, run, records, summary)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -21,6 +21,9 @@ from normwise.lab.settings import Settings
 from normwise.lab.tasks import Data, Task
 
 __all__ = ["Diverged", "EpochRecord", "train"]
+
+# Called with the network and its optimizer before the first step.
+Watch = Callable[[LabModel, Optimizer], None]
 
 # Angles are measured at every fifth step of an epoch, the first included: often enough for a mean,
 # rare enough not to be noticed.
@@ -88,6 +91,7 @@ def train(
     settings: Settings,
     seed: int,
     processes: Processes = ALONE,
+    watch: Watch | None = None,
 ) -> Iterator[EpochRecord]:
     """Train once and yield a record at the start and after every epoch.
 
@@ -105,6 +109,8 @@ def train(
     parallel = processes.distribute(model)
     optimizer = contender.build(_param_groups(model, contender, settings), settings)
     family = contender.family
+    if watch is not None:
+        watch(model, optimizer)
 
     def weights() -> list[InvariantWeight]:
         return [gathered(w) for w in model.invariant_weights()]

@@ -130,7 +130,7 @@ def equilibrium(ax: Any, monitor: Monitor) -> None:
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_yticks([])
     ax.set_ylabel("layers, the first on top", color=_MUTED)
-    ax.legend(frameon=False, labelcolor=_INK, loc="lower right")
+    ax.legend(frameon=False, labelcolor=_INK)
 
 
 PANELS = {

@@ -9,6 +9,7 @@ from functools import partial
 from html import escape
 from importlib.resources import files
 from string import Template
+from types import MappingProxyType
 from typing import Any
 
 from normwise.lab.contenders import CONTENDERS
@@ -17,6 +18,7 @@ from normwise.lab.report import charts, toy_picture
 from normwise.lab.settings import Settings
 from normwise.lab.summary import Row, Spread, curve, findings, headline, rows
 from normwise.lab.toy import trajectories
+from normwise.monitor import Monitor
 
 __all__ = ["colours", "definitions", "json_in_html", "package_file", "render"]
 
@@ -105,13 +107,19 @@ _CHARTS = (
 )
 
 
-def render(run: Mapping[str, Any], records: Sequence[Record], settings: Settings) -> str:
+def render(
+    run: Mapping[str, Any],
+    records: Sequence[Record],
+    settings: Settings,
+    monitors: Mapping[str, Monitor] = MappingProxyType({}),
+) -> str:
     """The report as one HTML document.
 
     Args:
         run: the content of ``run.json``.
         records: the content of ``metrics.jsonl``.
         settings: what was trained.
+        monitors: what was seen layer by layer, by optimizer (default: nothing).
     """
     table = rows(records, settings.optimizers, settings.epochs)
     found = findings(records, settings.optimizers, settings.epochs, run["task"]["test_examples"])
@@ -147,11 +155,25 @@ def render(run: Mapping[str, Any], records: Sequence[Record], settings: Settings
         toggles=_toggles(settings),
         table=_table(table, settings),
         figures="".join(figures),
+        layers="".join(_layers(name, monitor) for name, monitor in monitors.items()),
         toy=toy_picture.picture(courses),
         toy_table=toy_picture.table(courses),
         settings=definitions(_settings_items(settings, run)),
         environment=definitions(_environment_items(run)),
         command=escape(settings.command()),
+    )
+
+
+def _layers(name: str, monitor: Monitor) -> str:
+    """What a monitor has seen, folded away; nothing if that was nothing."""
+    if not monitor.history:
+        return ""
+    alarms = "".join(f"<p>{escape(str(alarm))}</p>" for alarm in monitor.raised)
+    count = len(monitor.raised)
+    return (
+        f"<details><summary>{escape(CONTENDERS[name].label)}: {len(monitor.layers)} layers, "
+        f"{count or 'no'} alarm{'s' * (count != 1)}</summary>{alarms}"
+        f'<div class="panels">{"".join(monitor.panels().values())}</div></details>'
     )
 
 

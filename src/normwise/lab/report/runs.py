@@ -163,8 +163,6 @@ th[aria-sort="descending"] button::after { content: " ↓"; }
 td.text, th.text { text-align: left; }
 td:first-child { padding-left: 0; }
 h3.row { margin-top: 30px; }
-details { border-bottom: 1px solid var(--line); padding: 7px 0; }
-summary { cursor: pointer; font-size: 14px; }
 details dl { margin: 8px 0 6px 18px; }
 [hidden] { display: none !important; }
 """
