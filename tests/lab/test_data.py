@@ -423,25 +423,6 @@ def test_annotations_that_do_not_fit_are_refused(tmp_path):
         boxes.read_voc(*paths, ("RBC",))
 
 
-def test_imagenet_style_folders_are_scaled_and_cut_to_a_square(tmp_path):
-    from PIL import Image
-
-    for part in ("train", "val"):
-        for k, name in enumerate(("ant", "bee")):
-            (tmp_path / part / name).mkdir(parents=True)
-            Image.new("RGB", (30 + k, 15), (10 * k, 0, 0)).save(tmp_path / part / name / "x.png")
-    data = images.image_folder(tmp_path, 8)
-    assert data.train.shape == data.test.shape == (2, 3, 8, 8)
-    assert (data.classes, data.train_labels.tolist()) == (("ant", "bee"), [0, 1])
-    assert data.train[1, 0].tolist() == np.full((8, 8), 10).tolist()
-    (tmp_path / "val" / "bee" / "x.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="cannot be decoded"):
-        images.image_folder(tmp_path, 8)
-    (tmp_path / "val" / "wasp").mkdir()
-    with pytest.raises(DataError, match="'wasp' is in one of them only"):
-        images.image_folder(tmp_path, 8)
-
-
 # Text
 
 

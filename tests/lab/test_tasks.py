@@ -227,7 +227,7 @@ def test_accuracy_and_wrong_examples_agree_with_a_loop(small):
         wrong = [
             i
             for i in range(700)
-            if int(p.model(p.standardized(p.test[i : i + 1])).argmax()) != small.test_labels[i]
+            if int(p.model(p.standardized(p.data.test[i : i + 1])).argmax()) != small.test_labels[i]
         ]
     assert evaluation.wrong == wrong
     assert evaluation.metrics["accuracy"] == pytest.approx(1 - len(wrong) / 700)
@@ -240,7 +240,7 @@ def test_the_trivial_method_says_the_commonest_training_class(small):
 
 def test_subsets_are_the_same_every_time_and_not_too_large(small):
     first, second = problem(train_examples=20), problem(train_examples=20)
-    assert torch.equal(first.train, second.train)
+    assert torch.equal(first.data.train, second.data.train)
     assert first.examples == 20
     with pytest.raises(UsageError, match="61 examples are not allowed: there are 60"):
         problem(train_examples=61)
@@ -248,8 +248,8 @@ def test_subsets_are_the_same_every_time_and_not_too_large(small):
 
 def test_shrunk_images_are_means_of_squares(small):
     p = problem(shrink=4)
-    assert p.train.shape == (60, 3, 2, 2)
-    assert float(p.test[5, 1, 0, 1]) == small.test[5, 1, :4, 4:].mean()
+    assert p.data.train.shape == (60, 3, 2, 2)
+    assert float(p.data.test[5, 1, 0, 1]) == small.test[5, 1, :4, 4:].mean()
     assert problem(shrink=4).evaluate().metrics["accuracy"] >= 0
     with pytest.raises(UsageError, match="shrink 3 is not allowed: must divide 8 × 8"):
         problem(shrink=3)

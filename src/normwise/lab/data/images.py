@@ -1,4 +1,4 @@
-"""Labelled images as the published files hold them: CIFAR, IDX (MNIST, Fashion-MNIST), folders."""
+"""Labelled images as the published files hold them: CIFAR, IDX (MNIST, Fashion-MNIST)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ __all__ = [
     "cifar10",
     "cifar100",
     "fashion_mnist",
-    "image_folder",
     "mnist",
     "read_cifar_binary",
     "read_cifar_pickle",
@@ -237,52 +236,3 @@ def _idx_set(root: Path, name: str, folders: Sequence[str], classes: tuple[str, 
         arrays += [images[:, None], labels.astype(np.int64)]
     train, train_labels, test, test_labels = arrays
     return Labelled(name, train, train_labels, test, test_labels, classes)
-
-
-def image_folder(root: Path, size: int) -> Labelled:
-    """ImageNet-style folders: ``train/CLASS/*`` and ``val/CLASS/*`` (or ``test``), read whole.
-
-    Images are decoded into memory, scaled so that the shorter side has ``size`` pixels, and cut to
-    the central square.
-
-    Raises:
-        DataError: if a part is missing, its classes differ, or an image cannot be decoded.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    kinds = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-    held_out = "val" if (root / "val").is_dir() else "test"
-    for part in ("train", held_out):
-        if not (root / part).is_dir():
-            raise DataError(f"{root} has no folder {part!r} with one folder a class")
-    classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
-    if not classes:
-        raise DataError(f"{root / 'train'} has no folders, and should have one for each class")
-    arrays: list[Any] = []
-    for part in ("train", held_out):
-        others = {path.name for path in (root / part).iterdir() if path.is_dir()} ^ set(classes)
-        if others:
-            raise DataError(
-                f"{root / part} and {root / 'train'} have different classes: {min(others)!r} is in "
-                "one of them only"
-            )
-        images, labels = [], []
-        for label, name in enumerate(classes):
-            files = [p for p in sorted((root / part / name).iterdir()) if p.suffix.lower() in kinds]
-            if not files:
-                raise DataError(f"{root / part / name} has no images ({', '.join(sorted(kinds))})")
-            for path in files:
-                try:
-                    with Image.open(path) as image:
-                        scale = size / min(image.size)
-                        shape = [max(size, round(side * scale)) for side in image.size]
-                        scaled = image.convert("RGB").resize((shape[0], shape[1]))
-                except (OSError, UnidentifiedImageError, SyntaxError) as error:
-                    raise DataError(f"{path} cannot be decoded: {error}") from None
-                left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
-                square = scaled.crop((left, top, left + size, top + size))
-                images.append(np.asarray(square).transpose(2, 0, 1))
-                labels.append(label)
-        arrays += [np.stack(images), np.array(labels, np.int64)]
-    x, y, test, test_y = arrays
-    return Labelled(root.name, x, y, test, test_y, tuple(classes))

@@ -195,6 +195,15 @@ class _Trainer:
         draw = torch.Generator().manual_seed(_seed("order", self.cell.seed, epoch))
         return self.problem.batches(self.training.batch_size, draw)
 
+    def stream(self) -> Iterator[Any]:
+        """The batches of what is left of this epoch, each drawn from its step's own generator."""
+        first = self.epoch * self.steps
+        draws = (
+            torch.Generator().manual_seed(_seed("batch", self.cell.seed, number))
+            for number in range(first + self.step, first + self.steps)
+        )
+        return self.problem.stream(self._batches(self.epoch)[self.step :], draws)
+
     def restore(self) -> bool:
         """Load the checkpoint, if there is one, and drop metrics written after it."""
         path, metrics = self.folder / CHECKPOINT, self.folder / METRICS
@@ -239,8 +248,8 @@ class _Trainer:
             os.fsync(file.fileno())
         self.written += len(content)
 
-    def take(self, chosen: Tensor) -> tuple[float, float]:
-        """One step; how long it took, and how much of that was the making of the batch."""
+    def take(self, batches: Iterator[Any]) -> tuple[float, float]:
+        """One step; how long it took, and how much of that was the wait for the batch."""
         begin = time.perf_counter()
         number = self.epoch * self.steps + self.step
         factor = self.training.factor(number, self.training.epochs * self.steps)
@@ -248,8 +257,7 @@ class _Trainer:
             group["lr"] = self.training.lr * factor
         # Dropout, and whatever else draws from the global generator.
         torch.manual_seed(_seed("layers", self.cell.seed, number))
-        draw = torch.Generator().manual_seed(_seed("batch", self.cell.seed, number))
-        batch = self.problem.batch(chosen, draw)
+        batch = next(batches)
         made = time.perf_counter()
         self.problem.model.train()
         self.optimizer.zero_grad()
@@ -338,11 +346,11 @@ def _epochs(trainer: _Trainer, checkpoint_seconds: float) -> None:
         trainer.record(trainer.line(trainer.problem.evaluate().metrics))
     saved = time.monotonic()
     while trainer.epoch < training.epochs:
-        batches = trainer._batches(trainer.epoch)
+        batches = trainer.stream()
         seconds = waited = 0.0
         taken = 0
         while trainer.step < trainer.steps:
-            whole, made = trainer.take(batches[trainer.step])
+            whole, made = trainer.take(batches)
             seconds, waited, taken = seconds + whole, waited + made, taken + 1
             if time.monotonic() - saved > checkpoint_seconds and trainer.step < trainer.steps:
                 trainer.save()

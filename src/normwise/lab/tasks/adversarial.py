@@ -127,7 +127,7 @@ class Adversarial(Classification):
 
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:
         super().__init__(options, root, device)
-        if self.train.dtype != torch.uint8:
+        if not self.data.pixels:
             raise UsageError(
                 f"data {options.data!r} is not allowed: an attack needs pixels between 0 and 255"
             )
@@ -138,9 +138,9 @@ class Adversarial(Classification):
         """Pixels in [0, 1]: the network standardizes them itself."""
         return x.float() / 255
 
-    def batch(self, chosen: Tensor, draw: Generator) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]  # an attack needs a start
+    def _made(self, x: Tensor, labels: Tensor, draw: Generator) -> tuple[Tensor, ...]:
         """Inputs, targets, and where the attack begins."""
-        x, y = super().batch(chosen, draw)
+        x, y = super()._made(x, labels, draw)
         return x, y, self._start(x, draw)
 
     def _start(self, x: Tensor, draw: Generator) -> Tensor:
@@ -162,7 +162,7 @@ class Adversarial(Classification):
             start=start,
         )
 
-    def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:  # type: ignore[override]  # as batch
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Cross-entropy at the attacked images, in nats."""
         x, y, start = batch
         worst = self._attacked(x, y, self.options.attack_steps, start)
@@ -174,8 +174,7 @@ class Adversarial(Classification):
         clean = super().evaluate().metrics
         draw = torch.Generator().manual_seed(0)
         wrong = []
-        parts = zip(torch.split(self.test, 500), torch.split(self.test_labels, 500), strict=True)
-        for part, y in parts:
+        for part, y in self.data.test_parts():
             x = self.standardized(part)
             worst = self._attacked(x, y, self.options.test_attack_steps, self._start(x, draw))
             with torch.no_grad():

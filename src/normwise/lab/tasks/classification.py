@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,14 +16,8 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from normwise.lab.augment import GEOMETRIC, MIXING
-from normwise.lab.data.images import (
-    Labelled,
-    cifar10,
-    cifar100,
-    fashion_mnist,
-    image_folder,
-    mnist,
-)
+from normwise.lab.data.folders import MEAN, STD, Decoder, Folder, Job, crop_numbers, image_folder
+from normwise.lab.data.images import Labelled, cifar10, cifar100, fashion_mnist, mnist
 from normwise.lab.data.sounds import esc10, spoken_digits
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks import build
@@ -29,6 +25,7 @@ from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
 __all__ = ["Classification", "Options", "load"]
 
+_FOLDER = "folder:"
 METRICS = (Metric("accuracy", "test accuracy", "%", 100.0),)
 
 
@@ -37,7 +34,8 @@ class Options:
     """What a recipe may set.
 
     Args:
-        data: a name in ``DATA``, or ``folder:PATH`` for ImageNet-style folders.
+        data: a name in ``DATA``, or ``folder:PATH`` for ImageNet-style folders, of whose images a
+            random part is scaled to a square for each step, as is usual on ImageNet.
         network: a name that :func:`normwise.lab.networks.build` knows.
         width: channels of the network's first stage (default: 16).
         augment: any of crop, flip, cutout, mixup, cutmix, in the order in which they act; of mixup
@@ -99,15 +97,13 @@ DATA: dict[str, Callable[[Path], Labelled]] = {
 
 
 @cache
-def load(name: str, root: Path, image_size: int = 224) -> Labelled:
+def load(name: str, root: Path) -> Labelled:
     """A data set by name, read once.
 
     Raises:
         UsageError: for an unknown name.
         DataError: if it is missing or not as published.
     """
-    if name.startswith("folder:"):
-        return image_folder(root / name.removeprefix("folder:"), image_size)
     if name not in DATA:
         raise UsageError(f"unknown data {name!r}: {nearest(name, DATA)}")
     return DATA[name](root)
@@ -124,8 +120,133 @@ def subset(count: int, of: int) -> Tensor:
     return torch.randperm(of, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
+class _Source(ABC):
+    """Where the images of a problem come from.
+
+    Attributes:
+        name: of the data set.
+        classes: how many.
+        channels: of an image.
+        train_labels: shape ``(N,)``, on the device.
+        test_labels: as ``train_labels``.
+        mean: of each channel, shape ``(1, C, 1, 1)``.
+        std: as ``mean``.
+        pixels: whether values are from 0 to 255.
+    """
+
+    name: str
+    classes: int
+    channels: int
+    train_labels: Tensor
+    test_labels: Tensor
+    mean: Tensor
+    std: Tensor
+    pixels: bool
+
+    @abstractmethod
+    def batches(
+        self, steps: Tensor, draws: Iterable[Generator]
+    ) -> Iterator[tuple[Tensor, Tensor, Generator]]:
+        """For each step images, labels, and the generator that it goes on drawing from."""
+
+    @abstractmethod
+    def test_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test images and their labels, in order, some at a time."""
+
+
+class _InMemory(_Source):
+    """A data set on the device whole, standardized by the training set's channels."""
+
+    def __init__(self, data: Labelled, options: Options, device: torch.device) -> None:
+        self.name, self.classes = data.name, len(data.classes)
+        train, self.train_labels = _part(
+            data.train, data.train_labels, options.train_examples, device
+        )
+        test, self.test_labels = _part(data.test, data.test_labels, options.test_examples, device)
+        self.pixels = train.dtype == torch.uint8
+        self.train, self.test = (_shrunk(x, options.shrink) for x in (train, test))
+        self.channels = train.shape[1]
+        channels = self.train.float().transpose(0, 1).flatten(1).double()
+        self.mean = channels.mean(1).float().view(1, -1, 1, 1)
+        self.std = channels.std(1).clamp(min=1e-6).float().view(1, -1, 1, 1)
+
+    def batches(
+        self, steps: Tensor, draws: Iterable[Generator]
+    ) -> Iterator[tuple[Tensor, Tensor, Generator]]:
+        for chosen, draw in zip(steps.to(self.train.device), draws, strict=True):
+            yield self.train[chosen], self.train_labels[chosen], draw
+
+    def test_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(torch.split(self.test, 500), torch.split(self.test_labels, 500), strict=True)
+
+
+class _Streamed(_Source):
+    """Folders whose images are decoded as they are needed, standardized by ImageNet's constants.
+
+    To train on, a random crop of each image is scaled to a square (see
+    :func:`normwise.lab.data.folders.crop_of`); to test on, it is the central one.
+    """
+
+    def __init__(self, data: Folder, options: Options, device: torch.device) -> None:
+        self.name, self.classes, self.channels = data.name, len(data.classes), 3
+        self.pixels = True
+        self.options, self.device = options, device
+        self.train, self.train_labels = _files(
+            data.train, data.train_labels, options.train_examples, device
+        )
+        self.test, self.test_labels = _files(
+            data.test, data.test_labels, options.test_examples, device
+        )
+        size = options.image_size
+        if size < 1:
+            raise UsageError(f"image_size {size} is not allowed: must be 1 or more")
+        _check_shrink(options.shrink, (size, size))
+        self.decoder = Decoder(size)
+        self.mean, self.std = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD)
+        )
+
+    def batches(
+        self, steps: Tensor, draws: Iterable[Generator]
+    ) -> Iterator[tuple[Tensor, Tensor, Generator]]:
+        ahead: deque[tuple[Tensor, Generator]] = deque()
+
+        def jobs() -> Iterator[Job]:
+            for chosen, draw in zip(steps, draws, strict=True):
+                ahead.append((chosen, draw))
+                paths = [self.train[i] for i in chosen.tolist()]
+                yield Job(paths, crop_numbers(len(paths), draw))
+
+        for x in self.decoder.run(jobs()):
+            chosen, draw = ahead.popleft()
+            yield self._received(x), self.train_labels[chosen.to(self.device)], draw
+
+    def test_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        count = 100
+        jobs = (Job(self.test[i : i + count]) for i in range(0, len(self.test), count))
+        parts = torch.split(self.test_labels, count)
+        for x, y in zip(self.decoder.run(jobs), parts, strict=True):
+            yield self._received(x), y
+
+    def _received(self, x: Tensor) -> Tensor:
+        return _shrunk(x.to(self.device), self.options.shrink)
+
+
+def _check_shrink(shrink: int, sides: Sequence[int]) -> None:
+    if any(side % shrink for side in sides):
+        raise UsageError(
+            f"shrink {shrink} is not allowed: must divide {' × '.join(map(str, sides))}"
+        )
+
+
+def _shrunk(x: Tensor, shrink: int) -> Tensor:
+    """Means of squares of ``shrink`` pixels a side; as it is where that is 1."""
+    _check_shrink(shrink, x.shape[2:])
+    return F.avg_pool2d(x.float(), shrink) if shrink > 1 else x
+
+
 class Classification(Problem):
-    """Cross-entropy on augmented batches; inputs are standardized by the training set's channels.
+    """Cross-entropy on augmented batches of standardized inputs.
 
     Args:
         options: the settings.
@@ -134,27 +255,23 @@ class Classification(Problem):
     """
 
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:
-        data = load(options.data, root, options.image_size)
         self.options = options
-        self.classes = len(data.classes)
-        train, labels = _part(data.train, data.train_labels, options.train_examples, device)
-        test, test_labels = _part(data.test, data.test_labels, options.test_examples, device)
-        if any(side % options.shrink for side in train.shape[2:]):
-            sides = " × ".join(map(str, train.shape[2:]))
-            raise UsageError(f"shrink {options.shrink} is not allowed: must divide {sides}")
-        if options.shrink > 1:
-            train, test = (F.avg_pool2d(x.float(), options.shrink) for x in (train, test))
-        self.train, self.train_labels = train, labels
-        self.test, self.test_labels = test, test_labels
-        channels = train.float().transpose(0, 1).flatten(1).double()
-        self.mean = channels.mean(1).float().view(1, -1, 1, 1)
-        self.std = channels.std(1).clamp(min=1e-6).float().view(1, -1, 1, 1)
-        self.examples = len(train)
-        self.model = build(options.network, train.shape[1], self.classes, options.width).to(device)
+        self.data: _Source
+        if options.data.startswith(_FOLDER):
+            folder = image_folder(root / options.data.removeprefix(_FOLDER))
+            self.data = _Streamed(folder, options, device)
+        else:
+            self.data = _InMemory(load(options.data, root), options, device)
+        labels, test_labels = self.data.train_labels, self.data.test_labels
+        self.classes = self.data.classes
+        self.mean, self.std = self.data.mean, self.data.std
+        self.examples = len(labels)
+        network = build(options.network, self.data.channels, self.classes, options.width)
+        self.model = network.to(device)
         self.facts = {
-            "data": data.name,
-            "train_examples": len(train),
-            "test_examples": len(test),
+            "data": self.data.name,
+            "train_examples": len(labels),
+            "test_examples": len(test_labels),
             "classes": self.classes,
         }
         commonest = int(torch.bincount(labels).argmax())
@@ -164,11 +281,19 @@ class Classification(Problem):
         """Inputs as the network takes them."""
         return (x.float() - self.mean) / self.std
 
-    def batch(self, chosen: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
+    def batch(self, chosen: Tensor, draw: Generator) -> tuple[Tensor, ...]:
         """Augmented inputs and their targets as probabilities."""
-        chosen = chosen.to(self.train.device)
-        x = self.standardized(self.train[chosen])
-        y = F.one_hot(self.train_labels[chosen], self.classes).float()
+        return next(self.stream(chosen[None], [draw]))
+
+    def stream(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[tuple[Tensor, ...]]:
+        """The batch of each step; images of folders are decoded some steps ahead."""
+        for x, labels, draw in self.data.batches(steps, draws):
+            yield self._made(x, labels, draw)
+
+    def _made(self, x: Tensor, labels: Tensor, draw: Generator) -> tuple[Tensor, ...]:
+        """A batch of images and labels: standardized, one-hot, augmented."""
+        x = self.standardized(x)
+        y = F.one_hot(labels, self.classes).float()
         for name in self.options.augment:
             if name in GEOMETRIC:
                 x = GEOMETRIC[name](x, draw)
@@ -176,7 +301,7 @@ class Classification(Problem):
                 x, y = MIXING[name](x, y, draw)
         return x, y
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Cross-entropy in nats."""
         x, y = batch
         return F.cross_entropy(self.model(x), y, label_smoothing=self.options.label_smoothing)
@@ -185,10 +310,10 @@ class Classification(Problem):
         """Accuracy on the test set."""
         self.model.eval()
         with torch.no_grad():
-            parts = zip(
-                torch.split(self.test, 500), torch.split(self.test_labels, 500), strict=True
-            )
-            wrong = torch.cat([self.model(self.standardized(x)).argmax(1) != y for x, y in parts])
+            parts = [
+                self.model(self.standardized(x)).argmax(1) != y for x, y in self.data.test_parts()
+            ]
+        wrong = torch.cat(parts)
         accuracy = 1 - float(wrong.double().mean())
         return Evaluation({"accuracy": accuracy}, wrong.nonzero().flatten().tolist())
 
@@ -202,3 +327,13 @@ def _part(
         chosen = subset(count, len(x))
         x, y = x[chosen], y[chosen]
     return x.to(device), y.to(device)
+
+
+def _files(
+    paths: tuple[str, ...], labels: Any, count: int | None, device: torch.device
+) -> tuple[tuple[str, ...], Tensor]:
+    y = torch.tensor(labels)
+    if count is not None:
+        chosen = subset(count, len(paths))
+        paths, y = tuple(paths[i] for i in chosen.tolist()), y[chosen]
+    return paths, y.to(device)

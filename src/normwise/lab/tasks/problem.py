@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,16 @@ class Problem(ABC):
     @abstractmethod
     def batch(self, chosen: Tensor, draw: Generator) -> Any:
         """The chosen examples on the device, augmented; randomness comes from ``draw`` alone."""
+
+    def stream(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[Any]:
+        """The batch of each step, in order; a task may prepare some before they are asked for.
+
+        Args:
+            steps: rows of what :meth:`batches` returned.
+            draws: for each step its source of randomness.
+        """
+        for chosen, draw in zip(steps, draws, strict=True):
+            yield self.batch(chosen, draw)
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
