@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,7 +46,9 @@ class Processes:
         Buffers, such as BatchNorm's running statistics, are the first process's in every forward.
         """
         if self.kind == "ddp":
-            return nn.parallel.DistributedDataParallel(model)
+            # Without the flag DDP groups the gradients anew after its first step. Of three or more
+            # processes, sums would be rounded in another order then, and after resuming again.
+            return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         if self.kind == "fsdp":
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -181,7 +184,9 @@ def processes(
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     try:
-        yield Processes(kind, dist.get_rank(), size, device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+            yield Processes(kind, dist.get_rank(), size, device)
     finally:
         dist.destroy_process_group()
 
