@@ -200,7 +200,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         parallel=arguments.parallel,
         **{"epochs": 1, "batch_size": 1, **defaults, **given},
     )
-    with processes(settings.parallel, settings.batch_size) as together:
+    with processes(settings.parallel, "compare", [settings.batch_size], "--batch-size") as together:
         if together.rank > 0:
             assist(settings, together)
             return 0

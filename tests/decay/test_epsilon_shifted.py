@@ -80,6 +80,12 @@ def test_zero_and_constant_slices_have_a_finite_decay(scale, constant, dtype):
     assert shifted_decay(w.detach(), View.channel(), scale, 0.1).isfinite().all()
 
 
+@pytest.mark.parametrize("scale", ["norm", "std"])
+def test_a_weight_without_slices_has_no_decay(scale):
+    """What a rank has of a weight with fewer channels than there are ranks."""
+    assert shifted_decay(torch.zeros(0, 3, 2), View.channel(), scale, 0.1).shape == (0, 3, 2)
+
+
 def network(convert=weight_standardize):
     torch.manual_seed(3)
     model = nn.Sequential(

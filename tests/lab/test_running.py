@@ -264,7 +264,7 @@ def test_bare_division_fails_where_the_guarded_does_not(tmp_path):
     for guard in (None, 0.0):
         network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False))
         training = replace(tiny().training, normalization="WN", normalization_eps=guard)
-        module._prepare(network, replace(training, epsilon_shift=None))
+        module._normalize(network, training)
         with torch.no_grad():
             network[0].parametrizations.weight.original[0] = 0
         outcomes[guard] = network(torch.ones(1, 1, 1, 1)).isfinite().all().item()
@@ -282,7 +282,7 @@ def test_bare_division_fails_where_the_guarded_does_not(tmp_path):
 def test_what_decays(decay_on, decayed):
     network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     plain = {"normalization": "none", "epsilon_shift": None, "weight_decay": 0.1}
-    optimizer, _ = module._prepare(network, tiny(decay_on=decay_on, **plain).training)
+    optimizer = module._prepare(network, tiny(decay_on=decay_on, **plain).training)
     names = {id(p): name for name, p in network.named_parameters()}
     groups = {
         names[id(p)]: group["weight_decay"]

@@ -72,6 +72,8 @@ def shifted_decay(w: Tensor, view: View, scale: Scale, eps: float) -> Tensor:
 
 def _direction(slices: Tensor, scale: Scale) -> Tensor:
     """W/‖W‖, or (W − m)/v, of each slice: the gradient of ‖W‖, or of n·v."""
+    if slices.numel() == 0:  # a rank that has no slice of this weight
+        return slices
     if scale == "norm":
         inner = tuple(range(1, slices.ndim))
         length = torch.linalg.vector_norm(slices, dim=inner, keepdim=True)

@@ -6,9 +6,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from normwise.lab.errors import UsageError, require_lab
+
+if TYPE_CHECKING:
+    from normwise.lab.parallel import Processes
+    from normwise.lab.recipes import Cell, Recipe
 
 __all__ = ["add_lab_parsers"]
 
@@ -65,6 +69,11 @@ def _add_paper(subparsers: Any) -> None:
     option("--seeds", type=_whole, metavar="N", help="(default: the recipe's)")
     option("--jobs", type=_whole, default=1, metavar="N", help="trainings at once (default: 1)")
     option("--executor", default="local", metavar="NAME", help="local or ray (default: local)")
+    option(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        help="train a cell on several processes: torchrun --nproc-per-node 2 -m normwise paper …",
+    )
     option("--device", default="cpu", metavar="NAME", help="(default: cpu)")
     option("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="(runs/paper)")
     option("--json", action="store_true", help="print the results as JSON, and nothing else")
@@ -137,11 +146,9 @@ def _paper_run(arguments: argparse.Namespace) -> int:
     require_lab()
     from normwise.lab.data.files import data_root
     from normwise.lab.errors import nearest
-    from normwise.lab.recipes import find, text
-    from normwise.lab.running.executors import EXECUTORS, run_cells
-    from normwise.lab.running.export import as_data, as_markdown
-    from normwise.lab.running.results import RECIPE, read_cells, tables
-    from normwise.lab.store import write_atomically
+    from normwise.lab.parallel import processes
+    from normwise.lab.recipes import find
+    from normwise.lab.running.executors import EXECUTORS, check_parallel, run_cells
 
     if arguments.executor not in EXECUTORS:
         raise UsageError(
@@ -151,6 +158,32 @@ def _paper_run(arguments: argparse.Namespace) -> int:
     cells = recipe.cells(
         arguments.scale, arguments.seeds, _names(arguments.methods), _names(arguments.rows)
     )
+    check_parallel(arguments.parallel, arguments.jobs, arguments.executor)
+    with processes(
+        arguments.parallel,
+        f"paper run {arguments.recipe}",
+        [cell.training.batch_size for cell in cells],
+        device=arguments.device,
+    ) as together:
+        if together.rank > 0:
+            run_cells(
+                cells, arguments.out, data_root(), device=arguments.device, processes=together
+            )
+            return 0
+        return _run_and_show(arguments, recipe, cells, together)
+
+
+def _run_and_show(
+    arguments: argparse.Namespace, recipe: Recipe, cells: list[Cell], together: Processes
+) -> int:
+    """What the first process, or the only one, does."""
+    from normwise.lab.data.files import data_root
+    from normwise.lab.recipes import text
+    from normwise.lab.running.executors import run_cells
+    from normwise.lab.running.export import as_data, as_markdown
+    from normwise.lab.running.results import RECIPE, read_cells, tables
+    from normwise.lab.store import write_atomically
+
     folder = arguments.out / f"{recipe.id}-{arguments.scale}"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RECIPE, text(arguments.recipe).encode())
@@ -174,6 +207,7 @@ def _paper_run(arguments: argparse.Namespace) -> int:
             executor=arguments.executor,
             device=arguments.device,
             observe=observe,
+            processes=together,
         )
     except KeyboardInterrupt:
         print("normwise: interrupted; run the same command again to go on", file=sys.stderr)

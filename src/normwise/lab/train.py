@@ -161,7 +161,7 @@ def train(
                 data.train_targets,
                 processes.share(chosen),
             )
-            loss = processes.mean(loss)
+            loss = float(processes.mean(torch.tensor(loss, dtype=torch.float64)))
             steps += 1
             if not math.isfinite(loss):
                 raise Diverged(f"the training loss became {loss}", epoch, steps)

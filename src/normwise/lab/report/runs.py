@@ -314,8 +314,8 @@ def _row(table: Table, entry: Entry, key: str, dashed: bool) -> str:
 def _config(cell: Done) -> str:
     config = dict(cell.config)
     items = [(k, str(config[k])) for k in ("recipe", "scale", "row", "method", "seed", "device")]
-    for part in ("training", "options"):
-        items += [(k, json.dumps(v, ensure_ascii=False)) for k, v in config[part].items()]
+    for part in ("training", "options", "parallel"):
+        items += [(k, json.dumps(v, ensure_ascii=False)) for k, v in config.get(part, {}).items()]
     if cell.result is not None:
         items += [(k, str(v)) for k, v in cell.result["facts"].items()]
         items.append(("weights, SHA-256", cell.result["weights"]))

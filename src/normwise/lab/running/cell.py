@@ -4,6 +4,9 @@ Why resuming is exact: what a step draws depends on the seed and the number of t
 step seeds its generators anew), the learning rate depends on the number of the step alone, and the
 rest of the state (weights, buffers, the optimizer's moments, the loss summed over the epoch so far)
 is in the checkpoint. No generator's state and no place in a stream has to be kept.
+
+Several processes may train one cell together. Each does all that is below, on its part of every
+batch; the first of them alone reads and writes the folder, but for the checkpoint, which all read.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from normwise.decay import EpsilonShiftedL2
 from normwise.geometry import View, norms
 from normwise.lab.environment import environment
 from normwise.lab.errors import UsageError
+from normwise.lab.parallel import ALONE, Processes, whole
 from normwise.lab.recipes.schema import Cell, Training
 from normwise.lab.store import METRICS, write_atomically
 from normwise.lab.tasks.kinds import kind
@@ -51,9 +56,14 @@ class DiskFull(UsageError):
     """There is no room to write; what had been written before is whole."""
 
 
-def config_of(cell: Cell, device: str) -> dict[str, Any]:
-    """Everything that decides a cell's outcome, as ``config.json`` holds it."""
+def config_of(cell: Cell, device: str, processes: Processes = ALONE) -> dict[str, Any]:
+    """Everything that decides a cell's outcome, as ``config.json`` holds it.
+
+    The number of processes is part of it: sums over a batch are rounded in another order.
+    """
     config = {"schema": SCHEMA, **asdict(cell), "device": device}
+    if processes.kind is not None:
+        config["parallel"] = {"kind": processes.kind, "processes": processes.size}
     # As it will be read back: tuples become lists.
     return dict(json.loads(json.dumps(config)))
 
@@ -65,6 +75,7 @@ def run_cell(
     *,
     device: str = "cpu",
     checkpoint_seconds: float = 60.0,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Train a cell to its end, going on from its checkpoint if it has one.
 
@@ -76,25 +87,39 @@ def run_cell(
         root: where the data sets are.
         device: where to compute (default: ``"cpu"``).
         checkpoint_seconds: at most so long between checkpoints, in seconds (default: 60).
+        processes: those that train it together, each of which calls this (default: one alone).
 
     Returns:
         The content of its ``result.json``; at once if it was finished before.
 
     Raises:
         UsageError: if the folder holds another cell, or one of another version, or another process
-            runs it.
+            runs it, or if processes cannot share a batch of its task.
         DiskFull: if there is no room; run it again when there is.
     """
+    if processes.kind is not None and not kind(cell.task).divisible:
+        raise UsageError(
+            f"task {cell.task!r} is not allowed with --parallel: its loss is not the mean of those "
+            "of a batch's parts; train it in one process"
+        )
     folder = out / cell.folder
-    try:
+
+    def begin() -> dict[str, Any] | None:
+        """Take the folder; the result, if there is one already."""
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder), _one_thread():
-            for leftover in folder.glob(".*"):  # of a write that was killed
-                leftover.unlink()
-            _same_config(folder, config_of(cell, device))
-            if (folder / RESULT).exists():
-                return dict(_read_json(folder / RESULT))
-            return _train(cell, folder, root, torch.device(device), checkpoint_seconds)
+        held.enter_context(_locked(folder))
+        for leftover in folder.glob(".*"):  # of a write that was killed
+            leftover.unlink()
+        _same_config(folder, config_of(cell, device, processes))
+        return dict(_read_json(folder / RESULT)) if (folder / RESULT).exists() else None
+
+    try:
+        with ExitStack() as held, _one_thread():
+            result = processes.first(begin)
+            if result is None:
+                run = processes, folder, checkpoint_seconds
+                result = _train(cell, root, torch.device(device), *run)
+            return result
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskFull(
@@ -125,9 +150,9 @@ def _same_config(folder: Path, config: dict[str, Any]) -> None:
             f"{path} was written by another version (schema {there.get('schema')!r}, not {SCHEMA}) "
             "and cannot be continued: give another --out"
         )
-    different = next((k for k in config if there.get(k) != config[k]), None)
+    different = next((k for k in {**config, **there} if there.get(k) != config.get(k)), None)
     if different is not None:
-        old, new = there.get(different), config[different]
+        old, new = there.get(different), config.get(different)
         if isinstance(new, dict) and isinstance(old, dict):
             key = next(k for k in new if old.get(k) != new[k])
             different, old, new = f"{different}: {key}", old.get(key), new[key]
@@ -176,12 +201,18 @@ class _Diverged(ArithmeticError):
 class _Trainer:
     """The state of a training, its checkpoint and its metrics."""
 
-    def __init__(self, cell: Cell, folder: Path, root: Path, device: torch.device) -> None:
+    def __init__(
+        self, cell: Cell, folder: Path, root: Path, device: torch.device, processes: Processes
+    ) -> None:
         self.cell, self.folder, self.training = cell, folder, cell.training
+        self.processes = processes
         torch.manual_seed(_seed("start", cell.seed))
         self.problem = kind(cell.task).build(cell.options, root, device)
         self.device = device
-        self.optimizer, self.start_norm = _prepare(self.problem.model, self.training)
+        _normalize(self.problem.model, self.training)
+        self.problem.model = processes.distribute(self.problem.model)
+        self.optimizer = _prepare(self.problem.model, self.training)
+        self.start_norm = _typical_norm(self.problem.model)
         if self.training.batch_size > self.problem.examples:
             raise UsageError(
                 f"batch_size {self.training.batch_size} is not allowed: there are "
@@ -207,45 +238,54 @@ class _Trainer:
     def restore(self) -> bool:
         """Load the checkpoint, if there is one, and drop metrics written after it."""
         path, metrics = self.folder / CHECKPOINT, self.folder / METRICS
-        if path.exists():
+        resumed = self.processes.first(path.exists)
+        if resumed:
             try:
-                state = torch.load(path, map_location=self.device, weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:
                 raise UsageError(
                     f"{path} cannot be read ({type(error).__name__}): delete the folder to train "
                     "this cell anew"
                 ) from None
-            self.problem.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.processes.restore(self.problem.model, self.optimizer, state)
             self.epoch, self.step = state["epoch"], state["step"]
-            self.total, self.written = state["total"], state["written"]
-        with metrics.open("ab") as file:
-            file.truncate(self.written)
-        return path.exists()
+            self.total, self.written = state["total"].to(self.device), state["written"]
+
+        def cut() -> None:
+            with metrics.open("ab") as file:
+                file.truncate(self.written)
+
+        self.processes.first(cut)
+        return resumed
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
-        buffer = io.BytesIO()
-        torch.save(
-            {
-                "model": self.problem.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "epoch": self.epoch,
-                "step": self.step,
-                "total": self.total,
-                "written": self.written,
-            },
-            buffer,
-        )
-        write_atomically(self.folder / CHECKPOINT, buffer.getvalue())
+        state = {
+            **self.processes.state(self.problem.model, self.optimizer),
+            "epoch": self.epoch,
+            "step": self.step,
+            "total": self.total,
+            "written": self.written,
+        }
+
+        def write() -> None:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write_atomically(self.folder / CHECKPOINT, buffer.getvalue())
+
+        self.processes.first(write)
 
     def record(self, line: dict[str, Any]) -> None:
         """Add a line to the metrics, on the disk before the checkpoint that counts it."""
         content = (json.dumps(line, allow_nan=False) + "\n").encode()
-        with (self.folder / METRICS).open("ab") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+
+        def write() -> None:
+            with (self.folder / METRICS).open("ab") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+
+        self.processes.first(write)
         self.written += len(content)
 
     def take(self, batches: Iterator[Any]) -> tuple[float, float]:
@@ -255,9 +295,10 @@ class _Trainer:
         factor = self.training.factor(number, self.training.epochs * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.lr * factor
-        # Dropout, and whatever else draws from the global generator.
-        torch.manual_seed(_seed("layers", self.cell.seed, number))
-        batch = next(batches)
+        # Dropout, and whatever else draws from the global generator: each process for its part.
+        rank = self.processes.rank
+        torch.manual_seed(_seed("layers", self.cell.seed, number, *([rank] if rank else [])))
+        batch = self.processes.share(next(batches))
         made = time.perf_counter()
         self.problem.model.train()
         self.optimizer.zero_grad()
@@ -268,7 +309,7 @@ class _Trainer:
         if self.training.clip is not None:
             nn.utils.clip_grad_norm_(self.problem.model.parameters(), self.training.clip)
         self.optimizer.step()
-        self.total += loss.detach().double()
+        self.total += self.processes.mean(loss.detach())
         self.step += 1
         if self.step % _CHECK_EVERY == 0 or self.step == self.steps:
             self._check()
@@ -303,15 +344,25 @@ class _Trainer:
 
 
 def _train(
-    cell: Cell, folder: Path, root: Path, device: torch.device, checkpoint_seconds: float
+    cell: Cell,
+    root: Path,
+    device: torch.device,
+    processes: Processes,
+    folder: Path,
+    checkpoint_seconds: float,
 ) -> dict[str, Any]:
-    log = _Log(folder / "log.txt")
+    log = _Log(folder / "log.txt" if processes.rank == 0 else None)
     starts = folder / "environment.json"
-    begun = _read_json(starts) if starts.exists() else []
-    _write_json(starts, [*begun, {"started": _now(), **environment(device.type)}])
+
+    def note_start() -> None:
+        begun = _read_json(starts) if starts.exists() else []
+        with_what = {**environment(device.type), "processes": processes.size}
+        _write_json(starts, [*begun, {"started": _now(), **with_what}])
+
+    processes.first(note_start)
     with torch.random.fork_rng():
         try:
-            trainer = _Trainer(cell, folder, root, device)
+            trainer = _Trainer(cell, folder, root, device, processes)
             resumed = trainer.restore()
             where = f"epoch {trainer.epoch}, step {trainer.step}"
             log.write(f"resumed after {where}" if resumed else "started")
@@ -332,11 +383,15 @@ def _train(
             **ending,
             "trivial": trainer.problem.trivial,
             "facts": {**trainer.problem.facts, "steps_per_epoch": trainer.steps},
-            "weights": _digest(trainer.problem.model),
+            "weights": _digest(processes.weights(trainer.problem.model)),
         }
-    _write_json(folder / RESULT, result)
-    log.write(f"finished: {result['status']}")
-    return dict(_read_json(folder / RESULT))
+
+    def finish() -> dict[str, Any]:
+        _write_json(folder / RESULT, result)
+        log.write(f"finished: {result['status']}")
+        return dict(_read_json(folder / RESULT))
+
+    return processes.first(finish)
 
 
 def _epochs(trainer: _Trainer, checkpoint_seconds: float) -> None:
@@ -345,22 +400,30 @@ def _epochs(trainer: _Trainer, checkpoint_seconds: float) -> None:
     if trainer.written == 0:
         trainer.record(trainer.line(trainer.problem.evaluate().metrics))
     saved = time.monotonic()
+
+    def due() -> bool:
+        """Whether it is long since the last checkpoint; all processes say the same."""
+        late = time.monotonic() - saved > checkpoint_seconds
+        return float(trainer.processes.mean(torch.tensor(float(late)))) > 0
+
     while trainer.epoch < training.epochs:
         batches = trainer.stream()
         seconds = waited = 0.0
         taken = 0
         while trainer.step < trainer.steps:
-            whole, made = trainer.take(batches)
-            seconds, waited, taken = seconds + whole, waited + made, taken + 1
-            if time.monotonic() - saved > checkpoint_seconds and trainer.step < trainer.steps:
+            spent, made = trainer.take(batches)
+            seconds, waited, taken = seconds + spent, waited + made, taken + 1
+            if trainer.step < trainer.steps and due():
                 trainer.save()
                 saved = time.monotonic()
         trainer.epoch += 1
         tested = trainer.epoch % training.evaluate_every == 0 or trainer.epoch == training.epochs
         trainer.record(trainer.line(trainer.problem.evaluate().metrics if tested else {}))
-        _times(trainer.folder, trainer.epoch, taken, seconds, waited)
+        trainer.processes.first(
+            partial(_times, trainer.folder, trainer.epoch, taken, seconds, waited)
+        )
         trainer.step, trainer.total = 0, torch.zeros_like(trainer.total)
-        if trainer.epoch == training.epochs or time.monotonic() - saved > checkpoint_seconds:
+        if trainer.epoch == training.epochs or due():
             trainer.save()
             saved = time.monotonic()
 
@@ -377,8 +440,8 @@ def _times(folder: Path, epoch: int, steps: int, seconds: float, waited: float) 
         file.write(json.dumps(line) + "\n")
 
 
-def _prepare(model: nn.Module, training: Training) -> tuple[Optimizer, float]:
-    """Normalize the weights as asked, and make the optimizer; the norm before the first step."""
+def _normalize(model: nn.Module, training: Training) -> None:
+    """Normalize the weights as asked."""
     if training.normalization != "none":
         reparametrize(
             model,
@@ -386,6 +449,10 @@ def _prepare(model: nn.Module, training: Training) -> tuple[Optimizer, float]:
             gain=training.gain,
             eps=training.normalization_eps,
         )
+
+
+def _prepare(model: nn.Module, training: Training) -> Optimizer:
+    """The optimizer of a model that is normalized, and distributed."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
@@ -406,7 +473,7 @@ def _prepare(model: nn.Module, training: Training) -> tuple[Optimizer, float]:
                 model, weight_decay=training.weight_decay, eps=training.epsilon_shift
             )
         shifted.attach(optimizer)
-    return optimizer, _typical_norm(model)
+    return optimizer
 
 
 def _optimizer(groups: list[dict[str, Any]], t: Training) -> Optimizer:
@@ -437,14 +504,14 @@ def _typical_norm(model: nn.Module) -> float:
 
     A channel of zeros, such as an embedding's padding, is left out.
     """
-    every = torch.cat([norms(p, View.channel()) for p in model.parameters() if p.ndim > 1])
+    every = torch.cat([norms(whole(p), View.channel()) for p in model.parameters() if p.ndim > 1])
     return float(every[every != 0].double().log().mean().exp())
 
 
-def _digest(model: nn.Module) -> str:
+def _digest(state: Mapping[str, Tensor]) -> str:
     """A fingerprint of all weights and buffers."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -455,11 +522,13 @@ def _now() -> str:
 
 
 class _Log:
-    """Lines with the time, for a person."""
+    """Lines with the time, for a person; without a path, none."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
 
     def write(self, text: str) -> None:
+        if self.path is None:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{_now()}  pid {os.getpid()}  {text}\n")

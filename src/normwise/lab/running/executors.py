@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from normwise.lab.errors import UsageError
+from normwise.lab.parallel import ALONE, Processes
 from normwise.lab.recipes.schema import Cell
 from normwise.lab.running.cell import run_cell
 
-__all__ = ["EXECUTORS", "run_cells"]
+__all__ = ["EXECUTORS", "check_parallel", "run_cells"]
 
 EXECUTORS = ("local", "ray")
 Observer = Callable[[Cell, dict[str, Any]], None]
@@ -31,6 +32,7 @@ def run_cells(
     executor: str = "local",
     device: str = "cpu",
     observe: Observer = lambda cell, result: None,
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Run cells; those that are finished are only read.
 
@@ -42,24 +44,40 @@ def run_cells(
         executor: ``local``, or ``ray`` for an existing Ray cluster (default: local).
         device: where to compute (default: ``"cpu"``).
         observe: called with each cell and its result as it is finished.
+        processes: those that train one cell after the other together, each of which calls this
+            (default: one alone).
 
     Returns:
         The results in the order of the cells. They do not depend on the executor.
 
     Raises:
-        UsageError: as :func:`run_cell`, or if there is no Ray or no cluster. What is running when
-            it is raised is stopped, and resumes when the same is run again.
+        UsageError: as :func:`run_cell`, or if there is no Ray or no cluster, or for several jobs
+            or Ray with ``processes``. What is running when it is raised is stopped, and resumes
+            when the same is run again.
     """
+    check_parallel(processes.kind, jobs, executor)
     out, root = out.absolute(), root.absolute()
     if executor == "ray":
         return _on_ray(cells, out, root, device, observe)
     if jobs == 1:
         results = []
         for cell in cells:
-            results.append(run_cell(cell, out, root, device=device))
+            results.append(run_cell(cell, out, root, device=device, processes=processes))
             observe(cell, results[-1])
         return results
     return _in_processes(cells, out, root, jobs, device, observe)
+
+
+def check_parallel(parallel: str | None, jobs: int, executor: str) -> None:
+    """Raise ``UsageError`` for several jobs or Ray with ``--parallel``."""
+    if parallel is None:
+        return
+    for option, value, needed in (("--jobs", jobs, 1), ("--executor", executor, "local")):
+        if value != needed:
+            raise UsageError(
+                f"{option} {value} is not allowed with --parallel: must be {needed}, since all "
+                "processes train one cell together"
+            )
 
 
 def _ignore_ctrl_c() -> None:

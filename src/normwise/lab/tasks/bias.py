@@ -168,6 +168,7 @@ class Bias(Problem):
         device: where to compute.
     """
 
+    divisible = False  # HSIC is of the whole batch
     model: nn.ModuleDict
 
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:

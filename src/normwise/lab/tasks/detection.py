@@ -253,6 +253,8 @@ class Detection(Problem):
         device: where to compute.
     """
 
+    divisible = False  # the losses are sums over the number of centres in the batch
+
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:
         train = _load(root, "train", options.scale)
         self.truth = _load(root, options.test_part, options.scale)

@@ -34,12 +34,14 @@ class Kind:
         name: as recipes have it.
         options: the dataclass of its settings.
         metrics: what it is judged by, the first above all.
+        divisible: whether processes can share a batch of it.
         build: makes the problem from options, the data's root and the device.
     """
 
     name: str
     options: type[Any]
     metrics: tuple[Metric, ...]
+    divisible: bool
     build: Callable[[Any, Path, torch.device], Problem]
 
 
@@ -51,6 +53,7 @@ def kind(name: str) -> Kind:
     """
     if name not in KINDS:
         raise UsageError(f"unknown task {name!r}: {nearest(name, KINDS)}")
-    module_name, problem = KINDS[name]
+    module_name, class_name = KINDS[name]
     module = import_module(f"normwise.lab.tasks.{module_name}")
-    return Kind(name, module.Options, module.METRICS, getattr(module, problem))
+    problem = getattr(module, class_name)
+    return Kind(name, module.Options, module.METRICS, problem.divisible, problem)

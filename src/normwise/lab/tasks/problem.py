@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -54,12 +54,15 @@ class Problem(ABC):
     the model, of the optimizer, and the number of the step.
 
     Attributes:
+        divisible: whether processes can share a batch: the loss is the mean over its examples, and
+            ``model`` is called as a whole (default: yes).
         model: all that is trained; its weights are drawn from torch's global generator.
         examples: how many there are to train on.
         facts: what a reader should know of the data: sizes, splits.
         trivial: the metrics of a stated method that learns nothing from the inputs.
     """
 
+    divisible: ClassVar[bool] = True
     model: nn.Module
     examples: int
     facts: dict[str, Any]

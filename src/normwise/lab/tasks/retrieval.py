@@ -171,6 +171,7 @@ class Retrieval(Problem):
         device: where to compute.
     """
 
+    divisible = False  # pairs of the whole batch
     model: nn.ModuleDict
 
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:
