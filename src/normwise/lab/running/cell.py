@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normwise.decay import EpsilonShiftedL2
+from normwise.decay import L2, DecayScheduler, Decoupled, EpsilonShiftedL2, Policy, Window
 from normwise.geometry import View, norms
 from normwise.lab.environment import environment
 from normwise.lab.errors import UsageError
@@ -43,6 +43,11 @@ __all__ = ["CONFIG", "RESULT", "DiskFull", "config_of", "run_cell"]
 SCHEMA = 1
 CONFIG, RESULT, CHECKPOINT = "config.json", "result.json", "checkpoint.pt"
 _NORMALIZATION = {"WN": WeightNorm, "CWN": CenteredWeightNorm, "WS": WeightStandardization}
+_POLICY: dict[str, Policy] = {
+    "l2": L2(),
+    "decoupled": Decoupled(),
+    "schedule": Decoupled(per="schedule"),
+}
 # Whether the loss is still finite is asked this often: asking waits for the device.
 _CHECK_EVERY = 20
 
@@ -188,6 +193,7 @@ class _Trainer:
                 f"{self.problem.examples} training examples"
             )
         self.steps = len(self._batches(1))
+        _decay_within_window(self.optimizer, self.training, self.training.epochs * self.steps)
         self.epoch, self.step, self.written = 0, 0, 0
         self.total = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -371,20 +377,20 @@ def _times(folder: Path, epoch: int, steps: int, seconds: float, waited: float) 
 
 def _prepare(model: nn.Module, training: Training) -> tuple[Optimizer, float]:
     """Normalize the weights as asked, and make the optimizer; the norm before the first step."""
+    depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and _is_depthwise(m)]
     if training.normalization != "none":
-        reparametrize(
-            model,
-            _NORMALIZATION[training.normalization],
-            gain=training.gain,
-            eps=training.normalization_eps,
-        )
+        _normalize(model, training, depthwise)
+    spared: set[nn.Parameter] = set()
+    if training.decay_on == "no-depthwise":
+        spared = {p for m in depthwise for p in m.parameters()}
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             bias = name.rpartition(".")[2] == "bias"
-            also = {"weights": False, "no-biases": not bias, "all": True}[training.decay_on]
-            (decayed if p.ndim > 1 or also else others).append(p)
+            also = {"no-biases": not bias, "all": True}.get(training.decay_on, False)
+            decays = (p.ndim > 1 and p not in spared) or also
+            (decayed if decays else others).append(p)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": training.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -398,7 +404,61 @@ def _prepare(model: nn.Module, training: Training) -> tuple[Optimizer, float]:
                 model, weight_decay=training.weight_decay, eps=training.epsilon_shift
             )
         shifted.attach(optimizer)
+    if training.coupling != "own" and training.weight_decay > 0:
+        _POLICY[training.coupling].attach(optimizer)
     return optimizer, _typical_norm(model)
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    return conv.groups == conv.in_channels > 1
+
+
+def _normalize(model: nn.Module, training: Training, depthwise: list[nn.Conv2d]) -> None:
+    if training.normalize_depthwise and not depthwise:
+        raise UsageError("normalize_depthwise is set, but the network has no depthwise convolution")
+
+    def normalize(only: list[nn.Conv2d] | None) -> None:
+        reparametrize(
+            model,
+            _NORMALIZATION[training.normalization],
+            gain=training.gain,
+            only=only,
+            skip=training.normalization_skip,
+            eps=training.normalization_eps,
+        )
+
+    try:
+        normalize(None)
+        if training.normalize_depthwise:
+            normalize(depthwise)
+    except ValueError as error:
+        raise UsageError(f"normalization {training.normalization}: {error}") from None
+
+
+def _decay_within_window(optimizer: Optimizer, training: Training, steps: int) -> None:
+    """Switch the decay on and off at the shares of ``steps`` that were asked for.
+
+    The schedule goes into the optimizer's state, and with it into the checkpoint.
+    """
+    start, stop = (round(share * steps) for share in training.decay_window)
+    if (start, stop) == (0, steps):
+        return
+    if start == stop:
+        raise UsageError(
+            f"decay_window {list(training.decay_window)} is not allowed: none of the {steps} steps "
+            "lies in it"
+        )
+    schedule = DecayScheduler(optimizer, Window(start, stop))
+
+    def put(_: Optimizer, state: dict[str, Any]) -> None:
+        state["decay"] = schedule.state_dict()
+
+    def take(_: Optimizer, state: dict[str, Any]) -> None:
+        schedule.load_state_dict(state["decay"])
+
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    optimizer.register_state_dict_post_hook(put)
+    optimizer.register_load_state_dict_pre_hook(take)
 
 
 def _optimizer(groups: list[dict[str, Any]], t: Training) -> Optimizer:
