@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import yaml
 
 from normwise.lab.errors import UsageError
+from normwise.lab.networks import build
 from normwise.lab.recipes import find, ids, read
+from normwise.lab.running.cell import _decay_within_window, _normalize, _prepare
 
 GOOD = """
 schema: 1
@@ -53,6 +56,24 @@ def test_a_cell_takes_its_settings_from_all_levels():
         ("lr: 1e-3", "lr: -1", ["lr -1.0", "not negative"]),
         ("lr: 1e-3", "lr: .nan", ["lr nan", "finite"]),
         ("lr: 1e-3", "lr: 1, normalization_eps: -1", ["normalization_eps -1.0", "not negative"]),
+        ("lr: 1e-3", "lr: 1, coupling: lose", ["'lose'", "own, l2, decoupled, schedule"]),
+        ("lr: 1e-3", "lr: 1, coupling: schedule, weight_decay: 1", ["must be below 1"]),
+        ("lr: 1e-3", "lr: 1, decay_window: [0.5, 0.5]", ["decay_window [0.5, 0.5]", "rising"]),
+        ("lr: 1e-3", "lr: 1, decay_window: [0, 1.5]", ["decay_window [0.0, 1.5]"]),
+        ("lr: 1e-3", "lr: 1, decay_window: [0.5]", ["decay_window [0.5]", "two shares"]),
+        (
+            "lr: 1e-3",
+            "lr: 1, decay_window: [0, 0.5], normalization: WS, epsilon_shift: 1",
+            ["epsilon_shift goes with"],
+        ),
+        (
+            "lr: 1e-3",
+            "lr: 1, normalization: WS, normalize_depthwise: true, epsilon_shift: 1, "
+            "decay_on: no-depthwise",
+            ["decay_on is no-depthwise, but epsilon_shift"],
+        ),
+        ("lr: 1e-3", "lr: 1, normalize_depthwise: true", ["normalize_depthwise", "is none"]),
+        ("lr: 1e-3", "lr: 1, normalization_skip: [head]", ["normalization_skip", "is none"]),
         ("lr: 1e-3", "lr: fast", ["lr is 'fast'", "type float"]),
         ("batch_size: 64", "augment: [turn], batch_size: 1", ["'turn'", "choose from crop, flip"]),
         ("batch_size: 64", "augment: [mixup, cutmix], batch_size: 1", ["both mixup and cutmix"]),
@@ -106,6 +127,24 @@ def test_every_recipe_of_the_library_is_whole(name):
         # Every number stands beside a row of ours, or the recipe says why there is none.
         beside = set(recipe.scales["small"].rows) & set(recipe.paper.rows)
         assert beside or recipe.paper.note
+
+
+@pytest.mark.parametrize("name", [name for name in ids() if find(name).task == "classification"])
+def test_every_cell_can_take_a_step(name):
+    for cell in find(name).cells("small", 1):
+        options = cell.options
+        channels = 1 if options.data in ("fsdd", "esc10", "digits") else 3
+        network = build(options.network, channels, 10, options.width)
+        _normalize(network, cell.training)
+        optimizer = _prepare(network, cell.training)
+        _decay_within_window(optimizer, cell.training, 100)
+        before = [p.detach().clone() for p in network.parameters()]
+        loss = network(torch.randn(2, channels, 40, 16)).square().mean()
+        loss.backward()
+        optimizer.step()
+        assert loss.isfinite(), cell.folder
+        after = list(network.parameters())
+        assert not all(map(torch.equal, before, after)), cell.folder
 
 
 def test_methods_of_a_pair_differ_in_the_optimizer_alone():

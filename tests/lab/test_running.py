@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from normwise.lab.errors import UsageError
+from normwise.lab.parallel import Processes
 from normwise.lab.recipes import find
 from normwise.lab.recipes.schema import Training
 from normwise.lab.running import cell as module
@@ -135,6 +136,16 @@ def test_killed_at_20_random_moments_it_goes_on_to_the_same_bits(tmp_path):
     [
         ("sgdp", {"nesterov": True, "schedule": "cosine", "warmup": 0.3}),
         ("sgd", {"normalization": "none", "epsilon_shift": None, "weight_decay": 0.1}),
+        ("sgd", {"epsilon_shift": None, "weight_decay": 0.1, "decay_window": (0.0, 0.5)}),
+        (
+            "adamw",
+            {
+                "epsilon_shift": None,
+                "coupling": "schedule",
+                "weight_decay": 0.1,
+                "decay_window": (0.8, 1.0),
+            },
+        ),
         ("adamw", {"normalization": "CWN", "gain": True, "decay_on": "all", "clip": 0.1}),
     ],
 )
@@ -188,6 +199,11 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path, whole):
     (folder / "config.json").write_bytes(whole["config.json"])
     with pytest.raises(UsageError, match=r"training: lr is 0\.001, not 0\.5.*another --out"):
         run_cell(tiny(lr=0.5), tmp_path, ROOT)
+    older = json.loads(whole["config.json"])
+    del older["training"]["normalization_eps"]
+    (folder / "config.json").write_text(json.dumps(older))
+    with pytest.raises(UsageError, match="training: normalization_eps is 'not set', not None"):
+        run_cell(tiny(), tmp_path, ROOT)
     old = {**json.loads(whole["config.json"]), "schema": 0}
     (folder / "config.json").write_text(json.dumps(old))
     with pytest.raises(UsageError, match=r"another version .schema 0, not 1"):
@@ -258,6 +274,11 @@ def test_a_training_that_diverges_is_a_result_and_is_not_repeated(tmp_path):
     assert run_cell(cell, tmp_path, ROOT) == result
 
 
+def prepared(network, training):
+    module._normalize(network, training)
+    return module._prepare(network, training)
+
+
 def test_bare_division_fails_where_the_guarded_does_not(tmp_path):
     """A slice of zeros has no direction: 0/0 by the bare norm, and 0 by the library's."""
     outcomes = {}
@@ -282,7 +303,7 @@ def test_bare_division_fails_where_the_guarded_does_not(tmp_path):
 def test_what_decays(decay_on, decayed):
     network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     plain = {"normalization": "none", "epsilon_shift": None, "weight_decay": 0.1}
-    optimizer = module._prepare(network, tiny(decay_on=decay_on, **plain).training)
+    optimizer = prepared(network, tiny(decay_on=decay_on, **plain).training)
     names = {id(p): name for name, p in network.named_parameters()}
     groups = {
         names[id(p)]: group["weight_decay"]
@@ -290,6 +311,113 @@ def test_what_decays(decay_on, decayed):
         for p in group["params"]
     }
     assert groups == {name: 0.1 if name in decayed else 0.0 for name in names.values()}
+
+
+def one_step(training, gradient=0.5, lr=0.3):
+    """What the first step, at a share of the learning rate, leaves of a weight of ones."""
+    network = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(network.weight)
+    optimizer = prepared(network, training)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * training.lr
+    network.weight.grad = torch.full((1, 2), gradient)
+    optimizer.step()
+    return network.weight[0, 0].item()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "coupling", "left"),
+    [
+        # η = 2, s = 0.3, λ = 0.1, g = 0.5, w = 1
+        ("sgd", "own", 1 - 0.6 * (0.5 + 0.1)),
+        ("sgd", "l2", 1 - 0.6 * (0.5 + 0.1)),
+        ("sgd", "decoupled", 1 - 0.6 * 0.5 - 0.6 * 0.1),
+        ("sgd", "schedule", 1 - 0.6 * 0.5 - 0.3 * 0.1),
+        # Adam's first step is lr·sign(g), whatever L2 adds to g.
+        ("adam", "own", 1 - 0.6),
+        ("adam", "decoupled", 1 - 0.6 - 0.6 * 0.1),
+        ("adam", "schedule", 1 - 0.6 - 0.3 * 0.1),
+        ("adamw", "own", 1 - 0.6 - 0.6 * 0.1),
+        ("adamw", "l2", 1 - 0.6),
+        ("adamp", "schedule", 1 - 0.6 - 0.3 * 0.1),
+    ],
+)
+def test_the_coupling_is_its_formula(optimizer, coupling, left):
+    training = Training(
+        epochs=1, batch_size=1, optimizer=optimizer, lr=2.0, weight_decay=0.1, coupling=coupling
+    )
+    # With δ = 0 AdamP projects nothing.
+    assert one_step(replace(training, delta=0.0)) == pytest.approx(left, rel=1e-6)
+
+
+def test_a_window_without_a_step_is_refused(tmp_path):
+    cell = tiny(epsilon_shift=None, weight_decay=0.1, decay_window=(0.5, 0.55))
+    with pytest.raises(UsageError, match=r"decay_window \[0\.5, 0\.55\].*none of the 6 steps"):
+        run_cell(cell, tmp_path, ROOT)
+
+
+def test_weights_decay_in_the_window_alone(tmp_path, monkeypatch):
+    take, seen = module._Trainer.take, []
+
+    def look(self, chosen):
+        seen.append([group["weight_decay"] for group in self.optimizer.param_groups])
+        return take(self, chosen)
+
+    monkeypatch.setattr(module._Trainer, "take", look)
+    cell = tiny(epsilon_shift=None, weight_decay=0.1, decay_window=(0.3, 0.7))
+    run_cell(cell, tmp_path, ROOT)
+    assert seen == [[on * 0.1, 0.0] for on in (0, 0, 1, 1, 0, 0)]
+
+
+def depthwise_network():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, bias=False),
+        nn.Conv2d(4, 4, 3, groups=4, bias=False),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+
+
+def test_depthwise_convolutions_are_normalized_if_asked():
+    for asked, expected in ((False, {"0"}), (True, {"0", "1"})):
+        network = depthwise_network()
+        prepared(network, tiny(normalize_depthwise=asked).training)
+        assert {n[0] for n, _ in network.named_parameters() if "original" in n} == expected
+    with pytest.raises(UsageError, match="has no depthwise convolution"):
+        prepared(nn.Sequential(nn.Conv2d(2, 4, 3)), tiny(normalize_depthwise=True).training)
+
+
+def test_named_modules_are_not_normalized():
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3))
+    prepared(network, tiny(normalization_skip=("1",)).training)
+    assert {n[0] for n, _ in network.named_parameters() if "original" in n} == {"0"}
+    with pytest.raises(UsageError, match="'last', which matches no module"):
+        prepared(network, tiny(normalization_skip=("last",)).training)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_depthwise_convolutions_need_not_decay(normalized):
+    network = depthwise_network()
+    training = tiny(
+        decay_on="no-depthwise",
+        weight_decay=0.1,
+        epsilon_shift=None,
+        normalize_depthwise=normalized,
+    ).training
+    optimizer = prepared(network, training)
+    decays = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    found = {name[0]: decays[id(p)] for name, p in network.named_parameters() if p.ndim > 1}
+    assert found == {"0": 0.1, "1": 0.0, "3": 0.1}
+
+
+@pytest.mark.parametrize("changed", [{"coupling": "l2"}, {"decay_window": (0.0, 0.5)}])
+def test_processes_refuse_what_their_checkpoint_would_not_hold(tmp_path, changed):
+    cell = tiny(epsilon_shift=None, **changed)
+    with pytest.raises(UsageError, match="not allowed with --parallel"):
+        run_cell(cell, tmp_path, ROOT, processes=Processes("ddp", 0, 2))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_metrics_are_what_they_say(tmp_path, whole):

@@ -18,6 +18,7 @@ SCHEMA = 1
 OPTIMIZERS = ("sgd", "sgdp", "adam", "adamw", "adamp")
 SCHEDULES = ("constant", "steps", "cosine")
 NORMALIZATIONS = ("none", "WN", "CWN", "WS")
+COUPLINGS = ("own", "l2", "decoupled", "schedule")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,12 @@ class Training:
         optimizer: sgd, sgdp, adam, adamw or adamp.
         lr: the learning rate at its highest.
         weight_decay: L2 in sgd and adam, decoupled in the others (default: 0).
-        decay_on: ``weights`` of two or more dimensions, all parameters but ``no-biases``, or
-            ``all`` (default: weights).
+        coupling: ``own`` is the optimizer's; ``l2``; ``decoupled``, λ times the learning rate;
+            ``schedule``, decoupled and λ times the share of ``lr`` that the schedule leaves, as in
+            SGDW and AdamW of arXiv 1711.05101 (default: own).
+        decay_window: from and to which share of the steps weights decay (default: 0 and 1).
+        decay_on: ``weights`` of two or more dimensions, those ``no-depthwise`` convolution has,
+            all parameters but ``no-biases``, or ``all`` (default: weights).
         momentum: of sgd and sgdp (default: 0.9).
         nesterov: of sgd, sgdp and adamp (default: no).
         betas: of adam, adamw and adamp (default: 0.9 and 0.999).
@@ -43,6 +48,9 @@ class Training:
         lr_factor: by what (default: 0.1).
         warmup: the share of the steps in which ``lr`` rises evenly from 0 (default: 0).
         normalization: of the weights: none, WN, CWN or WS (default: none).
+        normalization_skip: modules, by name or pattern, whose weights are left alone besides those
+            that ``reparametrize`` leaves alone of itself (default: none).
+        normalize_depthwise: whether depthwise convolutions are normalized too (default: no).
         normalization_eps: below which norm or std the division goes on as by this; 0 is the papers'
             bare division, which can overflow (default: the library's own guard).
         gain: whether normalized weights have a learnable gain (default: no).
@@ -58,6 +66,8 @@ class Training:
     optimizer: str
     lr: float
     weight_decay: float = 0.0
+    coupling: str = "own"
+    decay_window: tuple[float, ...] = (0.0, 1.0)
     decay_on: str = "weights"
     momentum: float = 0.9
     nesterov: bool = False
@@ -70,6 +80,8 @@ class Training:
     lr_factor: float = 0.1
     warmup: float = 0.0
     normalization: str = "none"
+    normalization_skip: tuple[str, ...] = ()
+    normalize_depthwise: bool = False
     normalization_eps: float | None = None
     gain: bool = False
     epsilon_shift: float | None = None
@@ -82,7 +94,8 @@ class Training:
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
             ("normalization", NORMALIZATIONS),
-            ("decay_on", ("weights", "no-biases", "all")),
+            ("coupling", COUPLINGS),
+            ("decay_on", ("weights", "no-depthwise", "no-biases", "all")),
             ("autocast", ("none", "bfloat16")),
         ):
             value = getattr(self, name)
@@ -99,6 +112,34 @@ class Training:
         if guard is not None and not (math.isfinite(guard) and guard >= 0):
             raise UsageError(
                 f"normalization_eps {guard} is not allowed: must be finite and not negative"
+            )
+        self._check_decay()
+        if self.normalization == "none":
+            for name in ("normalize_depthwise", "normalization_skip"):
+                if getattr(self, name):
+                    raise UsageError(f"{name} is set, but normalization is none")
+
+    def _check_decay(self) -> None:
+        if self.coupling == "schedule" and self.weight_decay >= 1:
+            raise UsageError(
+                f"weight_decay {self.weight_decay} is not allowed: must be below 1 where no "
+                "learning rate is multiplied with it"
+            )
+        window = self.decay_window
+        if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
+            raise UsageError(
+                f"decay_window {list(window)} is not allowed: must be two shares of the steps, "
+                "rising, from 0 to 1"
+            )
+        if self.epsilon_shift is not None and (
+            self.coupling != "own" or window[0] > 0 or window[1] < 1
+        ):
+            raise UsageError("epsilon_shift goes with no coupling and no decay_window")
+        shifts_depthwise = self.epsilon_shift is not None and self.normalize_depthwise
+        if shifts_depthwise and self.decay_on == "no-depthwise":
+            raise UsageError(
+                "decay_on is no-depthwise, but epsilon_shift would decay the depthwise "
+                "convolutions that normalize_depthwise normalizes"
             )
 
     def factor(self, step: int, steps: int) -> float:

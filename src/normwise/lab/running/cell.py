@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normwise.decay import EpsilonShiftedL2
+from normwise.decay import L2, DecayScheduler, Decoupled, EpsilonShiftedL2, Policy, Window
 from normwise.geometry import View, norms
 from normwise.lab.environment import environment
 from normwise.lab.errors import UsageError
@@ -48,6 +48,11 @@ __all__ = ["CONFIG", "RESULT", "DiskFull", "config_of", "run_cell"]
 SCHEMA = 1
 CONFIG, RESULT, CHECKPOINT = "config.json", "result.json", "checkpoint.pt"
 _NORMALIZATION = {"WN": WeightNorm, "CWN": CenteredWeightNorm, "WS": WeightStandardization}
+_POLICY: dict[str, Policy] = {
+    "l2": L2(),
+    "decoupled": Decoupled(),
+    "schedule": Decoupled(per="schedule"),
+}
 # Whether the loss is still finite is asked this often: asking waits for the device.
 _CHECK_EVERY = 20
 
@@ -102,6 +107,14 @@ def run_cell(
             f"task {cell.task!r} is not allowed with --parallel: its loss is not the mean of those "
             "of a batch's parts; train it in one process"
         )
+    training = cell.training
+    if processes.kind is not None and (
+        training.coupling != "own" or training.decay_window != (0.0, 1.0)
+    ):
+        raise UsageError(
+            f"coupling {training.coupling!r} and decay_window {list(training.decay_window)} are "
+            "not allowed with --parallel, but for 'own' and [0, 1]; train it in one process"
+        )
     folder = out / cell.folder
 
     def begin() -> dict[str, Any] | None:
@@ -154,8 +167,10 @@ def _same_config(folder: Path, config: dict[str, Any]) -> None:
     if different is not None:
         old, new = there.get(different), config.get(different)
         if isinstance(new, dict) and isinstance(old, dict):
-            key = next(k for k in new if old.get(k) != new[k])
-            different, old, new = f"{different}: {key}", old.get(key), new[key]
+            # A setting that one of them does not have differs too, whatever its value.
+            key = next(k for k in {**new, **old} if k not in old or old[k] != new.get(k))
+            different = f"{different}: {key}"
+            old, new = old.get(key, "not set"), new.get(key, "not set")
         raise UsageError(
             f"{folder} holds another run: its {different} is {old!r}, not {new!r}; give another "
             "--out, or delete it"
@@ -219,6 +234,7 @@ class _Trainer:
                 f"{self.problem.examples} training examples"
             )
         self.steps = len(self._batches(1))
+        _decay_within_window(self.optimizer, self.training, self.training.epochs * self.steps)
         self.epoch, self.step, self.written = 0, 0, 0
         self.total = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -440,26 +456,19 @@ def _times(folder: Path, epoch: int, steps: int, seconds: float, waited: float) 
         file.write(json.dumps(line) + "\n")
 
 
-def _normalize(model: nn.Module, training: Training) -> None:
-    """Normalize the weights as asked."""
-    if training.normalization != "none":
-        reparametrize(
-            model,
-            _NORMALIZATION[training.normalization],
-            gain=training.gain,
-            eps=training.normalization_eps,
-        )
-
-
 def _prepare(model: nn.Module, training: Training) -> Optimizer:
     """The optimizer of a model that is normalized, and distributed."""
+    spared: set[nn.Parameter] = set()
+    if training.decay_on == "no-depthwise":
+        spared = {p for m in _depthwise(model) for p in m.parameters()}
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             bias = name.rpartition(".")[2] == "bias"
-            also = {"weights": False, "no-biases": not bias, "all": True}[training.decay_on]
-            (decayed if p.ndim > 1 or also else others).append(p)
+            also = {"no-biases": not bias, "all": True}.get(training.decay_on, False)
+            decays = (p.ndim > 1 and p not in spared) or also
+            (decayed if decays else others).append(p)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": training.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -473,7 +482,66 @@ def _prepare(model: nn.Module, training: Training) -> Optimizer:
                 model, weight_decay=training.weight_decay, eps=training.epsilon_shift
             )
         shifted.attach(optimizer)
+    if training.coupling != "own" and training.weight_decay > 0:
+        _POLICY[training.coupling].attach(optimizer)
     return optimizer
+
+
+def _depthwise(model: nn.Module) -> list[nn.Conv2d]:
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return [m for m in convolutions if m.groups == m.in_channels > 1]
+
+
+def _normalize(model: nn.Module, training: Training) -> None:
+    """Normalize the weights as asked."""
+    if training.normalization == "none":
+        return
+    depthwise = _depthwise(model)
+    if training.normalize_depthwise and not depthwise:
+        raise UsageError("normalize_depthwise is set, but the network has no depthwise convolution")
+
+    def normalize(only: list[nn.Conv2d] | None) -> None:
+        reparametrize(
+            model,
+            _NORMALIZATION[training.normalization],
+            gain=training.gain,
+            only=only,
+            skip=training.normalization_skip,
+            eps=training.normalization_eps,
+        )
+
+    try:
+        normalize(None)
+        if training.normalize_depthwise:
+            normalize(depthwise)
+    except ValueError as error:
+        raise UsageError(f"normalization {training.normalization}: {error}") from None
+
+
+def _decay_within_window(optimizer: Optimizer, training: Training, steps: int) -> None:
+    """Switch the decay on and off at the shares of ``steps`` that were asked for.
+
+    The schedule goes into the optimizer's state, and with it into the checkpoint.
+    """
+    start, stop = (round(share * steps) for share in training.decay_window)
+    if (start, stop) == (0, steps):
+        return
+    if start == stop:
+        raise UsageError(
+            f"decay_window {list(training.decay_window)} is not allowed: none of the {steps} steps "
+            "lies in it"
+        )
+    schedule = DecayScheduler(optimizer, Window(start, stop))
+
+    def put(_: Optimizer, state: dict[str, Any]) -> None:
+        state["decay"] = schedule.state_dict()
+
+    def take(_: Optimizer, state: dict[str, Any]) -> None:
+        schedule.load_state_dict(state["decay"])
+
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    optimizer.register_state_dict_post_hook(put)
+    optimizer.register_load_state_dict_pre_hook(take)
 
 
 def _optimizer(groups: list[dict[str, Any]], t: Training) -> Optimizer:
