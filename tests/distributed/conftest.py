@@ -13,6 +13,7 @@ import pytest
 WORKER = Path(__file__).with_name("worker.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the mark in this hook
 def pytest_collection_modifyitems(items):
     """One worker of pytest-xdist runs all of these, so that the ranks are started once."""
     for item in items:
