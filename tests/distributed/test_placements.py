@@ -194,8 +194,15 @@ def test_the_trajectory_is_that_of_one_process(name, makes, world4):
         assert_as_one_process(world4(differences, makes, (2, 2), PLACEMENTS_2D[name]), 2)
 
 
-@pytest.mark.parametrize("name", ["FSDP2", "FSDP2+TP column-wise"])
-def test_fused_steps_of_shards(name, world4):
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("FSDP2", "AdamP fused"),
+        ("FSDP2+TP column-wise", "AdamP fused"),
+        ("FSDP2+TP row-wise", "SGDP fused"),
+    ],
+)
+def test_fused_steps_of_shards(name, make, world4):
     """Some ranks have empty shards, which no kernel takes, and all wait for the same sums."""
     pytest.importorskip("numba")
-    test_the_trajectory_is_that_of_one_process(name, ["AdamP fused"], world4)
+    test_the_trajectory_is_that_of_one_process(name, [make], world4)

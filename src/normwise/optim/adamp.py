@@ -21,7 +21,7 @@ from normwise.optim._base import (
     use_foreach,
     working,
 )
-from normwise.optim.kernels import AdamRule, Fused, Step, use_fused
+from normwise.optim.kernels import AdamRule, Fused, Later, Step, use_fused
 from normwise.optim.projection import ViewOption
 
 __all__ = ["AdamP", "adamp"]
@@ -371,7 +371,7 @@ def _fused_adamp(
         stochastic_rounding=stochastic_rounding,
     )
     if left := fused.step_(
-        *lists, step, view=view, norm=norm, later=getattr(finish, "later", None)
+        *lists, step, view=view, norm=norm, later=finish if isinstance(finish, Later) else None
     ):
         _multi_tensor_adamp(
             *([tensors[i] for i in left] for tensors in lists),

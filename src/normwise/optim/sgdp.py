@@ -20,7 +20,7 @@ from normwise.optim._base import (
     use_foreach,
     working,
 )
-from normwise.optim.kernels import Fused, SGDRule, Step, use_fused
+from normwise.optim.kernels import Fused, Later, SGDRule, Step, use_fused
 from normwise.optim.projection import ViewOption
 
 __all__ = ["SGDP", "sgdp"]
@@ -346,7 +346,7 @@ def _fused_sgdp(
         step,
         view=view,
         norm=norm,
-        later=getattr(finish, "later", None),
+        later=finish if isinstance(finish, Later) else None,
     ):
         _multi_tensor_sgdp(
             [params[i] for i in left],

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from normwise.geometry import View
 from normwise.optim._base import Tensors, descend_, round_back_, scalar_dtype, take_step_
-from normwise.optim.kernels import use_fused
+from normwise.optim.kernels import Later, use_fused
 from normwise.optim.projection import BATCHED_ENTRIES, ViewOption, batch, is_alias, unbatch_
 from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
 
@@ -62,6 +62,24 @@ class _Batch:
 
 
 @dataclass
+class _DeferredPlan:
+    """A fused step that was put off.
+
+    Attributes:
+        plan, params: what :meth:`Plan.finish_` is called with.
+        layouts: of the weights.
+        pieces: sums over what this rank has of their slices, if those are split.
+        sums: what is exchanged of each weight.
+    """
+
+    plan: Plan
+    params: Sequence[Tensor]
+    layouts: list[Layout]
+    pieces: list[Tensor]
+    sums: list[Tensor]
+
+
+@dataclass
 class _Deferred:
     """The arguments of a :func:`take_step_` that was put off, and the sums that it needs."""
 
@@ -89,7 +107,7 @@ class Exchange:
         self._known = layouts
         self._order: dict[Tensor, int] = {}
         self._deferred: list[_Deferred] = []
-        self._plans: list[tuple[Plan, Sequence[Tensor], list[Layout], Tensor]] = []
+        self._plans: list[_DeferredPlan] = []
 
     def parts(
         self,
@@ -110,6 +128,7 @@ class Exchange:
             if "view" in group:
                 options["view"] = view
             if isinstance(finish, _Later):
+                options["view"] = finish.view_of_pieces
                 options["fused"] = finish.may_be_fused and use_fused(options, shards)
             yield (
                 options,
@@ -198,8 +217,16 @@ class Exchange:
         self, layouts: Mapping[Tensor, Layout], plan: Plan, params: Sequence[Tensor]
     ) -> None:
         """Put off the end of a fused step until :meth:`finish_`."""
-        totals = torch.from_numpy(plan.totals())
-        self._plans.append((plan, params, [layouts[p] for p in params], totals))
+        of_params = [layouts[p] for p in params]
+        if plan.split:
+            pieces = plan.sum_pieces()
+            sums = [
+                layout.by_slice(piece) if layout.view.kind == "blocks" else piece
+                for piece, layout in zip(pieces, of_params, strict=True)
+            ]
+        else:
+            pieces, sums = [], list(torch.split(torch.from_numpy(plan.totals()), 1))
+        self._plans.append(_DeferredPlan(plan, params, of_params, pieces, sums))
 
     def finish_(self) -> None:
         """Exchange the sums of all steps that were put off, and end them."""
@@ -210,20 +237,19 @@ class Exchange:
             for b in step.batches
             for j, i in enumerate(b.members)
         ]
-        for _, params, layouts, totals in self._plans:
-            rows = zip(params, torch.split(totals, 1), layouts, strict=True)
-            messages += [(self._order[p], row, layout) for p, row, layout in rows]
+        for fused in self._plans:
+            rows = zip(fused.params, fused.sums, fused.layouts, strict=True)
+            messages += [(self._order[p], sums, layout) for p, sums, layout in rows]
         messages.sort(key=lambda message: message[0])
         sum_over_ranks_([m for _, m, _ in messages], [layout for _, _, layout in messages])
         for step in self._deferred:
             _finish_(step)
-        for plan, params, layouts, totals in self._plans:
-            plan.replace_totals(totals.numpy(), [layout.shape.numel() for layout in layouts])
-            plan.finish_(params)
+        for fused in self._plans:
+            _finish_plan_(fused)
 
 
 @dataclass(frozen=True)
-class _Later:
+class _Later(Later):
     """Ends a step of shards when sums have been exchanged; stands in for :func:`take_step_`."""
 
     exchange: Exchange
@@ -233,15 +259,25 @@ class _Later:
     def __call__(self, *tensors: Any, **options: Any) -> None:
         self.exchange.defer_(self.layouts, *tensors, **options)
 
-    def later(self, plan: Plan, params: Sequence[Tensor]) -> None:
+    def defer_(self, plan: Plan, params: Sequence[Tensor]) -> None:
         self.exchange.defer_plan_(self.layouts, plan, params)
 
     @property
+    def split(self) -> bool:
+        return self.view != "auto"
+
+    @property
+    def view_of_pieces(self) -> ViewOption:
+        """How the shards split into what the kernel sums: a block may begin anywhere in them."""
+        view = self.view
+        return View.channel(view.dim) if isinstance(view, View) and view.kind == "blocks" else view
+
+    @property
     def may_be_fused(self) -> bool:
-        """Whether the CPU's kernel can end it: it knows of no slice that is split but a layer."""
+        """Whether the CPU's kernel can end it: in ``"auto"`` it knows of no channel in pieces."""
         of_layers = all(layout.view == _LAYER for layout in self.layouts.values())
         on_cpu = all(p.numel() > 0 and p.device.type == "cpu" for p in self.layouts)
-        return self.view == "auto" and of_layers and on_cpu
+        return (self.split or of_layers) and on_cpu
 
 
 def _lay_out(p: Any, view: ViewOption) -> Layout:
@@ -251,6 +287,17 @@ def _lay_out(p: Any, view: ViewOption) -> Layout:
     if layer.whole is not None or lay_out(p, _CHANNEL).whole is not None:
         return layer
     return lay_out_channels(p)
+
+
+def _finish_plan_(step: _DeferredPlan) -> None:
+    if not step.plan.split:
+        totals = torch.cat(step.sums).numpy()
+        step.plan.replace_totals(totals, [layout.shape.numel() for layout in step.layouts])
+    else:
+        for here, sums, layout in zip(step.pieces, step.sums, step.layouts, strict=True):
+            if here is not sums:
+                here.copy_(layout.by_channel(sums))
+    step.plan.finish_(step.params)
 
 
 def _finish_(step: _Deferred) -> None:

@@ -10,7 +10,8 @@ import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,17 @@ if TYPE_CHECKING:
     from normwise.optim.kernels import cpu, cuda
 
     Plan = cpu.Plan | cuda.Plan
-    Later = Callable[[cpu.Plan, Sequence[Tensor]], None]
 
-__all__ = ["AdamRule", "Fused", "SGDRule", "Step", "check_available", "takes_scaler", "use_fused"]
+__all__ = [
+    "AdamRule",
+    "Fused",
+    "Later",
+    "SGDRule",
+    "Step",
+    "check_available",
+    "takes_scaler",
+    "use_fused",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +123,19 @@ class Step:
     stochastic_rounding: bool = False
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+
+
+class Later(ABC):
+    """Ends the step of shards, on the CPU, when ranks have exchanged their sums."""
+
+    @property
+    @abstractmethod
+    def split(self) -> bool:
+        """Whether the slices of a :class:`View` are pieces of slices that lie on several ranks."""
+
+    @abstractmethod
+    def defer_(self, plan: cpu.Plan, params: Sequence[Tensor]) -> None:
+        """Called when the sums of this rank are there: :meth:`cpu.Plan.finish_` will follow."""
 
 
 def check_available(params: Sequence[Tensor], *, stochastic_rounding: bool = False) -> None:
@@ -231,14 +253,14 @@ class Fused:
             seconds, counts: second moments and step counts; None for SGD.
             step: what kind of step to take.
             view, norm: options of the group.
-            later: what ends the step of shards on the CPU, see :meth:`cpu.Plan.step_`.
+            later: what ends the step of shards on the CPU (default: None, for the kernel itself).
 
         Returns:
             The indices of those that are left: not dense, a gradient in another memory format,
             another dtype, a subclass of Tensor.
         """
         others = [[] if tensors is None else tensors for tensors in (firsts, seconds, counts)]
-        self._look(params, grads, others, view, norm)
+        self._look(params, grads, others, view, norm, later is not None and later.split)
         if self.found_inf is not None:
             step = replace(step, grad_scale=self.grad_scale, found_inf=self.found_inf)
         left: list[int] = []
@@ -270,6 +292,7 @@ class Fused:
         others: Sequence[Sequence[Tensor]],
         view: ViewOption,
         norm: str,
+        split: bool,
     ) -> None:
         """Remake the plans unless the tensors are as they were."""
         # What changes from step to step, looked at cheaply: about 0.5 µs a parameter.
@@ -279,7 +302,7 @@ class Fused:
             forms = [(g.shape, g.stride(), g.dtype) for g in grads]
             shapes = [p.shape for p in params]
             addresses = [t.data_ptr() for tensors in (params, *others) for t in tensors]
-            seen = (view, norm, forms, shapes, addresses)
+            seen = (view, norm, split, forms, shapes, addresses)
             if seen == self._seen:
                 return
         self._seen = seen
@@ -293,13 +316,15 @@ class Fused:
                 by_kind.setdefault(None, []).append(i)
             elif p.numel() > 0:
                 by_kind.setdefault((p.device, p.dtype), []).append(i)
-        key = (view, norm, [(p.shape, p.stride()) for p in params], by_kind)
+        key = (view, norm, split, [(p.shape, p.stride()) for p in params], by_kind)
         if key == self._key:
             return
         self._key = key
         self._parts = [
             (
-                None if kind is None else _new_plan([params[i] for i in members], view, norm),
+                None
+                if kind is None
+                else _new_plan([params[i] for i in members], view, norm, split),
                 members,
             )
             for kind, members in by_kind.items()
@@ -309,10 +334,11 @@ class Fused:
             _say_once(f"{left} of {len(params)} weights do not fit the fused step")
 
 
-def _new_plan(params: Sequence[Tensor], view: ViewOption, norm: str) -> Plan:
+def _new_plan(params: Sequence[Tensor], view: ViewOption, norm: str, split: bool) -> Plan:
     backend = _BACKENDS[params[0].device.type]
     module: Any = importlib.import_module(f"{__name__}.{backend.module}")
-    plan: Plan = module.Plan(params, view, norm)
+    options: dict[str, Any] = {"split": True} if split else {}
+    plan: Plan = module.Plan(params, view, norm, **options)
     return plan
 
 

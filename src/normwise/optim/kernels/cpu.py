@@ -58,11 +58,16 @@ def _run(dtype: torch.dtype, block: Table, threads: int) -> None:
 _MODES = {"free": k.FREE, "explicit": k.EXPLICIT, "fixed": k.FIXED, "auto": k.AUTO}
 
 
-def _chunks(outer: int, slices: int, inner: int, mode: int) -> tuple[bool, list[Table]]:
-    """Whether slices stay whole, and the bounds of the chunks: outer, slice and inner ranges."""
+def _chunks(
+    outer: int, slices: int, inner: int, mode: int, split: bool
+) -> tuple[bool, list[Table]]:
+    """Whether one pass ends a chunk, and the bounds of chunks: outer, slice and inner ranges.
+
+    It does if slices stay whole, and are not themselves pieces of slices ``split`` over ranks.
+    """
     entries = outer * inner
-    whole = entries <= k.LONGEST and mode != k.FREE
-    if whole:
+    uncut = entries <= k.LONGEST and mode != k.FREE
+    if uncut:
         per_chunk = (outer, max(1, k.TYPICAL // entries), inner)
     elif outer == 1 or inner >= k.TYPICAL:
         per_chunk = (1, 1, k.TYPICAL)
@@ -76,7 +81,7 @@ def _chunks(outer: int, slices: int, inner: int, mode: int) -> tuple[bool, list[
     bounds = []
     for start, n, width in zip(starts, (outer, slices, inner), per_chunk, strict=True):
         bounds += [start.ravel(), np.minimum(start.ravel() + width, n)]
-    return whole, bounds
+    return uncut and not split, bounds
 
 
 class Plan:
@@ -86,10 +91,15 @@ class Plan:
         params: dense CPU tensors of one dtype, none empty.
         view: as in :func:`normwise.optim.projection.project_`.
         norm: ``"free"`` or ``"fixed"``.
+        split: whether the slices of a :class:`View` are pieces of slices that lie on several ranks
+            (default: False).
     """
 
-    def __init__(self, params: Sequence[Tensor], view: ViewOption, norm: str) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], view: ViewOption, norm: str, *, split: bool = False
+    ) -> None:
         self.dtype = params[0].dtype
+        self.split = split
         self.tensors = np.zeros((len(params), 16), np.int64)
         self.factors = np.zeros((len(params), 8))
         tables = []
@@ -99,7 +109,7 @@ class Plan:
             layout = memory_layout(p, slicing(p, view))
             assert layout is not None
             outer, slices, inner = layout
-            whole, bounds = _chunks(outer, slices, inner, kind)
+            whole, bounds = _chunks(outer, slices, inner, kind, split)
             table = np.zeros((len(bounds[0]), 8), np.int64)
             table[:, k.TENSOR] = t
             table[:, k.OUTER_0 : k.INNER_1 + 1] = np.stack(bounds, 1)
@@ -145,6 +155,11 @@ class Plan:
         for entry, array in pointed_to.items():
             self.block[entry] = array.ctypes.data
         self.block[k.N_CHUNKS] = n_chunks
+        self._pieces: list[Tensor] = []
+        if split:
+            exchanged = torch.from_numpy(self.sums[:, : k.GG + 1 if norm == "fixed" else k.WW + 1])
+            for first, slices in self.tensors[:, [k.TOTALS, k.SLICES]].tolist():
+                self._pieces.append(exchanged.narrow(0, first, slices))
         self._last: Table | None = None
         self._may_revisit = bool(
             (
@@ -170,8 +185,8 @@ class Plan:
             firsts: first moments or momentum buffers; None for a momentum of 0.
             seconds, counts: second moments and step counts; None for SGD.
             step: what kind of step to take.
-            later: if the weights are shards, called when the sums of this rank are there; the step
-                ends with :meth:`finish_`, until when the tensors must be kept.
+            later: if the weights are shards, what is told when the sums of this rank are there; the
+                step ends with :meth:`finish_`, until when the tensors must be kept.
         """
         for column, tensors in ((k.W, params), (k.G, grads), (k.M, firsts), (k.V, seconds)):
             self.tensors[:, column] = 0 if tensors is None else list(map(Tensor.data_ptr, tensors))
@@ -209,7 +224,16 @@ class Plan:
         if later is None:
             self.finish_(params)
         else:
-            later(self, params)
+            later.defer_(self, params)
+
+    def sum_pieces(self) -> list[Tensor]:
+        """Of each weight whose slices are split ⟨w, u⟩, ‖w‖² and, if their norms are fixed,
+        ⟨w, u⟩, ‖u‖² of the pieces here; shape ``(slices, 2 or 4)``.
+
+        The step ends with what these tensors hold when :meth:`finish_` is called.
+        """
+        self._decide()
+        return self._pieces
 
     def totals(self) -> Table:
         """What this rank knows of the gate of each weight in ``"auto"``, all of whose channels are
@@ -233,7 +257,7 @@ class Plan:
     def finish_(self, params: Sequence[Tensor]) -> None:
         """Decide, and take the second pass over what needs it."""
         if self._may_revisit:
-            if self._decide():
+            if self.split or self._decide():
                 self._pass(2, int(self.block[k.THREADS]))
             self._guess()
         torch.autograd.graph.increment_version(params)
