@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+from torch.nn.utils.parametrizations import weight_norm
 
 from normwise import cli
 from normwise.lab.data.images import Labelled
 from normwise.lab.errors import UsageError
 from normwise.lab.networks import NETWORKS
-from normwise.lab.parallel import Processes
+from normwise.lab.parallel import Processes, _blocks
 from normwise.lab.recipes import find
 from normwise.lab.running import cell as module
 from normwise.lab.running.cell import run_cell
@@ -73,6 +74,29 @@ def digits(network="plain", **training):
     )
     quick = {"epochs": 2, "batch_size": 252, "normalization": "WS", "epsilon_shift": 0.1}
     return replace(cell, options=options, training=replace(cell.training, **{**quick, **training}))
+
+
+class Tied(nn.Module):
+    """Blocks of which one shares its weight with what is outside, and one is a list itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(
+            [
+                nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)),
+                nn.ModuleList([weight_norm(nn.Linear(4, 4)), nn.Flatten()]),
+                self.inside,
+            ]
+        )
+
+
+def test_fsdp_gathers_blocks_one_by_one():
+    """Not what has no forward of its own, no weights, or weights that are used elsewhere."""
+    model = Tied()
+    whole, parts, _ = model.blocks
+    assert _blocks(model) == [whole, parts[0]]
+    assert _blocks(nn.Linear(2, 2)) == []
 
 
 def attacked():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -53,7 +54,10 @@ class Processes:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
-            fully_shard(model, mesh=init_device_mesh(self.device, (self.size,)))
+            mesh = init_device_mesh(self.device, (self.size,))
+            for block in _blocks(model):
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
             model.register_forward_pre_hook(_first_buffers)
         return model
 
@@ -102,10 +106,11 @@ class Processes:
         from torch.distributed.checkpoint import state_dict as states
         from torch.distributed.fsdp import FSDPModule
 
-        if isinstance(model, FSDPModule):
-            # A forward pass without a backward pass leaves the weights gathered, and those are
-            # not the optimizer's.
-            model.reshard()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # A forward pass without a backward pass leaves the weights gathered, and those are
+                # not the optimizer's.
+                module.reshard()
         moments = states.get_optimizer_state_dict(model, optimizer, options=_whole_states())
         return {"model": self.weights(model), "optimizer": moments}
 
@@ -121,6 +126,29 @@ class Processes:
         states.set_optimizer_state_dict(
             model, optimizer, state["optimizer"], options=_whole_states()
         )
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The members of the outermost lists and sequences, each needed only while it runs itself.
+
+    A block with a weight that is used elsewhere too, as tied embeddings are, is left to the model.
+    """
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    blocks = []
+    pending = [model]
+    while pending:
+        module = pending.pop(0)
+        # No subclass: the parametrizations of a weight are a ModuleList too.
+        if type(module) not in (nn.Sequential, nn.ModuleList):
+            pending += module.children()
+            continue
+        for member in module.children():
+            own = Counter(id(p) for _, p in member.named_parameters(remove_duplicate=False))
+            if type(member) in (nn.ModuleList, nn.ModuleDict):  # has no forward of its own
+                pending.append(member)
+            elif own and all(uses[p] == count for p, count in own.items()):
+                blocks.append(member)
+    return blocks
 
 
 def _whole_states() -> Any:
