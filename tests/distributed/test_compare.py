@@ -16,8 +16,19 @@ COMPARE = ["compare", "--epochs", "1", "--seeds", "1", "--optimizers", "adamp", 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_one_network(kind, tmp_path):
     pytest.importorskip("sklearn")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "normwise", *COMPARE, "--parallel", kind, "--out", "run"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [
+        *torchrun,
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "normwise",
+        *COMPARE,
+        "--parallel",
+        kind,
+        "--out",
+        "run",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
