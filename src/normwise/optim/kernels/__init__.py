@@ -49,7 +49,7 @@ class Backend:
     compiler: str
     extra: str
     dtypes: tuple[torch.dtype, ...]
-    # Below so many entries a step takes microseconds anyhow; loading a compiler does not pay.
+    # For fewer entries, as of a toy, loading a compiler does not pay: it takes a second.
     worthwhile_entries: int
     stochastic_rounding: bool
     # Whether they divide gradients by a GradScaler's scale, and skip steps, so that none waits.
@@ -59,7 +59,7 @@ class Backend:
 _WIDE = (torch.float32, torch.float64, torch.bfloat16)
 _BACKENDS = {
     "cpu": Backend(
-        "cpu", "numba", "cpu", _WIDE, 1 << 17, stochastic_rounding=False, takes_scaler=False
+        "cpu", "numba", "cpu", _WIDE, 1 << 10, stochastic_rounding=False, takes_scaler=False
     ),
     "cuda": Backend(
         "cuda",
