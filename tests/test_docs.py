@@ -1,5 +1,6 @@
 """Every code block of the README and of the docs runs."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from normwise import cli
+from normwise.lab.recipes import ids
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -81,3 +83,18 @@ def test_importing_normwise_imports_nothing_heavy_but_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert result.stdout.decode().strip() == "[]"
+
+
+@pytest.mark.parametrize("recipe", ids())
+def test_the_results_page_shows_what_the_data_says(recipe):
+    path = ROOT / "docs" / "results" / f"{recipe}.json"
+    if not path.exists():
+        pytest.skip("not run for the docs")
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    (section,) = (s for s in page.split("\n## ") if f"normwise paper run {recipe}" in s)
+    for row in rows:
+        shown = "failed" if row["mean"] is None else f"{row['mean']:.2f}"
+        if row["sd"] is not None:
+            shown += f" ± {row['sd']:.2f}"
+        assert f"| {shown} " in section, row["method"]

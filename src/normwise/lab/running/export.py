@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,17 +52,16 @@ def _trivial(table: Table) -> str:
 
 
 def as_markdown(tables: Sequence[Table]) -> str:
-    """Pipe tables, each under its title."""
+    """Pipe tables, each under its title; what holds for all of a recipe's follows the last."""
     parts = []
-    for table in tables:
-        lines = [f"**{_title(table)}**", "", f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
-        lines += [f"| {' | '.join(_cells(e, table.metric))} |" for e in table.entries]
-        paper = table.recipe.paper
-        said = [_trivial(table), table.recipe.scales[table.scale].note]
-        said += [f"Paper: {paper.source}.", paper.note]
-        lines += ["", " ".join(filter(None, said)), ""]
-        parts.append("\n".join(lines))
-    return "\n".join(parts)
+    for (recipe, scale), group in itertools.groupby(tables, lambda t: (t.recipe, t.scale)):
+        for table in group:
+            lines = [f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
+            lines += [f"| {' | '.join(_cells(e, table.metric))} |" for e in table.entries]
+            parts += [f"**{_title(table)}**", "\n".join(lines), _trivial(table)]
+        paper = f"Paper: {recipe.paper.source}."
+        parts.append(" ".join(filter(None, [recipe.scales[scale].note, paper, recipe.paper.note])))
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 _LATEX = {
