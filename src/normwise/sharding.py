@@ -72,6 +72,11 @@ class Layout:
         return View.channel(self.dim)
 
     @property
+    def entries(self) -> int:
+        """The number of entries of a channel of the whole weight."""
+        return self.shape.numel() // self.shape[self.dim]
+
+    @property
     def slices(self) -> int:
         """The number of slices of the whole weight."""
         if self.view.kind == "channel":

@@ -210,12 +210,12 @@ def test_flat_parameters_of_fsdp1_are_refused(use_orig_params, world2):
         assert world2(fsdp1, name, use_orig_params, False) == ["no error"] * 2
 
 
-def fused_shards(view):
+def fused_shards(view, dim):
     """Whether slices take the fused kernel: no plan is made without it."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     model, expected = nn.Linear(40, 64).double(), nn.Linear(40, 64).double()
     expected.load_state_dict(model.state_dict())
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(min(dim, p.ndim - 1)))
     options = {"lr": 0.1, "view": view}
     many = normwise.AdamP(model.parameters(), fused=True, **options)
     one = normwise.AdamP(expected.parameters(), foreach=False, **options)
@@ -230,9 +230,10 @@ def fused_shards(view):
     return [plan is not None for fused in many._plans.values() for plan, _ in fused._parts]
 
 
-@pytest.mark.parametrize("view", ["channel", "channel(1)", "blocks(16)", "blocks(1)", "layer"])
-def test_slices_take_the_fused_kernel_whether_whole_or_split(view, world2):
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("view", ["auto", "channel", "channel(1)", "blocks(16)", "layer"])
+def test_slices_take_the_fused_kernel_whether_whole_or_split(view, dim, world2):
     pytest.importorskip("numba")
-    for plans in world2(fused_shards, view):
+    for plans in world2(fused_shards, view, dim):
         assert plans
         assert all(plans)

@@ -200,6 +200,7 @@ def test_the_trajectory_is_that_of_one_process(name, makes, world4):
         ("FSDP2", "AdamP fused"),
         ("FSDP2+TP column-wise", "AdamP fused"),
         ("FSDP2+TP row-wise", "SGDP fused"),
+        ("row-wise", "AdamP fused"),
     ],
 )
 def test_fused_steps_of_shards(name, make, world4):

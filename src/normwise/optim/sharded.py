@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from normwise.geometry import View
+from normwise.geometry import View, computing_dtype
 from normwise.optim._base import Tensors, descend_, round_back_, scalar_dtype, take_step_
 from normwise.optim.kernels import Later, use_fused
 from normwise.optim.projection import BATCHED_ENTRIES, ViewOption, batch, is_alias, unbatch_
@@ -146,7 +146,7 @@ class Exchange:
         Yields:
             The indices of some; their shards; the view of those; and what ends a step of them.
         """
-        parts: dict[tuple[bool, bool, ViewOption], list[int]] = {}
+        parts: dict[tuple[bool, bool, bool, ViewOption], list[int]] = {}
         shards = [local(p) for p in params]
         layouts: dict[Tensor, Layout] = {}
         for i, (p, view) in enumerate(zip(params, views, strict=True)):
@@ -157,8 +157,10 @@ class Exchange:
                 self._order[shards[i]] = len(self._order)
             elif layout is not None and view != "auto":
                 view = layout.whole
-            parts.setdefault((split, split and shards[i].numel() == 0, view), []).append(i)
-        for (split, _, view), members in parts.items():
+            empty = split and shards[i].numel() == 0
+            of_layers = layout is not None and layout.view == _LAYER
+            parts.setdefault((split, empty, split and of_layers, view), []).append(i)
+        for (split, _, _, view), members in parts.items():
             ours = [shards[i] for i in members]
             finish = _Later(self, {p: layouts[p] for p in ours}, view) if split else take_step_
             yield members, ours, view, finish
@@ -200,8 +202,7 @@ class Exchange:
             )
             sums = _channel_sums(u, w, g if view == "auto" else u if norm == "fixed" else None)
             exchanged = layout.by_slice(sums)
-            numbers = 2 if params[members[0]].is_complex() else 1
-            entries = numbers * layout.shape.numel() // layout.shape[layout.dim]
+            entries = layout.entries * (2 if params[members[0]].is_complex() else 1)
             if view == "auto" and layout.view == _LAYER:
                 shut = _shut(sums, entries, w.dtype, delta, eps)
                 exchanged = torch.cat([exchanged, shut[None, :, None].to(sums.dtype)], 2)
@@ -221,7 +222,7 @@ class Exchange:
         if plan.split:
             pieces = plan.sum_pieces()
             sums = [
-                layout.by_slice(piece) if layout.view.kind == "blocks" else piece
+                piece if _are_slices(piece, layout) else layout.by_slice(piece)
                 for piece, layout in zip(pieces, of_params, strict=True)
             ]
         else:
@@ -264,7 +265,9 @@ class _Later(Later):
 
     @property
     def split(self) -> bool:
-        return self.view != "auto"
+        """In ``"auto"`` the kernel sums over channels, which may be whole where layers are not."""
+        of_layers = all(layout.view == _LAYER for layout in self.layouts.values())
+        return not (self.view == "auto" and of_layers)
 
     @property
     def view_of_pieces(self) -> ViewOption:
@@ -274,10 +277,8 @@ class _Later(Later):
 
     @property
     def may_be_fused(self) -> bool:
-        """Whether the CPU's kernel can end it: in ``"auto"`` it knows of no channel in pieces."""
-        of_layers = all(layout.view == _LAYER for layout in self.layouts.values())
-        on_cpu = all(p.numel() > 0 and p.device.type == "cpu" for p in self.layouts)
-        return (self.split or of_layers) and on_cpu
+        """Whether it is the CPU's kernel that takes it, if one does."""
+        return all(p.numel() > 0 and p.device.type == "cpu" for p in self.layouts)
 
 
 def _lay_out(p: Any, view: ViewOption) -> Layout:
@@ -290,7 +291,9 @@ def _lay_out(p: Any, view: ViewOption) -> Layout:
 
 
 def _finish_plan_(step: _DeferredPlan) -> None:
-    if not step.plan.split:
+    if step.plan.split and step.plan.gated:
+        _replace_gate_(step)
+    elif not step.plan.split:
         totals = torch.cat(step.sums).numpy()
         step.plan.replace_totals(totals, [layout.shape.numel() for layout in step.layouts])
     else:
@@ -298,6 +301,30 @@ def _finish_plan_(step: _DeferredPlan) -> None:
             if here is not sums:
                 here.copy_(layout.by_channel(sums))
     step.plan.finish_(step.params)
+
+
+def _are_slices(sums: Tensor, layout: Layout) -> bool:
+    """Whether what a plan summed over is what is exchanged: not blocks, nor channels of which other
+    ranks have others."""
+    return layout.view.kind != "blocks" and layout.count == len(sums)
+
+
+def _replace_gate_(step: _DeferredPlan) -> None:
+    """Decide the gate of weights whose channels are split, and hand the plan the coefficients."""
+    plan = step.plan
+    delta, eps = plan.gate
+    coefficients: list[Any] = [None] * len(step.params)
+    opened: list[Any] = [None] * len(step.params)
+    members: dict[Layout, list[int]] = {}
+    for i, layout in enumerate(step.layouts):
+        members.setdefault(layout, []).append(i)
+    for layout, indices in members.items():
+        sums = torch.stack([step.sums[i] for i in indices], 1)
+        b = _Batch(layout, indices, layout.entries, sums, [])
+        by_channel, gates = _gated_coefficients(b, sums, computing_dtype(plan.dtype), delta, eps)
+        for j, i in enumerate(indices):
+            coefficients[i], opened[i] = by_channel[:, j], gates[j]
+    plan.replace_gate(coefficients, torch.stack(opened))
 
 
 def _finish_(step: _Deferred) -> None:

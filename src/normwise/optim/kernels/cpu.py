@@ -91,15 +91,14 @@ class Plan:
         params: dense CPU tensors of one dtype, none empty.
         view: as in :func:`normwise.optim.projection.project_`.
         norm: ``"free"`` or ``"fixed"``.
-        split: whether the slices of a :class:`View` are pieces of slices that lie on several ranks
-            (default: False).
+        split: whether the slices are pieces of slices that lie on several ranks (default: False).
     """
 
     def __init__(
         self, params: Sequence[Tensor], view: ViewOption, norm: str, *, split: bool = False
     ) -> None:
         self.dtype = params[0].dtype
-        self.split = split
+        self.split, self.gated = split, view == "auto"
         self.tensors = np.zeros((len(params), 16), np.int64)
         self.factors = np.zeros((len(params), 8))
         tables = []
@@ -157,7 +156,8 @@ class Plan:
         self.block[k.N_CHUNKS] = n_chunks
         self._pieces: list[Tensor] = []
         if split:
-            exchanged = torch.from_numpy(self.sums[:, : k.GG + 1 if norm == "fixed" else k.WW + 1])
+            all_four = self.gated or norm == "fixed"
+            exchanged = torch.from_numpy(self.sums[:, : (k.GG if all_four else k.WW) + 1])
             for first, slices in self.tensors[:, [k.TOTALS, k.SLICES]].tolist():
                 self._pieces.append(exchanged.narrow(0, first, slices))
         self._last: Table | None = None
@@ -220,6 +220,8 @@ class Plan:
             self.block[k.SCRATCH] = self.scratch.ctypes.data
             self.counter = np.zeros((threads + 1) * k.CACHE_LINE // 8, np.int64)
             self.block[k.COUNTER] = self.counter.ctypes.data
+        if self.split and self.gated:
+            self.tensors[:, k.MODE] = k.AUTO  # in the first pass
         self._pass(1, threads)
         if later is None:
             self.finish_(params)
@@ -227,13 +229,31 @@ class Plan:
             later.defer_(self, params)
 
     def sum_pieces(self) -> list[Tensor]:
-        """Of each weight whose slices are split ⟨w, u⟩, ‖w‖² and, if their norms are fixed,
-        ⟨w, u⟩, ‖u‖² of the pieces here; shape ``(slices, 2 or 4)``.
+        """Of each weight whose slices are split ⟨w, u⟩, ‖w‖² of the pieces here, in ``"auto"`` also
+        ⟨w, g⟩, ‖g‖², and if norms are fixed ⟨w, u⟩, ‖u‖²; shape ``(slices, 2 or 4)``.
 
         The step ends with what these tensors hold when :meth:`finish_` is called.
         """
         self._decide()
         return self._pieces
+
+    @property
+    def gate(self) -> tuple[float, float]:
+        """The step's ``delta`` and ``eps``."""
+        return float(self.options[k.GATE]), float(self.options[k.EPS])
+
+    def replace_gate(self, coefficients: Sequence[Tensor], opened: Tensor) -> None:
+        """Let what was decided in ``"auto"`` end the step of weights whose slices are split.
+
+        Args:
+            coefficients: for each weight the multiple of each of its slices to subtract.
+            opened: whether each weight is projected, on which its decay depends.
+        """
+        for piece, coefficient in zip(self._pieces, coefficients, strict=True):
+            piece[:, k.WU], piece[:, k.WW] = coefficient, 1
+        shut = ~opened.numpy()
+        self.factors[shut, k.DECAY_PROJECTED] = self.factors[shut, k.DECAY]
+        self.tensors[:, k.MODE] = k.EXPLICIT  # in the second pass
 
     def totals(self) -> Table:
         """What this rank knows of the gate of each weight in ``"auto"``, all of whose channels are
