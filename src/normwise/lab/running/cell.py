@@ -147,8 +147,18 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    write_atomically(path, text.encode())
+    write_atomically(path, f"{_as_json(content)}\n".encode())
+
+
+def _as_json(content: Any, indent: str = "\n") -> str:
+    """JSON with a line for each key; a list of numbers is one line, whatever its length."""
+    deeper = f"{indent} "
+    if isinstance(content, dict) and content:
+        pairs = (f"{deeper}{json.dumps(k)}: {_as_json(v, deeper)}" for k, v in content.items())
+        return f"{{{','.join(pairs)}{indent}}}"
+    if isinstance(content, list) and any(isinstance(item, dict) for item in content):
+        return f"[{','.join(deeper + _as_json(item, deeper) for item in content)}{indent}]"
+    return json.dumps(content, allow_nan=False, ensure_ascii=False)
 
 
 def _same_config(folder: Path, config: dict[str, Any]) -> None:
