@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from normwise.lab.data.files import DataError, locate, read_bytes
+from normwise.lab.data.matlab import read_records
 
 __all__ = ["Items", "Split", "cars", "cub", "inshop", "sop"]
 
@@ -75,29 +76,20 @@ def cub(root: Path) -> Split:
 def cars(root: Path) -> Split:
     """Cars-196: to learn on the classes 1 to 98, to test on 99 to 196.
 
-    Reads ``cars_annos.mat``, which lists all images, with scipy, which unpickles nothing.
+    Reads ``cars_annos.mat``, which lists all images.
 
     Raises:
         DataError: if it is missing or damaged.
     """
-    from scipy.io import loadmat
-
     folder = locate(root, "cars", ("cars", "Cars196", "cars196"), "cars_annos.mat")
     path = folder / "cars_annos.mat"
-    try:
-        found = loadmat(path, squeeze_me=True, variable_names=["annotations"])["annotations"]
-        rows = [(str(row["relative_im_path"]), row["class"]) for row in np.atleast_1d(found)]
-    # A file's bytes can make scipy raise nearly anything.
-    except Exception as error:
-        raise DataError(f"{path} is damaged, or has no 'annotations': {error!r}") from None
-    return _halves(
-        folder,
-        [
-            (os.path.join(folder, name), _class(f"{path}: annotation {i}", label, 196))
-            for i, (name, label) in enumerate(rows)
-        ],
-        98,
-    )
+    pairs: list[_Pair] = []
+    for i, record in enumerate(read_records(path, "annotations")):
+        where, name = f"{path}: annotation {i}", record.get("relative_im_path")
+        if not isinstance(name, str):
+            raise DataError(f"{where} has relative_im_path {name!r}; must be the name of a file")
+        pairs.append((os.path.join(folder, name), _class(where, record.get("class"), 196)))
+    return _halves(folder, pairs, 98)
 
 
 def sop(root: Path) -> Split:
@@ -174,7 +166,7 @@ def _table(path: Path, columns: int, head: str = "") -> list[tuple[str, list[str
 def _class(where: str, given: Any, most: int) -> int:
     try:
         number = int(given)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         number = 0
     if not 1 <= number <= most:
         raise DataError(f"{where} has class {given!r}; must be a number from 1 to {most}")
