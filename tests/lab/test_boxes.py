@@ -235,10 +235,10 @@ def test_a_wrong_voc_object_is_named(tmp_path, objects, words):
 
 
 def test_a_voc_folder_without_a_part_or_objects_is_refused(tmp_path):
-    folder = write_voc(tmp_path / "v", {"train": {"a": []}})
+    folder = write_voc(tmp_path / "v", {"train": {"a": []}, "val": {"b": [DOG]}})
     with pytest.raises(DataError, match="no object in its part 'train'"):
         voc(folder, "val")
-    folder = write_voc(tmp_path / "w", {"train": {"a": [DOG]}}, stated=(0, 20))
+    folder = write_voc(tmp_path / "w", {"train": {"a": [DOG]}, "val": {"b": [DOG]}}, stated=(0, 20))
     with pytest.raises(DataError, match=r"said to have \(0, 20\) pixels"):
         voc(folder, "val")
     folder = write_voc(tmp_path / "x", {"train": {"a": [DOG]}})

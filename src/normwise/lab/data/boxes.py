@@ -203,36 +203,28 @@ def voc(folder: Path, test_part: str) -> Listing:
         DataError: if a part is missing, an annotation is damaged or has a class that ``train`` has
             not, or a box is not finite or lies outside of its image by more than a pixel.
     """
-    classes: tuple[str, ...] = ()
-    parts: list[list[Listed]] = []
-    for part in ("train", test_part):
-        read = []
-        for name in _part(folder, part):
-            annotation = folder / "Annotations" / f"{name}.xml"
-            read.append((annotation, *_parse_voc(annotation)))
-        if not classes:
-            classes = tuple(sorted({item.name for _, _, objects in read for item in objects}))
-        if not classes:
-            raise DataError(f"{folder} has no object in its part {part!r}")
-        parts.append(
-            [
-                _listed(
-                    str(folder / "JPEGImages" / f"{annotation.stem}.jpg"),
-                    size,
-                    (
-                        (
-                            f"{annotation}: object {i} ({item.name})",
-                            item.box,
-                            _label(annotation, item, classes),
-                            item.difficult,
-                        )
-                        for i, item in enumerate(objects)
-                    ),
-                )
-                for annotation, size, objects in read
-            ]
+
+    def parsed(part: str) -> list[tuple[Path, tuple[int, int], list[_Object]]]:
+        paths = (folder / "Annotations" / f"{name}.xml" for name in _part(folder, part))
+        return [(path, *_parse_voc(path)) for path in paths]
+
+    def listed(annotation: Path, size: tuple[int, int], objects: list[_Object]) -> Listed:
+        described = (
+            (
+                f"{annotation}: object {i} ({item.name})",
+                item.box,
+                _label(annotation, item, classes),
+                item.difficult,
+            )
+            for i, item in enumerate(objects)
         )
-    return Listing(parts[0], parts[1], classes)
+        return _listed(str(folder / "JPEGImages" / f"{annotation.stem}.jpg"), size, described)
+
+    train, test = parsed("train"), parsed(test_part)
+    classes = tuple(sorted({item.name for _, _, objects in train for item in objects}))
+    if not classes:
+        raise DataError(f"{folder} has no object in its part 'train'")
+    return Listing([listed(*x) for x in train], [listed(*x) for x in test], classes)
 
 
 def _listed(

@@ -53,7 +53,7 @@ def read_records(path: Path, name: str) -> list[dict[str, Any]]:
         for kind, element in _elements(content[_HEADER:], order):
             if kind == _COMPRESSED:
                 ((kind, element),) = _elements(zlib.decompress(element), order)
-            if kind == _MATRIX and _name(element, order) == name:
+            if kind == _MATRIX and _parts(element, order)[1] == name:
                 found = _value(element, order)
                 if isinstance(found, list) and all(isinstance(item, dict) for item in found):
                     return found
@@ -86,10 +86,6 @@ def _parts(matrix: bytes, order: str) -> tuple[int, str, list[_Element]]:
         raise ValueError("a matrix is cut off")
     (_, flags), _, (_, name), *rest = elements
     return struct.unpack_from(order + "I", flags)[0] & 0xFF, name.decode("latin-1"), rest
-
-
-def _name(matrix: bytes, order: str) -> str:
-    return _parts(matrix, order)[1]
 
 
 def _value(matrix: bytes, order: str) -> Any:

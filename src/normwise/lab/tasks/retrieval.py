@@ -289,6 +289,10 @@ class _Streamed(_Source):
         return torch.cat([F.adaptive_avg_pool2d(x, 16) for x in grey])
 
 
+def _recalls(found: dict[int, Tensor]) -> dict[str, float]:
+    return {f"recall_at_{k}": float(hit.double().mean()) for k, hit in found.items()}
+
+
 class Retrieval(Problem):
     """Metric learning on some classes, tested on others.
 
@@ -331,19 +335,16 @@ class Retrieval(Problem):
         if self.data.queries is not None:
             self.facts["gallery_examples"] = len(self.test_labels) - len(tested)
         # The nearest neighbours by the pixels themselves; of what is not held, by small ones.
-        self.trivial = self._recalls(self._hits(self.data.small()))
+        self.trivial = _recalls(self._hits(self.data.small()))
 
     def _hits(self, embeddings: Tensor) -> dict[int, Tensor]:
         """For each k that is judged, and each test image or query, whether it has a hit."""
-        tested = self.data.queries
+        queries = self.data.queries
+        own = embeddings[:queries], self.test_labels[:queries]
         gallery = None
-        if tested is not None:
-            gallery = embeddings[tested:], self.test_labels[tested:]
-        own = embeddings[:tested], self.test_labels[:tested]
+        if queries is not None:
+            gallery = embeddings[queries:], self.test_labels[queries:]
         return {k: hits(*own, k, gallery) for k in (1, 4)}
-
-    def _recalls(self, found: dict[int, Tensor]) -> dict[str, float]:
-        return {f"recall_at_{k}": float(hit.double().mean()) for k, hit in found.items()}
 
     def batches(self, size: int, draw: Generator) -> Tensor:
         """Each step has random classes, and ``images_per_class`` random images of each: different
@@ -388,4 +389,4 @@ class Retrieval(Problem):
             body = self.model["body"]
             embeddings = [body(self.data.standardized(x)) for x in self.data.test_parts()]
         found = self._hits(torch.cat(embeddings))
-        return Evaluation(self._recalls(found), (~found[1]).nonzero().flatten().tolist())
+        return Evaluation(_recalls(found), (~found[1]).nonzero().flatten().tolist())
