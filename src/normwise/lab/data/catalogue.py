@@ -179,6 +179,54 @@ CATALOGUE: dict[str, Source] = {
             "MIT; github.com/Shenggan/BCCD_Dataset, folder BCCD",
         ),
         Source(
+            "coco",
+            "COCO 2017, images with boxes",
+            "coco",
+            tuple(
+                Archive(None, f"{name}.zip", None, unpack=True)
+                for name in ("annotations_trainval2017", "train2017", "val2017")
+            ),
+            (
+                "annotations/instances_train2017.json",
+                "annotations/instances_val2017.json",
+                "train2017",
+                "val2017",
+            ),
+            "annotations CC BY 4.0, images as on Flickr; cocodataset.org",
+        ),
+        Source(
+            "cub",
+            "CUB-200-2011, birds",
+            "CUB_200_2011",
+            (Archive(None, "images.txt, image_class_labels.txt and the folder images", None),),
+            ("images.txt", "image_class_labels.txt", "images"),
+            "non-commercial research and education; cite Wah et al. 2011",
+        ),
+        Source(
+            "cars",
+            "Cars-196",
+            "cars",
+            (Archive(None, "cars_annos.mat and the folder car_ims", None),),
+            ("cars_annos.mat", "car_ims"),
+            "none known; cite Krause et al. 2013",
+        ),
+        Source(
+            "sop",
+            "Stanford Online Products",
+            "Stanford_Online_Products",
+            (Archive(None, "Ebay_train.txt, Ebay_test.txt and the folders *_final", None),),
+            ("Ebay_train.txt", "Ebay_test.txt"),
+            "none known; cite Song et al. 2016",
+        ),
+        Source(
+            "inshop",
+            "In-shop Clothes Retrieval Benchmark",
+            "inshop",
+            (Archive(None, "Eval/list_eval_partition.txt and the folder Img/img", None),),
+            ("Eval/list_eval_partition.txt", "Img/img"),
+            "non-commercial research; cite Liu et al. 2016",
+        ),
+        Source(
             "brown",
             "Brown corpus, one sentence a line",
             "brown",

@@ -1,4 +1,5 @@
-"""ImageNet-style folders: listed at the start, decoded when a batch is needed.
+"""Images that are listed at the start and decoded when a batch is needed: ImageNet-style folders,
+and the sets of other modules that are too large to be held.
 
 Processes of torch's ``DataLoader`` decode a few batches ahead. They draw nothing: each job comes
 with the random numbers that its crops need, so that their count does not change the bits.
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +29,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MEAN",
+    "PART",
     "STD",
     "Decoder",
     "Folder",
     "Job",
     "crop_numbers",
     "crop_of",
+    "fit",
     "image_folder",
     "workers",
 ]
@@ -41,8 +45,13 @@ __all__ = [
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
+# What is around an image that does not fill its square: near 0 when standardized.
+_AROUND = (124, 116, 104)
+
 _KINDS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 _WORKERS = "NORMWISE_WORKERS"
+# So many images are tested at a time.
+PART = 100
 # A random crop is tried so often; then it is a central one.
 _TRIES = 10
 _AREA, _ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -141,6 +150,12 @@ def crop_of(width: int, height: int, numbers: Sequence[float]) -> tuple[int, int
     return left, top, left + w, top + h
 
 
+def fit(width: int, height: int, size: int) -> tuple[int, int]:
+    """Width and height of an image whose longer side is scaled to ``size``, all in pixels."""
+    longer = max(width, height)
+    return max(1, round(width * size / longer)), max(1, round(height * size / longer))
+
+
 def _decoded(path: str, size: int, numbers: Sequence[float] | None) -> npt.NDArray[np.uint8]:
     """An image as a square of ``size`` pixels, shape ``(3, size, size)``.
 
@@ -153,11 +168,39 @@ def _decoded(path: str, size: int, numbers: Sequence[float] | None) -> npt.NDArr
     Raises:
         DataError: if it cannot be read or decoded.
     """
+    return _planes(
+        path, lambda x: _central(x, size) if numbers is None else _random(x, size, numbers)
+    )
+
+
+def _fitted(path: str, size: int, stated: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """An image as a whole in a square of ``size`` pixels, at its left and top (see :func:`fit`).
+
+    Raises:
+        DataError: if it cannot be read or decoded, or has another width and height than stated.
+    """
+
+    def made(image: Image) -> Image:
+        from PIL.Image import Resampling, new
+
+        if image.size != stated:
+            raise DataError(f"{path} has {image.size} pixels, and its annotation says {stated}")
+        square = new("RGB", (size, size), _AROUND)
+        square.paste(image.convert("RGB").resize(fit(*stated, size), Resampling.BILINEAR))
+        return square
+
+    return _planes(path, made)
+
+
+def _planes(path: str, make: Callable[[Image], Image]) -> npt.NDArray[np.uint8]:
+    """What is made of an image file, with channels first."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            square = _central(image, size) if numbers is None else _random(image, size, numbers)
+            square = make(image)
+    except DataError:
+        raise
     # A file's bytes can make Pillow raise any of these.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be decoded: {error}") from None
@@ -189,10 +232,13 @@ class Job:
     Args:
         paths: their files.
         numbers: from :func:`crop_numbers`, a row an image; None for the test's central squares.
+        sizes: width and height of each image in pixels, of those that are fitted into the square
+            whole and refused if they have others; None for those that are cut.
     """
 
     paths: Sequence[str]
     numbers: npt.NDArray[np.float64] | None = None
+    sizes: Sequence[tuple[int, int]] | None = None
 
 
 class _Decoding(Dataset[Any]):
@@ -209,7 +255,11 @@ class _Decoding(Dataset[Any]):
         rows = [None] * len(job.paths) if job.numbers is None else job.numbers.tolist()
         try:
             for i, (path, numbers) in enumerate(zip(job.paths, rows, strict=True)):
-                images[i] = _decoded(path, self.size, numbers)
+                images[i] = (
+                    _decoded(path, self.size, numbers)
+                    if job.sizes is None
+                    else _fitted(path, self.size, job.sizes[i])
+                )
         except DataError as error:
             return error
         return torch.from_numpy(images)
@@ -273,6 +323,32 @@ class Decoder:
             if isinstance(batch, DataError):
                 raise batch
             yield batch
+
+    def crops(
+        self, paths: Sequence[str], steps: Tensor, draws: Iterable[Generator]
+    ) -> Iterator[tuple[Tensor, Tensor, Generator]]:
+        """For each step random crops of its images, which these are, and the generator that the
+        step goes on drawing from.
+
+        Args:
+            paths: the files of all images.
+            steps: which of them, a row a step.
+            draws: for each step its source of randomness.
+        """
+        ahead: deque[tuple[Tensor, Generator]] = deque()
+
+        def jobs() -> Iterator[Job]:
+            for chosen, draw in zip(steps, draws, strict=True):
+                ahead.append((chosen, draw))
+                own = [paths[i] for i in chosen.tolist()]
+                yield Job(own, crop_numbers(len(own), draw))
+
+        for x in self.run(jobs()):
+            yield x, *ahead.popleft()
+
+    def centres(self, paths: Sequence[str]) -> Iterator[Tensor]:
+        """The central squares of all images, in order, ``PART`` at a time."""
+        return self.run(Job(paths[i : i + PART]) for i in range(0, len(paths), PART))
 
 
 def workers() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +15,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from normwise.lab.augment import GEOMETRIC, MIXING
-from normwise.lab.data.folders import MEAN, STD, Decoder, Folder, Job, crop_numbers, image_folder
+from normwise.lab.data.folders import MEAN, PART, STD, Decoder, Folder, image_folder
 from normwise.lab.data.images import Labelled, cifar10, cifar100, fashion_mnist, mnist
 from normwise.lab.data.sounds import esc10, spoken_digits
 from normwise.lab.errors import UsageError, nearest
@@ -209,23 +208,12 @@ class _Streamed(_Source):
     def batches(
         self, steps: Tensor, draws: Iterable[Generator]
     ) -> Iterator[tuple[Tensor, Tensor, Generator]]:
-        ahead: deque[tuple[Tensor, Generator]] = deque()
-
-        def jobs() -> Iterator[Job]:
-            for chosen, draw in zip(steps, draws, strict=True):
-                ahead.append((chosen, draw))
-                paths = [self.train[i] for i in chosen.tolist()]
-                yield Job(paths, crop_numbers(len(paths), draw))
-
-        for x in self.decoder.run(jobs()):
-            chosen, draw = ahead.popleft()
+        for x, chosen, draw in self.decoder.crops(self.train, steps, draws):
             yield self._received(x), self.train_labels[chosen.to(self.device)], draw
 
     def test_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        count = 100
-        jobs = (Job(self.test[i : i + count]) for i in range(0, len(self.test), count))
-        parts = torch.split(self.test_labels, count)
-        for x, y in zip(self.decoder.run(jobs), parts, strict=True):
+        parts = torch.split(self.test_labels, PART)
+        for x, y in zip(self.decoder.centres(self.test), parts, strict=True):
             yield self._received(x), y
 
     def _received(self, x: Tensor) -> Tensor:

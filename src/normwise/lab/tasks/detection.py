@@ -1,4 +1,4 @@
-"""Object detection: CenterNet (arXiv 1904.07850) on boxes in Pascal VOC's format, judged by AP."""
+"""Object detection: CenterNet (arXiv 1904.07850) on boxes as VOC or COCO has them, judged by AP."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from normwise.lab.data.boxes import BCCD_CLASSES, Boxed, bccd
+from normwise.lab.data.boxes import BCCD_CLASSES, Boxed, Listed, Listing, bccd, coco, voc
+from normwise.lab.data.files import locate
+from normwise.lab.data.folders import MEAN, STD, Decoder, Job
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
@@ -27,6 +30,13 @@ METRICS = (
 )
 STRIDE = 4
 PARTS = ("val", "test")
+# So many boxes of an image are said at most; COCO's AP looks at as many of a class.
+_MOST = 100
+# So many images are tested at a time.
+_PART = 16
+
+# Images, heat maps, sizes and offsets, and the cells that have them.
+_Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,17 +44,44 @@ class Options:
     """What a recipe may set.
 
     Args:
-        scale: factor on the sides of the 640×480 images; both must become multiples of 16
+        scale: factor on the sides of bccd's 640×480 images; both must become multiples of 16
             (default: 0.3).
         width: channels of the network's first stage (default: 16).
-        test_part: ``val`` or ``test`` (default: test).
+        test_part: ``val`` or ``test``; of coco, ``val`` (default: test).
+        data: ``bccd``; ``coco``, or ``coco:FOLDER`` with files as COCO's; or ``voc:FOLDER``, laid
+            out as Pascal VOC is, to learn on its part ``train`` (default: bccd).
+        image_size: pixels a side, a multiple of 16, of coco and voc, which need it: the longer side
+            of each image is scaled to it, and what is left of the square is filled.
     """
 
     scale: float = 0.3
     width: int = 16
     test_part: str = "test"
+    data: str = "bccd"
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
+        kind, _, folder = self.data.partition(":")
+        if self.data not in ("bccd", "coco") and not (kind in ("voc", "coco") and folder):
+            known = ("bccd", "coco", "coco:FOLDER", "voc:FOLDER")
+            raise UsageError(f"unknown data {self.data!r}: {nearest(self.data, known)}")
+        size = self.image_size
+        if kind == "bccd" and size is not None:
+            raise UsageError(f"image_size {size} is not allowed: data 'bccd' has scale instead")
+        if kind != "bccd" and (size is None or size < 16 or size % 16):
+            raise UsageError(
+                f"image_size {size} is not allowed: data {self.data!r} needs a multiple of 16, in "
+                "pixels"
+            )
+        if kind != "bccd" and self.scale != Options.scale:
+            raise UsageError(
+                f"scale {self.scale} is not allowed: data {self.data!r} has image_size instead"
+            )
+        if kind == "coco" and self.test_part == "test":
+            raise UsageError(
+                "test_part 'test' is not allowed: COCO publishes no annotations of its test "
+                "images; set it to 'val'"
+            )
         if self.test_part not in PARTS:
             hint = nearest(self.test_part, PARTS)
             raise UsageError(f"unknown test_part {self.test_part!r}: {hint}")
@@ -151,7 +188,7 @@ def focal(logits: Tensor, heat: Tensor) -> Tensor:
     return -torch.where(centre, hit, miss).sum() / centre.sum().clamp(min=1)
 
 
-def decode(output: Tensor, classes: int, count: int = 100) -> list[dict[str, Tensor]]:
+def decode(output: Tensor, classes: int, count: int = _MOST) -> list[dict[str, Tensor]]:
     """The likeliest boxes: peaks of the heat maps in their 3×3 neighbourhoods.
 
     Args:
@@ -175,13 +212,14 @@ def decode(output: Tensor, classes: int, count: int = 100) -> list[dict[str, Ten
 
 
 def average_precision(
-    found: list[dict[str, Tensor]], truth: list[Boxed], classes: int
+    found: list[dict[str, Tensor]], truth: Sequence[Boxed | Listed], classes: int
 ) -> dict[str, float]:
     """COCO's AP over IoU 0.5 to 0.95, and at 0.5, by pycocotools.
 
     Args:
         found: for each image ``boxes``, ``scores`` and ``labels``.
-        truth: the images' annotations.
+        truth: the images' annotations. What they have as ``ignored`` is treated as COCO treats
+            crowds: any number of found boxes that lie in it count neither way.
         classes: how many.
 
     Raises:
@@ -198,7 +236,8 @@ def average_precision(
 
     annotations: list[dict[str, Any]] = []
     for image, item in enumerate(truth):
-        for box, label in zip(item.boxes.tolist(), item.labels.tolist(), strict=True):
+        columns = item.boxes.tolist(), item.labels.tolist(), item.ignored.tolist()
+        for box, label, ignored in zip(*columns, strict=True):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -206,7 +245,7 @@ def average_precision(
                     "category_id": label,
                     "bbox": corner_and_size(box),
                     "area": (box[2] - box[0]) * (box[3] - box[1]),
-                    "iscrowd": 0,
+                    "iscrowd": int(ignored),
                 }
             )
     results = [
@@ -244,8 +283,17 @@ def _load(root: Path, part: str, scale: float) -> list[Boxed]:
     return bccd(root, part, scale)
 
 
+@cache
+def _list(root: Path, data: str, test_part: str) -> Listing:
+    kind, _, folder = data.partition(":")
+    if kind == "voc":
+        return voc(root / folder, test_part)
+    probe = "annotations/instances_train2017.json"
+    return coco(root / folder if folder else locate(root, "coco", ("coco", "COCO"), probe))
+
+
 class Detection(Problem):
-    """CenterNet on blood cells.
+    """CenterNet on blood cells, or on images that are decoded as they are needed.
 
     Args:
         options: the settings.
@@ -254,43 +302,82 @@ class Detection(Problem):
     """
 
     divisible = False  # the losses are sums over the number of centres in the batch
+    listing: Listing | None = None  # none where all images are on the device
 
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:
-        train = _load(root, "train", options.scale)
-        self.truth = _load(root, options.test_part, options.scale)
-        height, width = train[0].image.shape[1:]
-        if height % 16 or width % 16:
-            raise UsageError(
-                f"scale {options.scale} is not allowed: makes images of {width}×{height} pixels, "
-                "and both must be multiples of 16"
-            )
-        self.classes = len(BCCD_CLASSES)
-        self.images = torch.stack([torch.from_numpy(item.image) for item in train]).to(device)
-        self.test = torch.stack([torch.from_numpy(item.image) for item in self.truth]).to(device)
-        self.boxes = [torch.from_numpy(item.boxes) for item in train]
-        self.labels = [torch.from_numpy(item.labels) for item in train]
-        self.size = (height, width)
+        train, self.truth = self._read(options, root, device)
+        self.boxes = [torch.from_numpy(item.boxes[~item.ignored]) for item in train]
+        self.labels = [torch.from_numpy(item.labels[~item.ignored]) for item in train]
         self.examples = len(train)
-        pixels = self.images.float()
-        self.mean, self.std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
         self.model = _CentreNet(self.classes, options.width).to(device)
         self.facts = {
-            "data": "bccd",
+            "data": options.data,
             "train_examples": len(train),
             "test_examples": len(self.truth),
             "boxes": sum(len(labels) for labels in self.labels),
             "boxes_without_area_left_out": sum(item.dropped for item in (*train, *self.truth)),
         }
+        if self.listing is not None:
+            self.facts["classes"] = self.classes
+            self.facts["boxes_ignored"] = sum(int(x.ignored.sum()) for x in (*train, *self.truth))
         self.trivial = average_precision(self._usual_boxes(), self.truth, self.classes)
+
+    def _read(
+        self, options: Options, root: Path, device: torch.device
+    ) -> tuple[Sequence[Boxed | Listed], Sequence[Boxed | Listed]]:
+        """What is in the images to learn on and in those to test on."""
+        size = options.image_size
+        if size is not None:
+            listing = _list(root, options.data, options.test_part)
+            train, test = ([x.fitted(size) for x in part] for part in (listing.train, listing.test))
+            self.listing = Listing(train, test, listing.classes)
+            self.classes, self.size = len(listing.classes), (size, size)
+            self.decoder = Decoder(size)
+            self.mean, self.std = (torch.tensor(values, device=device) for values in (MEAN, STD))
+            return train, test
+        cells = _load(root, "train", options.scale), _load(root, options.test_part, options.scale)
+        height, width = cells[0][0].image.shape[1:]
+        if height % 16 or width % 16:
+            raise UsageError(
+                f"scale {options.scale} is not allowed: makes images of {width}×{height} pixels, "
+                "and both must be multiples of 16"
+            )
+        self.images, self.test = (
+            torch.stack([torch.from_numpy(item.image) for item in part]).to(device)
+            for part in cells
+        )
+        self.classes, self.size = len(BCCD_CLASSES), (height, width)
+        pixels = self.images.float()
+        self.mean, self.std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+        return cells
+
+    def _decoded(self, parts: Iterable[Sequence[Listed]]) -> Iterator[Tensor]:
+        """The images of each part, some parts ahead of need."""
+        jobs = (Job([x.path for x in part], sizes=[x.size for x in part]) for part in parts)
+        return (x.to(self.mean.device) for x in self.decoder.run(jobs))
+
+    def _train_images(self, steps: Tensor) -> Iterator[Tensor]:
+        if self.listing is None:
+            return (self.images[chosen] for chosen in steps)
+        train = self.listing.train
+        return self._decoded([train[i] for i in chosen.tolist()] for chosen in steps)
+
+    def _test_images(self) -> Iterator[Tensor]:
+        if self.listing is None:
+            return iter(torch.split(self.test, _PART))
+        test = self.listing.test
+        return self._decoded(test[i : i + _PART] for i in range(0, len(test), _PART))
 
     def _usual_boxes(self) -> list[dict[str, Tensor]]:
         """In every image the same: boxes of each class's mean size, side by side, the commonest
-        class first."""
+        class first; of a listing, which may have many classes, the first hundred."""
         height, width = self.size
         boxes, labels = torch.cat(self.boxes), torch.cat(self.labels)
         places, scores, kinds = [], [], []
         for label in range(self.classes):
             own = boxes[labels == label]
+            if not len(own):
+                continue
             w, h = (own[:, 2:] - own[:, :2]).mean(0).tolist()
             for i in range(max(int(height / h), 1)):
                 for j in range(max(int(width / w), 1)):
@@ -302,18 +389,30 @@ class Detection(Problem):
             "scores": torch.tensor(scores),
             "labels": torch.tensor(kinds),
         }
+        if self.listing is not None:
+            first = usual["scores"].argsort(descending=True, stable=True)[:_MOST]
+            usual = {key: value[first] for key, value in usual.items()}
         return [usual] * len(self.truth)
 
     def _input(self, images: Tensor) -> Tensor:
         return (images.float() - self.mean[:, None, None]) / self.std[:, None, None]
 
-    def batch(self, chosen: Tensor, draw: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def batch(self, chosen: Tensor, draw: Generator) -> _Batch:
         """Images, each mirrored with probability ½, and their targets."""
+        return next(self.stream(chosen[None], [draw]))
+
+    def stream(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[_Batch]:
+        """The batch of each step; images in files are decoded some steps ahead."""
+        for x, chosen, draw in zip(self._train_images(steps), steps, draws, strict=True):
+            yield self._made(x, chosen, draw)
+
+    def _made(self, x: Tensor, chosen: Tensor, draw: Generator) -> _Batch:
+        """The batch of the ``chosen`` images ``x``, shape ``(N, 3, H, W)``."""
         height, width = self.size
         mirrored = torch.rand(len(chosen), generator=draw) < 0.5
         images, targets = [], []
-        for index, mirror in zip(chosen.tolist(), mirrored.tolist(), strict=True):
-            image, boxes = self.images[index], self.boxes[index]
+        for image, index, mirror in zip(x, chosen.tolist(), mirrored.tolist(), strict=True):
+            boxes = self.boxes[index]
             if mirror:
                 image = image.flip(2)
                 boxes = torch.stack(
@@ -325,12 +424,10 @@ class Detection(Problem):
                     boxes, self.labels[index], self.classes, height // STRIDE, width // STRIDE
                 )
             )
-        heat, values, at = (
-            torch.stack(part).to(self.images.device) for part in zip(*targets, strict=True)
-        )
+        heat, values, at = (torch.stack(part).to(x.device) for part in zip(*targets, strict=True))
         return self._input(torch.stack(images)), heat, values, at
 
-    def loss(self, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    def loss(self, batch: _Batch) -> Tensor:
         """Focal loss of the heat maps + L1 of the offsets + 0.1 · L1 of the sizes, over centres."""
         x, heat, values, at = batch
         output = self.model(x)
@@ -346,7 +443,7 @@ class Detection(Problem):
         with torch.no_grad():
             found = [
                 item
-                for x in torch.split(self.test, 16)
+                for x in self._test_images()
                 for item in decode(self.model(self._input(x)), self.classes)
             ]
         return Evaluation(average_precision(found, self.truth, self.classes))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,8 +12,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from normwise.lab.augment import flip
 from normwise.lab.data.drawings import omniglot
+from normwise.lab.data.folders import MEAN, STD, Decoder
 from normwise.lab.data.images import cifar100
+from normwise.lab.data.retrieval import Split, cars, cub, inshop, sop
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks import build
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
@@ -31,8 +35,9 @@ class Options:
     """What a recipe may set.
 
     Args:
-        data: ``omniglot`` (learn on the background characters, test on the evaluation ones) or
-            ``cifar100`` (learn on the first half of the classes, test on the second).
+        data: ``omniglot`` (learn on the background characters, test on the evaluation ones),
+            ``cifar100`` (learn on the first half of the classes, test on the second), or ``cub``,
+            ``cars``, ``sop`` or ``inshop``, split as published.
         network: a name that :func:`normwise.lab.networks.build` knows.
         loss: ``triplet`` or ``proxy-anchor``.
         width: channels of the network's first stage (default: 16).
@@ -40,6 +45,7 @@ class Options:
         images_per_class: in a batch (default: 4).
         train_classes: only so many (default: all).
         test_classes: only so many (default: all).
+        image_size: pixels a side, of the four sets that are split as published (default: 224).
     """
 
     data: str
@@ -50,9 +56,10 @@ class Options:
     images_per_class: int = 4
     train_classes: int | None = None
     test_classes: int | None = None
+    image_size: int = 224
 
     def __post_init__(self) -> None:
-        for name, allowed in (("data", tuple(READERS)), ("loss", LOSSES)):
+        for name, allowed in (("data", (*READERS, *LISTS)), ("loss", LOSSES)):
             value = getattr(self, name)
             if value not in allowed:
                 raise UsageError(f"unknown {name} {value!r}: {nearest(value, allowed)}")
@@ -60,6 +67,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise UsageError(f"{name} {value} is not allowed: must be 2 or more")
+        if self.image_size < 1:
+            raise UsageError(f"image_size {self.image_size} is not allowed: must be 1 or more")
 
 
 def make_loss(name: str, classes: int, embedding: int) -> nn.Module:
@@ -106,7 +115,9 @@ class _Mined(nn.Module):
         return out
 
 
-def hits(embeddings: Tensor, labels: Tensor, k: int) -> Tensor:
+def hits(
+    embeddings: Tensor, labels: Tensor, k: int, gallery: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """For each image whether one of the ``k`` nearest others by cosine is of its class.
 
     The mean is Recall@k. An image is never its own neighbour, also where others coincide with it;
@@ -115,15 +126,21 @@ def hits(embeddings: Tensor, labels: Tensor, k: int) -> Tensor:
     Args:
         embeddings: shape ``(N, …)``, of any length.
         labels: shape ``(N,)``.
-        k: at most N − 1.
+        k: at most N − 1; a gallery of fewer than that is looked through whole.
+        gallery: embeddings and labels of the images that alone can be neighbours (default: those
+            of ``embeddings`` are each other's).
     """
     unit = F.normalize(embeddings.flatten(1).double(), dim=1)
+    others, names = unit, labels
+    if gallery is not None:
+        others, names = F.normalize(gallery[0].flatten(1).double(), dim=1), gallery[1]
     found = []
     for start in range(0, len(unit), 1000):
-        similarity = unit[start : start + 1000] @ unit.T
-        rows = torch.arange(len(similarity), device=unit.device)
-        similarity[rows, start + rows] = -torch.inf
-        neighbours = labels[similarity.topk(k).indices]
+        similarity = unit[start : start + 1000] @ others.T
+        if gallery is None:
+            rows = torch.arange(len(similarity), device=unit.device)
+            similarity[rows, start + rows] = -torch.inf
+        neighbours = names[similarity.topk(min(k, len(others))).indices]
         found.append((neighbours == labels[start : start + 1000, None]).any(1))
     return torch.cat(found)
 
@@ -162,6 +179,120 @@ def _load(name: str, root: Path, train_classes: int | None, test_classes: int | 
     return READERS[name](root, train_classes, test_classes)
 
 
+LISTS: dict[str, Callable[[Path], Split]] = {
+    "cub": cub,
+    "cars": cars,
+    "sop": sop,
+    "inshop": inshop,
+}
+
+
+@cache
+def _list(name: str, root: Path) -> Split:
+    return LISTS[name](root)
+
+
+class _Source(ABC):
+    """Where the images come from.
+
+    Attributes:
+        channels: of an image.
+        labels: of the images to learn on, shape ``(N,)``, on the device.
+        test_labels: as ``labels``; those of the gallery come last.
+        queries: how many of the test images are not of the gallery; None where there is none.
+        mean: of the pixels, or of each channel.
+        std: as ``mean``.
+    """
+
+    channels: int
+    labels: Tensor
+    test_labels: Tensor
+    queries: int | None = None
+    mean: Tensor | float
+    std: Tensor | float
+
+    def standardized(self, x: Tensor) -> Tensor:
+        """Images as the network takes them."""
+        return (x.float() - self.mean) / self.std
+
+    @abstractmethod
+    def train_parts(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[Tensor]:
+        """The images of each step, augmented from its generator."""
+
+    @abstractmethod
+    def test_parts(self) -> Iterator[Tensor]:
+        """The test images in order, some at a time."""
+
+    @abstractmethod
+    def small(self) -> Tensor:
+        """All test images, standardized, and small enough to be held at once."""
+
+
+class _InMemory(_Source):
+    """A set on the device whole, standardized by mean and deviation of all pixels; nothing is
+    drawn."""
+
+    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+        x, y, test, test_y = _load(options.data, root, options.train_classes, options.test_classes)
+        self.channels = x.shape[1]
+        self.train, self.labels = x.to(device), y.to(device)
+        self.test, self.test_labels = test.to(device), test_y.to(device)
+        self.mean, self.std = float(x.float().mean()), float(x.float().std())
+
+    def train_parts(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[Tensor]:
+        return (self.train[chosen] for chosen in steps.to(self.train.device))
+
+    def test_parts(self) -> Iterator[Tensor]:
+        return iter(torch.split(self.test, 500))
+
+    def small(self) -> Tensor:
+        return self.standardized(self.test)
+
+
+class _Streamed(_Source):
+    """Images that are decoded as they are needed, standardized by ImageNet's constants.
+
+    To learn on, a random crop of each is scaled to a square and mirrored with probability ½; to
+    test on, it is the central square (see :mod:`normwise.lab.data.folders`).
+    """
+
+    channels = 3
+
+    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+        split = _list(options.data, root)
+        train = split.train.first(options.train_classes)
+        parts = [
+            part.first(options.test_classes)
+            for part in (split.test, split.gallery)
+            if part is not None
+        ]
+        if split.gallery is not None:
+            self.queries = len(parts[0].paths)
+        self.train, self.test = train.paths, tuple(path for part in parts for path in part.paths)
+        self.labels = torch.tensor(train.labels, device=device)
+        self.test_labels = torch.cat([torch.tensor(part.labels) for part in parts]).to(device)
+        self.decoder = Decoder(options.image_size)
+        self.mean, self.std = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD)
+        )
+
+    def train_parts(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[Tensor]:
+        for x, _, draw in self.decoder.crops(self.train, steps, draws):
+            yield flip(x, draw).to(self.labels.device)
+
+    def test_parts(self) -> Iterator[Tensor]:
+        return (x.to(self.labels.device) for x in self.decoder.centres(self.test))
+
+    def small(self) -> Tensor:
+        """Their means over channels and pixels: grey, at 16×16 pixels."""
+        grey = (self.standardized(x).mean(1, keepdim=True) for x in self.test_parts())
+        return torch.cat([F.adaptive_avg_pool2d(x, 16) for x in grey])
+
+
+def _recalls(found: dict[int, Tensor]) -> dict[str, float]:
+    return {f"recall_at_{k}": float(hit.double().mean()) for k, hit in found.items()}
+
+
 class Retrieval(Problem):
     """Metric learning on some classes, tested on others.
 
@@ -175,62 +306,75 @@ class Retrieval(Problem):
     model: nn.ModuleDict
 
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:
-        x, y, test, test_y = _load(options.data, root, options.train_classes, options.test_classes)
         self.options = options
-        self.classes = int(y.max()) + 1
-        # Where each class's images are; all classes have the same number.
-        self.members = torch.stack([(y == k).nonzero().flatten() for k in range(self.classes)])
-        self.train, self.labels = x.to(device), y.to(device)
-        self.test, self.test_labels = test.to(device), test_y.to(device)
-        self.mean, self.std = float(x.float().mean()), float(x.float().std())
-        self.examples = self.members.numel()
+        streamed = options.data in LISTS
+        self.data = (_Streamed if streamed else _InMemory)(options, root, device)
+        self.labels, self.test_labels = self.data.labels, self.data.test_labels
+        self.classes = int(self.labels.max()) + 1
+        # Where each class's images are.
+        labels = self.labels.cpu()
+        self.members = torch.split(labels.argsort(stable=True), torch.bincount(labels).tolist())
+        self.examples = len(labels)
         self.model = nn.ModuleDict(
             {
-                "body": build(options.network, x.shape[1], options.embedding, options.width),
+                "body": build(
+                    options.network, self.data.channels, options.embedding, options.width
+                ),
                 # What it trains is trained with the network.
                 "loss": make_loss(options.loss, self.classes, options.embedding),
             }
         ).to(device)
+        tested = self.test_labels[: self.data.queries]
         self.facts = {
             "data": options.data,
             "train_examples": self.examples,
-            "test_examples": len(test),
+            "test_examples": len(tested),
             "train_classes": self.classes,
-            "test_classes": len(torch.unique(test_y)),
+            "test_classes": len(torch.unique(tested)),
         }
-        # The nearest neighbours by the pixels themselves.
-        self.trivial = self._recalls(self._input(self.test))
+        if self.data.queries is not None:
+            self.facts["gallery_examples"] = len(self.test_labels) - len(tested)
+        # The nearest neighbours by the pixels themselves; of what is not held, by small ones.
+        self.trivial = _recalls(self._hits(self.data.small()))
 
-    def _input(self, x: Tensor) -> Tensor:
-        return (x.float() - self.mean) / self.std
-
-    def _recalls(self, embeddings: Tensor) -> dict[str, float]:
-        return {
-            f"recall_at_{k}": float(hits(embeddings, self.test_labels, k).double().mean())
-            for k in (1, 4)
-        }
+    def _hits(self, embeddings: Tensor) -> dict[int, Tensor]:
+        """For each k that is judged, and each test image or query, whether it has a hit."""
+        queries = self.data.queries
+        own = embeddings[:queries], self.test_labels[:queries]
+        gallery = None
+        if queries is not None:
+            gallery = embeddings[queries:], self.test_labels[queries:]
+        return {k: hits(*own, k, gallery) for k in (1, 4)}
 
     def batches(self, size: int, draw: Generator) -> Tensor:
-        """Each step has random classes, and ``images_per_class`` random images of each."""
-        each = self.options.images_per_class
-        classes, available = self.members.shape
-        if size % each or size // each > classes or each > available:
+        """Each step has random classes, and ``images_per_class`` random images of each: different
+        ones, but of a class with fewer images, from which they are drawn with replacement."""
+        each, classes = self.options.images_per_class, len(self.members)
+        if size % each or size // each > classes:
             raise UsageError(
                 f"batch_size {size} is not allowed: must be {each} images each of at most "
-                f"{classes} classes with {available} images"
+                f"{classes} classes"
             )
 
+        def some(own: Tensor) -> Tensor:
+            if len(own) < each:
+                return own[torch.randint(len(own), (each,), generator=draw)]
+            return own[torch.rand(len(own), generator=draw).argsort()[:each]]
+
         def chosen() -> Tensor:
-            some = self.members[torch.randperm(classes, generator=draw)[: size // each]]
-            order = torch.rand(some.shape, generator=draw).argsort(1)[:, :each]
-            return some.gather(1, order).flatten()
+            classes_of_step = torch.randperm(classes, generator=draw)[: size // each]
+            return torch.cat([some(self.members[k]) for k in classes_of_step.tolist()])
 
         return torch.stack([chosen() for _ in range(self.examples // size)])
 
     def batch(self, chosen: Tensor, draw: Generator) -> tuple[Tensor, Tensor]:
-        """Images and classes; nothing is drawn."""
-        chosen = chosen.to(self.train.device)
-        return self._input(self.train[chosen]), self.labels[chosen]
+        """Images and classes."""
+        return next(self.stream(chosen[None], [draw]))
+
+    def stream(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batch of each step; images in files are decoded some steps ahead."""
+        for x, chosen in zip(self.data.train_parts(steps, draws), steps, strict=True):
+            yield self.data.standardized(x), self.labels[chosen.to(self.labels.device)]
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The chosen loss of the batch's embeddings."""
@@ -239,11 +383,10 @@ class Retrieval(Problem):
         return out
 
     def evaluate(self) -> Evaluation:
-        """Recall@1 and @4 among the test images, all of unseen classes."""
+        """Recall@1 and @4 among the test images, or the gallery, all of unseen classes."""
         self.model.eval()
         with torch.no_grad():
-            embeddings = torch.cat(
-                [self.model["body"](self._input(x)) for x in torch.split(self.test, 500)]
-            )
-        missed = ~hits(embeddings, self.test_labels, 1)
-        return Evaluation(self._recalls(embeddings), missed.nonzero().flatten().tolist())
+            body = self.model["body"]
+            embeddings = [body(self.data.standardized(x)) for x in self.data.test_parts()]
+        found = self._hits(torch.cat(embeddings))
+        return Evaluation(_recalls(found), (~found[1]).nonzero().flatten().tolist())
