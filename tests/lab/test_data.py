@@ -315,6 +315,7 @@ def test_one_fold_of_esc_10_is_held_out(tmp_path):
     data = sounds.esc10(tmp_path, fold=2)
     assert data.test_labels.tolist() == [2, 3]
     assert data.train.shape == (8, 1, 64, 500)
+    assert torch.tensor(data.train).stride() == (32000, 32000, 500, 1)  # not of channels_last
     with pytest.raises(DataError, match="no fold 6"):
         sounds.esc10(tmp_path, fold=6)
     path = tmp_path / "esc10" / "esc10_logmel.npz"
