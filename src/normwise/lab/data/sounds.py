@@ -127,8 +127,8 @@ def esc10(root: Path, fold: int = 1) -> Labelled:
         folds = sorted({int(value) for value in content["fold"]})
         raise DataError(f"{path} has no fold {fold} to test on beside others; it has {folds}")
     names = tuple(map(str, content["classes"]))
-    # With a new axis in place of a reshape, strides would say that channels come last, and torch 2.13
-    # on the CPU would convolve in that format, in which some backward passes corrupt its memory.
+    # With a new axis in place of a reshape, strides would say that channels come last, and torch
+    # 2.13 would convolve in that format, in which some backward passes on the CPU corrupt memory.
     x = spectra.reshape(-1, 1, *spectra.shape[1:])
     return Labelled("esc10", x[~held_out], labels[~held_out], x[held_out], labels[held_out], names)
 
