@@ -107,3 +107,25 @@ def world2(worlds):
 @pytest.fixture
 def world4(worlds):
     return worlds(4)
+
+
+@pytest.fixture
+def torchrun():
+    """Runs ``normwise`` with some arguments on two processes that torchrun starts."""
+
+    def run(*arguments, **options):
+        words = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "normwise",
+        ]
+        command = [sys.executable, *words, *arguments]
+        done = subprocess.run(command, timeout=300, capture_output=True, text=True, **options)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,27 +252,12 @@ def letters(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_under_torchrun_the_first_process_writes(letters, tmp_path, kind, capsys):
+def test_under_torchrun_the_first_process_writes(letters, tmp_path, kind, capsys, torchrun):
     command = ["paper", "run", "letters.yaml"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    two = [
-        *torchrun,
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "normwise",
-        *command,
-        "--parallel",
-        kind,
-        "--json",
-        "--out",
-        "two",
-    ]
     assert cli.main([*command, "--json", "--out", "one"]) == 0
     (one,) = json.loads(capsys.readouterr().out)
     for _ in range(2):  # the second only reads
-        done = subprocess.run(two, timeout=300, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = torchrun(*command, "--parallel", kind, "--json", "--out", "two")
         (together,) = json.loads(done.stdout)
         assert together["mean"] == pytest.approx(one["mean"], rel=1e-4)
         assert done.stderr.count("1/1 letters adamp seed 0") == 1

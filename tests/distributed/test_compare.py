@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -14,23 +12,10 @@ COMPARE = ["compare", "--epochs", "1", "--seeds", "1", "--optimizers", "adamp", 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_one_network(kind, tmp_path):
+def test_two_processes_train_one_network(kind, tmp_path, torchrun):
     pytest.importorskip("sklearn")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [
-        *torchrun,
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "normwise",
-        *COMPARE,
-        "--parallel",
-        kind,
-        "--out",
-        "run",
-    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
+    torchrun(*COMPARE, "--parallel", kind, "--out", "run", cwd=tmp_path, env=environment)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["status"] == "complete"
     assert run["environment"]["processes"] == 2
