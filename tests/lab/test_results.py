@@ -232,8 +232,11 @@ def test_the_lists_name_everything(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("NORMWISE_DATA", str(tmp_path))
     assert cli.main(["paper", "list"]) == 0
     assert "adamp-imagenet" in capsys.readouterr().out
-    assert cli.main(["data", "list"]) == 0
-    assert "cifar100         absent" in capsys.readouterr().out
+    (tmp_path / "cifar-100-binary").mkdir()
+    for state, file in (("absent", "train.bin"), ("in part", "test.bin"), ("at hand", "more.bin")):
+        assert cli.main(["data", "list"]) == 0
+        assert f"cifar100         {state}" in capsys.readouterr().out
+        (tmp_path / "cifar-100-binary" / file).touch()
 
 
 def test_a_cell_that_has_only_begun_is_unfinished(tmp_path):

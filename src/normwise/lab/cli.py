@@ -114,12 +114,13 @@ def _names(text: str) -> list[str]:
 
 def _data_list(arguments: argparse.Namespace) -> int:
     from normwise.lab.data.catalogue import CATALOGUE
-    from normwise.lab.data.fetch import is_there
+    from normwise.lab.data.fetch import missing
     from normwise.lab.data.files import data_root
 
     root = data_root()
     for source in CATALOGUE.values():
-        state = "at hand" if is_there(root, source) else "absent"
+        lacking = len(missing(root, source))
+        state = "in part" if 0 < lacking < len(source.files) else "absent" if lacking else "at hand"
         print(f"{source.name:<16} {state:<8} {source.title} ({source.licence})")
     return 0
 

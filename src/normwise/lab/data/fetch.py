@@ -14,18 +14,24 @@ from normwise.lab.data.catalogue import CATALOGUE, Archive, Source
 from normwise.lab.data.files import DataError, checksum
 from normwise.lab.errors import UsageError, nearest
 
-__all__ = ["fetch", "is_there"]
+__all__ = ["fetch", "is_there", "missing"]
 
 _TIMEOUT_SECONDS = 30
 
 
 def is_there(root: Path, source: Source) -> bool:
     """Whether all files of a data set are in its folder; ``.gz`` files may be unpacked."""
+    return not missing(root, source)
+
+
+def missing(root: Path, source: Source) -> list[str]:
+    """The files of a data set that are not in its folder."""
     folder = root / source.folder
-    return all(
-        (folder / name).exists() or (folder / name.removesuffix(".gz")).exists()
+    return [
+        name
         for name in source.files
-    )
+        if not (folder / name).exists() and not (folder / name.removesuffix(".gz")).exists()
+    ]
 
 
 def fetch(root: Path, name: str) -> str:
