@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import pickle
 import tarfile
@@ -274,6 +275,32 @@ def test_takes_0_to_4_are_the_test_split(tmp_path):
     write_wav(folder / "nine.wav", [0])
     with pytest.raises(DataError, match="DIGIT_SPEAKER_TAKE"):
         sounds.spoken_digits(tmp_path)
+
+
+def test_speech_commands_are_split_by_the_published_lists(tmp_path):
+    folder = tmp_path / "speech_commands"
+    for word in ("yes", "no", "_background_noise_"):
+        (folder / word).mkdir(parents=True)
+        for take, length in enumerate((8_000, 16_000, 20_000)):
+            write_wav(folder / word / f"{take}.wav", np.arange(length) % 99, rate=16_000)
+    (folder / "validation_list.txt").write_text("no/1.wav\n")
+    (folder / "testing_list.txt").write_text("yes/2.wav\nno/0.wav\n")
+    data = sounds.speech_commands(tmp_path)
+    assert data.classes == ("no", "yes")
+    assert data.test_labels.tolist() == [0, 1]
+    assert data.train_labels.tolist() == [0, 1, 1]
+    assert data.train.shape == (3, 1, 64, 101)
+    silence = data.test[0, 0, :, 60:]  # the second half of a second
+    assert silence.max() == pytest.approx(math.log(1e-10))
+    write_wav(folder / "no" / "0.wav", [0], rate=8_000)
+    with pytest.raises(DataError, match=r"0\.wav has a rate of 8000 Hz; must be 16000"):
+        sounds.speech_commands(tmp_path)
+    (folder / "yes" / "2.wav").unlink()
+    with pytest.raises(DataError, match=r"lacks 1 of the listed recordings: yes/2\.wav"):
+        sounds.speech_commands(tmp_path)
+    (folder / "testing_list.txt").write_text("")
+    with pytest.raises(DataError, match="no recordings to test on"):
+        sounds.speech_commands(tmp_path)
 
 
 def test_mel_filters_are_those_of_transformers():

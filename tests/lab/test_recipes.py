@@ -133,7 +133,7 @@ def test_every_recipe_of_the_library_is_whole(name):
 def test_every_cell_can_take_a_step(name):
     for cell in find(name).cells("small", 1):
         options = cell.options
-        channels = 1 if options.data in ("fsdd", "esc10", "digits") else 3
+        channels = 1 if options.data in ("fsdd", "speech-commands", "esc10", "digits") else 3
         network = build(options.network, channels, 10, options.width)
         _normalize(network, cell.training)
         optimizer = _prepare(network, cell.training)

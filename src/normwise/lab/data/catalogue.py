@@ -163,6 +163,14 @@ CATALOGUE: dict[str, Source] = {
             "CC BY-SA 4.0; github.com/Jakobovski/free-spoken-digit-dataset",
         ),
         Source(
+            "speech-commands",
+            "Speech Commands, version 2",
+            "speech_commands",
+            (Archive(None, "speech_commands_v0.02.tar.gz", None, unpack=True),),
+            ("testing_list.txt", "validation_list.txt", "yes"),
+            "CC BY 4.0; Warden 2018",
+        ),
+        Source(
             "esc10",
             "ESC-10 as log-mel spectra",
             "esc10",

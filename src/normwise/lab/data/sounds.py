@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from normwise.lab.data.files import DataError, locate
+from normwise.lab.data.files import DataError, locate, read_bytes
 from normwise.lab.data.images import Labelled
 
-__all__ = ["esc10", "log_mel", "mel_filters", "read_wav", "spoken_digits"]
+__all__ = ["esc10", "log_mel", "mel_filters", "read_wav", "speech_commands", "spoken_digits"]
 
 
 def read_wav(path: Path) -> tuple[npt.NDArray[np.float32], int]:
@@ -75,6 +75,17 @@ def log_mel(sound: Tensor, rate: int, *, bands: int = 40, fft: int = 256, hop: i
     return power.clamp(min=1e-10).log()
 
 
+def _fitted(path: Path, rate: int, length: int) -> Tensor:
+    """A recording of a known rate, cut or padded with silence to a number of samples."""
+    samples, found = read_wav(path)
+    if found != rate:
+        raise DataError(f"{path} has a rate of {found} Hz; must be {rate}")
+    sound = torch.zeros(length)
+    kept = torch.from_numpy(samples[:length])
+    sound[: len(kept)] = kept
+    return sound
+
+
 def spoken_digits(root: Path, seconds: float = 0.6) -> Labelled:
     """The Free Spoken Digit Dataset as log-mel spectra; takes 0–4 are the test split, as published.
 
@@ -88,14 +99,8 @@ def spoken_digits(root: Path, seconds: float = 0.6) -> Labelled:
         named = re.fullmatch(r"(\d)_[^_]+_(\d+)", path.stem)
         if named is None:
             raise DataError(f"{path} is not named DIGIT_SPEAKER_TAKE.wav")
-        samples, rate = read_wav(path)
-        if rate != 8000:
-            raise DataError(f"{path} has a rate of {rate} Hz; must be 8000")
-        sound = torch.zeros(round(seconds * rate))
-        kept = torch.from_numpy(samples[: len(sound)])
-        sound[: len(kept)] = kept
         inputs, labels = parts[int(named[2]) < 5]
-        inputs.append(sound)
+        inputs.append(_fitted(path, 8000, round(seconds * 8000)))
         labels.append(int(named[1]))
     if not parts[True][1] or not parts[False][1]:
         raise DataError(f"{folder} has no recordings, or none of takes 0–4, or none of the others")
@@ -108,6 +113,41 @@ def spoken_digits(root: Path, seconds: float = 0.6) -> Labelled:
         np.array(test_labels, np.int64),
         tuple(map(str, range(10))),
     )
+
+
+def speech_commands(root: Path) -> Labelled:
+    """Google's Speech Commands as log-mel spectra of 64 bands and 101 frames, held in memory.
+
+    Recordings are of 16 kHz, and are cut or padded with silence to a second. Version 2 has 35 words
+    and needs 3 GB. The parts are the published ones: to test on what ``testing_list.txt`` names, to
+    learn on what neither it nor ``validation_list.txt`` does.
+
+    Raises:
+        DataError: if a list is missing or names what is not there, a recording is damaged or of
+            another rate, or a part is empty.
+    """
+    names = ("speech_commands", "speech_commands_v0.02", "SpeechCommands/speech_commands_v0.02")
+    folder = locate(root, "speech-commands", names, "testing_list.txt")
+    words = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("_"))
+    all_names = {f"{word}/{p.name}" for word in words for p in (folder / word).glob("*.wav")}
+    test, validation = (
+        set(read_bytes(folder / f"{part}_list.txt").decode(errors="replace").split())
+        for part in ("testing", "validation")
+    )
+    if absent := (test | validation) - all_names:
+        raise DataError(f"{folder} lacks {len(absent)} of the listed recordings: {min(absent)}, …")
+    train = all_names - test - validation
+    if not train or not test:
+        raise DataError(f"{folder} has no recordings to {'test' if train else 'learn'} on")
+
+    def read(part: set[str]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        spectra = np.empty((len(part), 1, 64, 101), np.float32)
+        for i, name in enumerate(sorted(part)):
+            sound = _fitted(folder / name, 16_000, 16_000)
+            spectra[i, 0] = log_mel(sound, 16_000, bands=64, fft=512, hop=160).numpy()
+        return spectra, np.array([words.index(n.split("/")[0]) for n in sorted(part)], np.int64)
+
+    return Labelled("speech-commands", *read(train), *read(test), tuple(words))
 
 
 def esc10(root: Path, fold: int = 1) -> Labelled:

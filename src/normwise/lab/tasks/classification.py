@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from normwise.lab.augment import GEOMETRIC, MIXING
 from normwise.lab.data.folders import MEAN, PART, STD, Decoder, Folder, image_folder
 from normwise.lab.data.images import Labelled, cifar10, cifar100, fashion_mnist, mnist
-from normwise.lab.data.sounds import esc10, spoken_digits
+from normwise.lab.data.sounds import esc10, speech_commands, spoken_digits
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks import build
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
@@ -90,6 +90,7 @@ DATA: dict[str, Callable[[Path], Labelled]] = {
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
     "fsdd": spoken_digits,
+    "speech-commands": speech_commands,
     "esc10": esc10,
     "digits": _digits,
 }
