@@ -269,7 +269,9 @@ def _row(table: Table, entry: Entry, key: str, dashed: bool) -> str:
             return "–"
         return f"{value:{'+' if sign else ''}.{metric.digits}f}".replace("-", "−")
 
-    mean = "–" if spread is None else number(spread.mean)
+    mean = number(None if spread is None else spread.mean)
+    if spread is None and entry.failed:
+        mean = "failed"
     if spread is not None and spread.sd is not None:
         mean += f"<small>± {number(spread.sd)}</small>"
     seeds = str(len(entry.values))
