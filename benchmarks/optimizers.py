@@ -210,7 +210,7 @@ def measure(
     results = []
     for family, makers in peers(params, kernels).items():
         optimizers = {peer: make() for peer, make in makers.items()}
-        steps: dict[str, Step] = {peer: o.step for peer, o in optimizers.items()}  # type: ignore[attr-defined]
+        steps: dict[str, Step] = {peer: o.step for peer, o in optimizers.items()}
         first = {peer: seconds(step, device) for peer, step in steps.items()}
         for step in steps.values():
             step()

@@ -65,7 +65,7 @@ classification.DATA["pictures"] = pictures
 
 def digits(network="plain", **training):
     """Two epochs of three steps, which augment in every way there is."""
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
     (cell,) = find("digits").cells("small", 1, ["adamp"])
     options = replace(
         cell.options, network=network, width=6, augment=("crop", "flip", "cutout", "cutmix")

@@ -233,7 +233,7 @@ def fused_shards(view, dim):
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("view", ["auto", "channel", "channel(1)", "blocks(16)", "layer"])
 def test_slices_take_the_fused_kernel_whether_whole_or_split(view, dim, world2):
-    pytest.importorskip("numba")
+    pytest.importorskip("numba", reason="the kernels are compiled by Numba")
     for plans in world2(fused_shards, view, dim):
         assert plans
         assert all(plans)

@@ -205,5 +205,5 @@ def test_the_trajectory_is_that_of_one_process(name, makes, world4):
 )
 def test_fused_steps_of_shards(name, make, world4):
     """Some ranks have empty shards, which no kernel takes, and all wait for the same sums."""
-    pytest.importorskip("numba")
+    pytest.importorskip("numba", reason="the kernels are compiled by Numba")
     test_the_trajectory_is_that_of_one_process(name, [make], world4)

@@ -1,11 +1,17 @@
-"""Metrics made by hand, for tests that need no training."""
+"""Metrics made by hand, for tests that need no training; and one that cuts a training off."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
+
+from normwise.lab.recipes import Cell
+from normwise.lab.running.cell import run_cell
+from normwise.lab.tasks.problem import Problem
 
 Make = Callable[..., dict[str, Any]]
 
@@ -80,3 +86,38 @@ def run() -> dict[str, Any]:
             "threads": 1,
         },
     }
+
+
+class Cut(BaseException):
+    """Ends a training, as a signal would."""
+
+
+@pytest.fixture
+def assert_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """That a cell which is cut at a step, and goes on, ends in the bits of one that is not cut."""
+
+    def check(
+        cell: Cell, root: Path, problem: type[Problem], at: int, between: Callable[[], object]
+    ) -> None:
+        whole = run_cell(cell, tmp_path / "whole", root)
+        assert whole["status"] == "ok"
+        loss, calls = problem.loss, list[Any]()
+
+        def cut(self: Problem, batch: Any) -> Tensor:
+            calls.append(batch)
+            if len(calls) == at:
+                raise Cut
+            return loss(self, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(problem, "loss", cut)
+            with pytest.raises(Cut):
+                run_cell(cell, tmp_path / "parts", root, checkpoint_seconds=0)
+        between()
+        assert run_cell(cell, tmp_path / "parts", root) == whole
+        one, two = (
+            (tmp_path / x / cell.folder / "metrics.jsonl").read_bytes() for x in ("whole", "parts")
+        )
+        assert one == two
+
+    return check

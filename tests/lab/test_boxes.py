@@ -17,7 +17,6 @@ from normwise.lab.data.files import DataError
 from normwise.lab.data.folders import Decoder, Job, fit
 from normwise.lab.errors import UsageError
 from normwise.lab.recipes import find
-from normwise.lab.running.cell import run_cell
 from normwise.lab.tasks.detection import Detection, Options, average_precision
 
 CPU = torch.device("cpu")
@@ -203,7 +202,7 @@ DOG, CAT = ("dog", (2, 4, 10, 12), False), ("cat", (20, 0, 40, 20), True)
 
 
 def test_a_voc_folder_has_the_classes_of_its_training_part(tmp_path):
-    pytest.importorskip("pycocotools")
+    pytest.importorskip("pycocotools", reason="AP is judged by pycocotools")
     folder = write_voc(tmp_path / "v", {"train": {"a": [DOG, CAT], "b": []}, "val": {"c": [CAT]}})
     listing = voc(folder, "val")
     assert listing.classes == ("cat", "dog")
@@ -268,7 +267,7 @@ def test_the_longer_side_is_scaled_and_boxes_with_it(tmp_path):
 
 
 def test_an_image_of_another_size_than_stated_is_refused_when_its_turn_comes(tmp_path):
-    pytest.importorskip("pycocotools")
+    pytest.importorskip("pycocotools", reason="AP is judged by pycocotools")
     folder = write_voc(tmp_path / "v", {"train": {"a": [DOG]}, "val": {"b": [DOG]}}, (40, 20))
     PIL.Image.new("RGB", (20, 40)).save(folder / "JPEGImages" / "b.jpg")
     problem = Detection(options(data="voc:v"), tmp_path, CPU)
@@ -304,7 +303,7 @@ def test_options_that_do_not_go_together_are_refused(given, words):
 
 
 def test_no_image_is_opened_before_it_is_needed(root, monkeypatch):
-    pytest.importorskip("pycocotools")
+    pytest.importorskip("pycocotools", reason="AP is judged by pycocotools")
     planes, opened = folders._planes, []
     monkeypatch.setattr(folders, "_planes", lambda *a: opened.append(a[0]) or planes(*a))
     problem = Detection(options(), root, CPU)
@@ -336,7 +335,7 @@ def as_found(item, keep):
 
 
 def test_the_truth_has_ap_1_and_crowds_are_neither_missed_nor_false(root):
-    pytest.importorskip("pycocotools")
+    pytest.importorskip("pycocotools", reason="AP is judged by pycocotools")
     truth = [item.fitted(32) for item in coco(root / "coco").test]
     perfect = {"ap": 1.0, "ap50": 1.0}
     said = [as_found(item, ~item.ignored) for item in truth]
@@ -361,7 +360,7 @@ def test_the_truth_has_ap_1_and_crowds_are_neither_missed_nor_false(root):
 
 
 def test_the_trivial_method_says_at_most_a_hundred_boxes(root):
-    pytest.importorskip("pycocotools")
+    pytest.importorskip("pycocotools", reason="AP is judged by pycocotools")
     problem = Detection(options(image_size=320), root, CPU)
     problem.boxes[0] = torch.tensor([[0.0, 0, 8, 8]]).repeat(30, 1)
     problem.labels[0] = torch.zeros(30, dtype=torch.int64)
@@ -379,26 +378,8 @@ def cell(epochs=2):
     return replace(cell, options=options(), training=training)
 
 
-def test_a_cell_resumes_to_the_same_bits_with_any_number_of_processes(root, tmp_path, monkeypatch):
-    pytest.importorskip("pycocotools")
-    whole = run_cell(cell(), tmp_path / "whole", root)
-    assert whole["status"] == "ok"
-
-    loss, calls = Detection.loss, []
-
-    def stop(self, batch):
-        calls.append(batch)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return loss(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Detection, "loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run_cell(cell(), tmp_path / "parts", root, checkpoint_seconds=0)
-    monkeypatch.setenv("NORMWISE_WORKERS", "2")
-    assert run_cell(cell(), tmp_path / "parts", root) == whole
-    lines = [
-        (tmp_path / x / cell().folder / "metrics.jsonl").read_bytes() for x in ("whole", "parts")
-    ]
-    assert lines[0] == lines[1]
+def test_a_cell_resumes_to_the_same_bits_with_any_number_of_processes(
+    root, monkeypatch, assert_resumes
+):
+    pytest.importorskip("pycocotools", reason="AP is judged by pycocotools")
+    assert_resumes(cell(), root, Detection, 5, lambda: monkeypatch.setenv("NORMWISE_WORKERS", "2"))

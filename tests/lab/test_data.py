@@ -589,7 +589,7 @@ REAL = {
 
 def real_root():
     if not os.environ.get("NORMWISE_DATA"):
-        pytest.skip("NORMWISE_DATA is not set")
+        pytest.skip("NORMWISE_DATA does not name a folder with the data sets")
     return Path(os.environ["NORMWISE_DATA"])
 
 

@@ -18,7 +18,6 @@ from normwise.lab.data.matlab import read_records
 from normwise.lab.data.retrieval import cars, cub, inshop, sop
 from normwise.lab.errors import UsageError
 from normwise.lab.recipes import find
-from normwise.lab.running.cell import run_cell
 from normwise.lab.tasks.retrieval import Options, Retrieval, hits
 
 CPU = torch.device("cpu")
@@ -320,7 +319,7 @@ def test_only_images_of_the_gallery_are_neighbours():
 
 
 def test_inshop_is_judged_by_its_queries(root):
-    pytest.importorskip("pytorch_metric_learning")
+    pytest.importorskip("pytorch_metric_learning", reason="the losses come from it")
     problem = Retrieval(options(data="inshop"), root, CPU)
     assert problem.facts == {
         "data": "inshop",
@@ -372,7 +371,7 @@ def test_classes_of_equal_size_are_drawn_from_as_in_one_table():
 
 
 def test_streamed_images_are_opened_as_they_are_needed(root, monkeypatch):
-    pytest.importorskip("pytorch_metric_learning")
+    pytest.importorskip("pytorch_metric_learning", reason="the losses come from it")
     planes, opened = folders._planes, []
     monkeypatch.setattr(folders, "_planes", lambda *a: opened.append(a[0]) or planes(*a))
     problem = Retrieval(options(data="sop"), root, CPU)
@@ -395,7 +394,7 @@ def test_streamed_images_are_opened_as_they_are_needed(root, monkeypatch):
 
 
 def test_a_missing_image_is_named_when_its_turn_comes(tmp_path):
-    pytest.importorskip("pytorch_metric_learning")
+    pytest.importorskip("pytorch_metric_learning", reason="the losses come from it")
     folder = write_cub(tmp_path)
     (folder / "images" / "007.Bird" / "Bird_1.jpg").unlink()
     problem = Retrieval(options(), tmp_path, CPU)
@@ -404,32 +403,15 @@ def test_a_missing_image_is_named_when_its_turn_comes(tmp_path):
         problem.batch(torch.arange(6), generator())
 
 
-def test_a_cell_resumes_to_the_same_bits_with_any_number_of_processes(root, tmp_path, monkeypatch):
-    pytest.importorskip("pytorch_metric_learning")
+def test_a_cell_resumes_to_the_same_bits_with_any_number_of_processes(
+    root, monkeypatch, assert_resumes
+):
+    pytest.importorskip("pytorch_metric_learning", reason="the losses come from it")
     (cell,) = find("adamp-retrieval").cells("small", 1, ["adamp"], ["omniglot-proxy-anchor"])
     training = replace(cell.training, epochs=2, batch_size=4, evaluate_every=1)
     given = options(data="sop", loss="proxy-anchor")
     cell = replace(cell, options=given, training=training)
-    whole = run_cell(cell, tmp_path / "whole", root)
-    assert whole["status"] == "ok"
-    loss, calls = Retrieval.loss, []
-
-    def stop(self, batch):
-        calls.append(batch)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return loss(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Retrieval, "loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run_cell(cell, tmp_path / "parts", root, checkpoint_seconds=0)
-    monkeypatch.setenv("NORMWISE_WORKERS", "2")
-    assert run_cell(cell, tmp_path / "parts", root) == whole
-    lines = [
-        (tmp_path / x / cell.folder / "metrics.jsonl").read_bytes() for x in ("whole", "parts")
-    ]
-    assert lines[0] == lines[1]
+    assert_resumes(cell, root, Retrieval, 4, lambda: monkeypatch.setenv("NORMWISE_WORKERS", "2"))
 
 
 def test_the_papers_own_rows_are_at_its_scale():

@@ -117,7 +117,7 @@ def test_an_image_without_a_gradient_is_left_where_it_began(ball: str) -> None:
 
 def test_a_mistake_in_the_options_is_shown() -> None:
     def options(**given: object) -> Options:
-        return Options(data="cifar10", network="resnet8", **given)  # type: ignore[arg-type]  # on purpose
+        return Options(data="cifar10", network="resnet8", **given)
 
     with pytest.raises(UsageError, match=r"unknown ball 'l-inf': did you mean 'linf'"):
         options(ball="l-inf")

@@ -37,7 +37,9 @@ def test_recall_at_k_is_that_of_a_loop_over_all_pairs(k: int) -> None:
 
 
 def test_recall_at_1_is_the_librarys_precision_at_1() -> None:
-    distances = pytest.importorskip("pytorch_metric_learning.distances")
+    distances = pytest.importorskip(
+        "pytorch_metric_learning.distances", reason="compares with pytorch-metric-learning"
+    )
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
     from pytorch_metric_learning.utils.inference import CustomKNN
 
@@ -62,7 +64,7 @@ def test_many_images_give_what_few_at_a_time_give() -> None:
 
 
 def test_the_triplet_loss_is_the_mean_over_all_semi_hard_triplets() -> None:
-    pytest.importorskip("pytorch_metric_learning")
+    pytest.importorskip("pytorch_metric_learning", reason="the losses come from it")
     x, labels = embedded(24, 6)
     unit = F.normalize(x, dim=1)
     violations = []
@@ -81,7 +83,7 @@ def test_the_triplet_loss_is_the_mean_over_all_semi_hard_triplets() -> None:
 
 
 def test_without_a_semi_hard_triplet_the_loss_is_zero_and_has_a_gradient() -> None:
-    pytest.importorskip("pytorch_metric_learning")
+    pytest.importorskip("pytorch_metric_learning", reason="the losses come from it")
     x = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]], requires_grad=True)
     loss = make_loss("triplet", 2, 2)(x, torch.tensor([0, 0, 1, 1]))
     loss.backward()
@@ -91,7 +93,7 @@ def test_without_a_semi_hard_triplet_the_loss_is_zero_and_has_a_gradient() -> No
 
 
 def test_proxy_anchor_is_equation_4_of_its_paper() -> None:
-    pytest.importorskip("pytorch_metric_learning")
+    pytest.importorskip("pytorch_metric_learning", reason="the losses come from it")
     x, labels = embedded(12, 4)
     loss = make_loss("proxy-anchor", 6, 6).double()  # two classes are not in the batch
     (proxies,) = (p.detach() for p in loss.parameters())

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from normwise.lab.recipes import Cell, find
 from normwise.lab.running.cell import run_cell
 from normwise.lab.tasks.kinds import kind
-from normwise.lab.tasks.problem import Problem
 
 # The recipe, and what makes a cell of it small enough to be trained in seconds.
 TINY: dict[str, dict[str, Any]] = {
@@ -36,7 +35,7 @@ MARGIN = {
 def tiny(name: str) -> Cell:
     cell = find(name).cells("small", seeds=1, methods=["adamp"])[0]
     training = replace(cell.training, epochs=2, batch_size=16, evaluate_every=2)
-    pytest.importorskip(NEEDS.get(name, "torch"))
+    pytest.importorskip(NEEDS.get(name, "torch"), reason="the task is judged or trained by it")
     return replace(cell, training=training, options=replace(cell.options, **TINY[name]))
 
 
@@ -47,37 +46,14 @@ def root() -> Path:
     return Path(os.environ["NORMWISE_DATA"])
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_an_interrupted_run_ends_in_the_same_bits(
-    name: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, root: Path, assert_resumes: Callable[..., None]
 ) -> None:
+    """What happens in between to torch's generator does not matter."""
     cell = tiny(name)
-    whole = run_cell(cell, tmp_path / "whole", root)
-
     problem = type(kind(cell.task).build(cell.options, root, torch.device("cpu")))
-    loss, calls = problem.loss, 0
-
-    def killed_at_the_fourth(self: Problem, batch: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise Killed
-        return loss(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(problem, "loss", killed_at_the_fourth)
-        with pytest.raises(Killed):
-            run_cell(cell, tmp_path / "parts", root, checkpoint_seconds=0)
-    torch.rand(7)  # what happens in between to torch's generator must not matter
-    assert run_cell(cell, tmp_path / "parts", root) == whole
-    lines = [
-        (tmp_path / x / cell.folder / "metrics.jsonl").read_bytes() for x in ("whole", "parts")
-    ]
-    assert lines[0] == lines[1]
+    assert_resumes(cell, root, problem, 4, lambda: torch.rand(7))
 
 
 @pytest.mark.parametrize("name", TINY)

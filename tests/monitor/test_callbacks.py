@@ -39,7 +39,7 @@ def data():
 
 
 def test_lightning(tmp_path):
-    lightning = pytest.importorskip("lightning")
+    lightning = pytest.importorskip("lightning", reason="the callback is for Lightning")
     from lightning.pytorch.loggers import CSVLogger
 
     from normwise.monitor.lightning import MonitorCallback
@@ -90,8 +90,10 @@ def test_lightning(tmp_path):
 
 
 def test_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip(
+        "transformers", reason="the callback is for transformers' Trainer"
+    )
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
     from normwise.monitor.transformers import MonitorCallback
 
     class Model(nn.Module):

@@ -229,7 +229,7 @@ def test_unknown_names_are_told(training):
 
 
 def test_pictures(training, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="draws with matplotlib")
     with Monitor(training.model, training.optimizer, VIEWS, every=1) as monitor:
         with pytest.raises(ValueError, match="nothing has been measured yet"):
             monitor.plot()

@@ -95,7 +95,7 @@ def test_how_long_the_translated_run_fits_is_told():
 
 
 def test_a_picture(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="draws with matplotlib")
     path = tmp_path / "plan.png"
     assert cli.main([*SGD, "--schedule", "cosine", "--plot", str(path)]) == 0
     assert path.read_bytes()[:4] == b"\x89PNG"

@@ -48,7 +48,7 @@ def test_json_lines(watch, tmp_path):
 
 
 def test_parquet(watch, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="reads the Parquet file with pyarrow")
     monitor = watch(Parquet(tmp_path / "run.parquet", rows=30))
     table = parquet.read_table(tmp_path / "run.parquet").to_pylist()
     found = {
@@ -65,7 +65,7 @@ def test_parquet(watch, tmp_path):
 
 
 def test_tensorboard(watch, tmp_path):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="reads the events with TensorBoard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 
@@ -83,7 +83,7 @@ def test_tensorboard(watch, tmp_path):
 
 
 def test_wandb(watch, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb", reason="logs with W&B's own client")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     with pytest.raises(ValueError, match="no W&B run is active"):
@@ -101,7 +101,7 @@ def test_wandb(watch, tmp_path, monkeypatch):
 
 
 def test_mlflow(watch, tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
+    mlflow = pytest.importorskip("mlflow", reason="logs with MLflow's own client")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = mlflow.MlflowClient(tracking_uri=tmp_path.as_uri())
     experiment = client.create_experiment("norms")

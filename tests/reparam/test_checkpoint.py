@@ -26,6 +26,7 @@ def run(net, data):
 
 def old_weight_norm(net, dim):
     with warnings.catch_warnings():
+        # Torch says that there is a new one.
         warnings.simplefilter("ignore", FutureWarning)
         nn.utils.weight_norm(net[0])
         nn.utils.weight_norm(net[1], dim=dim)

@@ -77,8 +77,16 @@ class Explanation:
 
     def __str__(self) -> str:
         header = (
-            "group", "entries", "decay", "λ (torch)", "η·λ", "half-life", "norm →", "rms →", "angle"
-        )  # fmt: skip
+            "group",
+            "entries",
+            "decay",
+            "λ (torch)",
+            "η·λ",
+            "half-life",
+            "norm →",
+            "rms →",
+            "angle",
+        )
         rows = [header]
         for g in self.groups:
             coupling = f"{g.rule}, {g.coupling}" if g.coupling else g.rule
@@ -168,8 +176,8 @@ def explain(optimizer: Optimizer, report: _Report | None = None) -> Explanation:
             else "of those that the report finds, slice by slice"
         )
     ]
-    if any(isinstance(o, AttachedPolicy) and isinstance(o.policy, Cautious) for o in
-           attached_to(optimizer)):  # fmt: skip
+    policies = [o.policy for o in attached_to(optimizer) if isinstance(o, AttachedPolicy)]
+    if any(isinstance(policy, Cautious) for policy in policies):
         notes.append("cautious decay skips entries, so that η·λ is an upper bound")
     if any(group.get("view") == "auto" and "wd_ratio" in group for group in optimizer.param_groups):
         notes.append("where AdamP's or SGDP's gate holds, the decay is wd_ratio times what is said")

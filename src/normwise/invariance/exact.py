@@ -242,7 +242,7 @@ def _mark(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
         rank = max(rank, _LENGTH if name in _LENGTHS else _STATISTIC)
     if rank:
         for output in _tensors((result,)):
-            output._normwise_rank = rank  # type: ignore[attr-defined]
+            output._normwise_rank = rank  # type: ignore[attr-defined]  # a mark of ours
 
 
 def _statistic_and_number(args: tuple[Any, ...]) -> tuple[Tensor, Any] | None:

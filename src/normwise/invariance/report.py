@@ -197,9 +197,9 @@ class Report:
                 continue
             view = None if row.view is None or row.is_vector else str(row.view)
             name = "vector" if row.is_vector else view or "plain"
-            options = {"weight_decay": 0.0 if row.is_vector else weight_decay}
+            options: dict[str, Any] = {"weight_decay": 0.0 if row.is_vector else weight_decay}
             if lr is not None:
-                options["lr"] = lr  # type: ignore[assignment]
+                options["lr"] = lr
             for key, values in overrides.items():
                 if key == name:
                     options |= values

@@ -60,9 +60,9 @@ class Specimen:
         elif not model.training:
             self.model.train()
         # Keys and values cached for generation are not outputs that a loss sees.
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         if getattr(config, "use_cache", False) is True:
-            config.use_cache = False  # type: ignore[union-attr]
+            config.use_cache = False
         self.params = _floating_parameters(self.model)
         for p in self.model.parameters():
             p.grad = None

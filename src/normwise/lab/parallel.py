@@ -213,6 +213,7 @@ def processes(
     dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     try:
         with warnings.catch_warnings():
+            # Why it is specified stands in distribute().
             warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
             yield Processes(kind, dist.get_rank(), size, device)
     finally:

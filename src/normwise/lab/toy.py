@@ -126,6 +126,6 @@ def _run(method: str) -> Trajectory:
         losses.append(float(value.detach()))
         lengths.append(float(norms(w.detach(), View.layer())))
         if step < STEPS:
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()  # type: ignore[no-untyped-call]  # torch has no types here
             optimizer.step()
     return Trajectory(method, label, tuple(points), tuple(losses), tuple(lengths))

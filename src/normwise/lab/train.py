@@ -201,7 +201,7 @@ def _step(
     begin = time.perf_counter()
     optimizer.zero_grad()
     loss = nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen])
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
     middle = time.perf_counter()
     optimizer.step()
     end = time.perf_counter()

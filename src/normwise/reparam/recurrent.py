@@ -19,11 +19,9 @@ class ReleaseFlatWeights:
     """
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        layer: Any = module  # to torch's types the weights are parameters, and none is missing
         kept: list[Tensor | None] = [
-            w if w is None or w.is_leaf else w.detach()
-            for w in module._flat_weights  # type: ignore[union-attr]
+            w if w is None or w.is_leaf else w.detach() for w in layer._flat_weights
         ]
-        module._flat_weights = kept  # type: ignore[assignment]
-        module._flat_weight_refs = [  # type: ignore[assignment]
-            None if w is None else weakref.ref(w) for w in kept
-        ]
+        layer._flat_weights = kept
+        layer._flat_weight_refs = [None if w is None else weakref.ref(w) for w in kept]

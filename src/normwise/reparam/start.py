@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class _Finish:
         if isinstance(module, _CHANNELS_LAST):
             channel = output.ndim - 1
         else:
-            channel = output.ndim - len(module.kernel_size) - 1  # type: ignore[arg-type]
+            channel = output.ndim - len(cast(tuple[int, ...], module.kernel_size)) - 1
         rows = at_least_float32(output).movedim(channel, 0).flatten(1)
         std, mean = torch.std_mean(rows, 1, correction=0)
         if not bool(torch.isfinite(std).all()):

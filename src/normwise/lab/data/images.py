@@ -209,10 +209,11 @@ def mnist(root: Path) -> Labelled:
 def fashion_mnist(root: Path) -> Labelled:
     """Fashion-MNIST's four IDX files, which have the names of MNIST's."""
     classes = (
-        "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot".split()  # noqa: SIM905
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle-boot"),
     )
     folders = ("fashion-mnist", "FashionMNIST/raw", "/usr/share/datasets/fashion-mnist")
-    return _idx_set(root, "fashion-mnist", folders, tuple(classes))
+    return _idx_set(root, "fashion-mnist", folders, classes)
 
 
 def _idx_set(root: Path, name: str, folders: Sequence[str], classes: tuple[str, ...]) -> Labelled:

@@ -22,8 +22,17 @@ _HEADER = 128
 _MATRIX, _COMPRESSED = 14, 15
 # Types of the elements of a file.
 _NUMBERS = {
-    1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"
-}  # fmt: skip
+    1: "i1",
+    2: "u1",
+    3: "i2",
+    4: "u2",
+    5: "i4",
+    6: "u4",
+    7: "f4",
+    9: "f8",
+    12: "i8",
+    13: "u8",
+}
 _TEXTS = {1: "latin-1", 2: "latin-1", 16: "utf-8"}
 _WIDE_TEXTS = (4, 17)
 # Classes of a matrix; those from _FIRST_NUMBER to _LAST_NUMBER are of numbers.

@@ -331,7 +331,7 @@ class _Trainer:
         low = self.training.autocast == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             loss = self.problem.loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
         if self.training.clip is not None:
             nn.utils.clip_grad_norm_(self.problem.model.parameters(), self.training.clip)
         self.optimizer.step()

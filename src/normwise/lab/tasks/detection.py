@@ -123,8 +123,9 @@ class _CentreNet(nn.Module):
         self.across = nn.ModuleList(_conv(fan_in, 2 * width, 1) for fan_in in widths[2:])
         centres = nn.Conv2d(2 * width, classes + 4, 1)
         # So that a centre is improbable at first (arXiv 1708.02002, section 3.3).
-        nn.init.zeros_(centres.bias)  # type: ignore[arg-type]  # it has a bias
-        nn.init.constant_(centres.bias[:classes], -2.19)  # type: ignore[index]  # as above
+        assert centres.bias is not None
+        nn.init.zeros_(centres.bias)
+        nn.init.constant_(centres.bias[:classes], -2.19)
         self.head = nn.Sequential(_conv(2 * width, 2 * width, 3), nn.ReLU(), centres)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+# Numba types these functions itself, and has no types of its own.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
 """One step for many tensors on the CPU, compiled by Numba and run on torch's own threads.
 

@@ -1,3 +1,4 @@
+# Triton types these functions itself. What it decides at compile time stands in an if of its own.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 # ruff: noqa: SIM102, SIM108
 """One step for many tensors on a CUDA device, compiled by Triton.
