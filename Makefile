@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo test test-all gpu lint install clean
 
 demo: install
 	$(BIN)/normwise compare
@@ -14,6 +14,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+# On a machine with a CUDA device, in whatever environment PYTHON is of: it installs nothing.
+gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --json docs/results/gpu.json
 
 lint: install
 	$(BIN)/ruff check .
