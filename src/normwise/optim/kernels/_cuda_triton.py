@@ -338,7 +338,7 @@ def _is_safe(coefficient, guess, about):
     return near & ((guess == SHUT) | (guess == BY_CHANNEL))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def flat_pass(
     state,
     tensors,
@@ -368,7 +368,7 @@ def flat_pass(
     tl.store(w_at, _rounded(w, at, state, tensor, seed, how, dtype), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def first_pass(
     state,
     tensors,
@@ -577,7 +577,7 @@ def _added_up(chunks, first, last, block: tl.constexpr):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def second_pass(
     state,
     tensors,

@@ -167,6 +167,9 @@ class Plan:
         self._spare: Tensor | None = None
         self._captured: list[Tensor] = []
         self._seed: int | None = None
+        # What Triton has compiled, by kernel, tile and all that a launch is specialized on.
+        self._how: tuple[Any, ...] = ()
+        self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def step_(
         self,
@@ -214,60 +217,75 @@ class Plan:
         seed = self._seed or 0
         dtypes = {"dtype": _DTYPES[self.dtype], "compute": _DTYPES[computing_dtype(self.dtype)]}
         block = 1 << self.log_block
+        pointers = [self.state if x is None else x for x in (lr, weight_decay, scale, found_inf)]
+        self._how = (how, aligned, *((x.dtype, x.data_ptr() % 16) for x in pointers))
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            kernels.prepare[(math.ceil(len(params) / TENSORS_AT_A_TIME),)](
-                self.state,
-                self.tensors,
-                *(self.state if x is None else x for x in (lr, weight_decay, scale, found_inf)),
-                len(params),
-                how=how,
-                block=TENSORS_AT_A_TIME,
+            self._launch(
+                kernels.prepare,
+                math.ceil(len(params) / TENSORS_AT_A_TIME),
+                (self.state, self.tensors, *pointers, len(params)),
+                {"how": how, "block": TENSORS_AT_A_TIME},
             )
             for tile, chunks in self.launches:
-                form: dict[str, Any] = {
-                    "how": how,
-                    "aligned": tile.aligned and aligned,
-                    "num_warps": WARPS,
-                    **dtypes,
-                }
+                form = {"aligned": tile.aligned and aligned, "how": how, **dtypes}
                 if tile.rows == 0:
-                    kernels.flat_pass[(len(chunks),)](
-                        self.state, self.tensors, chunks, seed, block=block, **form
+                    self._launch(
+                        kernels.flat_pass,
+                        len(chunks),
+                        (self.state, self.tensors, chunks, seed),
+                        {"block": block, **form},
+                        tile,
                     )
                     continue
-                kernels.first_pass[(len(chunks),)](
-                    self.state,
-                    self.tensors,
-                    chunks,
-                    self.slices,
-                    seed,
-                    rows=tile.rows,
-                    columns=tile.columns,
-                    looped=tile.looped,
-                    strided=tile.strided,
-                    **form,
+                self._launch(
+                    kernels.first_pass,
+                    len(chunks),
+                    (self.state, self.tensors, chunks, self.slices, seed),
+                    {
+                        "rows": tile.rows,
+                        "columns": tile.columns,
+                        "looped": tile.looped,
+                        "strided": tile.strided,
+                        **form,
+                    },
+                    tile,
                 )
             if self.runs is not None:
-                kernels.decide[(len(params),)](
-                    self.state,
-                    self.tensors,
-                    self.chunks,
-                    self.slices,
-                    how=how,
-                    block=CHUNKS_AT_A_TIME,
+                self._launch(
+                    kernels.decide,
+                    len(params),
+                    (self.state, self.tensors, self.chunks, self.slices),
+                    {"how": how, "block": CHUNKS_AT_A_TIME},
                 )
-                kernels.second_pass[(len(self.runs),)](
-                    self.state,
-                    self.tensors,
-                    self.runs,
-                    self.slices,
-                    seed,
-                    how=how,
-                    block=block,
-                    num_warps=WARPS,
-                    **dtypes,
+                self._launch(
+                    kernels.second_pass,
+                    len(self.runs),
+                    (self.state, self.tensors, self.runs, self.slices, seed),
+                    {"how": how, **dtypes, "block": block},
                 )
         torch.autograd.graph.increment_version(params)
+
+    def _launch(
+        self,
+        kernel: Any,
+        programs: int,
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        tile: Tile | None = None,
+    ) -> None:
+        """Launch a kernel, the second time without asking Triton which of its forms to take.
+
+        That is most of the host's time of a launch. ``constants`` are in the order of the kernel's
+        signature, after ``arguments``.
+        """
+        grid = (programs, 1, 1)
+        key = (kernel, tile, self._how)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            warps = {} if kernel in (kernels.prepare, kernels.decide) else {"num_warps": WARPS}
+            self._compiled[key] = kernel[grid](*arguments, **constants, **warps)
+        else:
+            compiled[grid](*arguments, *constants.values())
 
     def _on_device(self, value: float | Tensor | None) -> Tensor | None:
         """A tensor that is to be read on the device; None for what the host knows."""
