@@ -291,10 +291,14 @@ def _sums(w, u, z, row, compute: tl.constexpr):
 
 
 @triton.jit
-def _cosine(wz, ww, zz, guard):
-    """As projection._guarded_cosine: |⟨w, g⟩|/(max(‖w‖, eps)·max(‖g‖, eps))."""
-    cosine = tl.abs(wz) / tl.maximum(tl.sqrt(zz), guard) / tl.maximum(tl.sqrt(ww), guard)
-    return tl.where(ww == 0, 0.0, cosine)
+def _is_orthogonal(wz, ww, zz, guard, gate):
+    """Whether projection._guarded_cosine < gate: |⟨w, g⟩|/(max(‖w‖, eps)·max(‖g‖, eps)) < gate.
+
+    In squares, because a root and a quotient in float64 take as long as the whole of a short slice.
+    """
+    least = guard * guard
+    bound = gate * gate * tl.maximum(ww, least) * tl.maximum(zz, least)
+    return wz * wz < tl.where(wz == 0, gate, bound)
 
 
 @triton.jit
@@ -432,7 +436,7 @@ def first_pass(
         slot = slices + (tl.load(about + SLOT) + s) * SLICE_COLUMNS
         _set(slot, COEFFICIENT, coefficient, whole)
         gate = _get(state, DELTA) / tl.sqrt(length.to(tl.float64))
-        is_open = (_cosine(wz, ww, zz, _get(state, GUARD)) < gate) | (row == 0)
+        is_open = _is_orthogonal(wz, ww, zz, _get(state, GUARD), gate) | (row == 0)
         # In half precision what was rounded away cannot be corrected.
         write = whole & _is_safe(coefficient, guess, about) & (dtype == compute)
         tl.store(chunk + OPEN, tl.min(is_open.to(tl.int64), 0))
@@ -517,7 +521,7 @@ def decide(
             slot = slices + (tl.load(about + SLOT) + s) * SLICE_COLUMNS
             if GATED & how:
                 _set(slot, COEFFICIENT, _radial_coefficient(a, b, eps))
-                is_open = is_open & (_cosine(c, b, d, guard) < gate).to(tl.int64)
+                is_open = is_open & _is_orthogonal(c, b, d, guard, gate).to(tl.int64)
                 wu += a
                 ww += b
                 wz += c
@@ -531,8 +535,7 @@ def decide(
     elif GATED & how:
         wu, ww, wz, zz, is_open, safe = _added_up(chunks, first, last, block)
     if GATED & how:
-        cosine = _cosine(wz, ww, zz, guard)
-        by_layer = (zz > 0) & (cosine < delta / tl.sqrt(length * n))
+        by_layer = (zz > 0) & _is_orthogonal(wz, ww, zz, guard, delta / tl.sqrt(length * n))
         by_channel = (zz > 0) & (is_open != 0)
         decision = tl.where(by_channel, BY_CHANNEL, tl.where(by_layer, BY_LAYER, SHUT))
         decision = decision.to(tl.int64)
@@ -598,27 +601,29 @@ def second_pass(
     about = tensors + tensor * TENSOR_COLUMNS
     if tl.load(about + REVISIT) == 0:
         return
-    at = tl.load(run + BEGIN) + tl.arange(0, block)
-    mask = at < tl.load(run + END)
-    s = (at // tl.load(about + INNER)) % tl.load(about + SLICES)
-    values = (slices + (tl.load(about + SLOT) + s) * SLICE_COLUMNS).to(
-        tl.pointer_type(tl.float64), bitcast=True
-    )
-    if GATED & how:
-        coefficient = tl.load(values + COEFFICIENT, mask, other=0)
-        decision, acted = s * 0 + tl.load(about + DECISION), s * 0 + tl.load(about + ACTED)
-        keep = _keep_of_gate(coefficient, decision, about)
-        step = _get(about, STEP)
-        add = tl.zeros([block], tl.float64) - step
-        if (dtype == compute) and tl.load(about + PIECES) == 0:
-            written = _is_safe(coefficient, acted, about)
-            mask = mask & ((written == 0) | (decision != acted))
-            keep = tl.where(written, keep / _keep_of_gate(coefficient, acted, about), keep)
-            add = tl.where(written, (keep - 1) * step, add)
-    else:
-        keep, add = tl.load(values + KEEP, mask, other=0), tl.load(values + ADD, mask, other=0)
-    _, u = _direction(state, about, tensor, at, mask, False, False, how, dtype, compute)
-    w_at = _address(state, tensor, W, dtype, False) + at
-    w = tl.load(w_at, mask, other=0).to(compute)
-    w = _combined(w, u, keep, add, compute)
-    tl.store(w_at, _rounded(w, at, state, tensor, seed, how, dtype), mask)
+    begin, end = tl.load(run + BEGIN), tl.load(run + END)
+    for start in range(begin, end, block):
+        at = start + tl.arange(0, block)
+        mask = at < end
+        s = (at // tl.load(about + INNER)) % tl.load(about + SLICES)
+        values = (slices + (tl.load(about + SLOT) + s) * SLICE_COLUMNS).to(
+            tl.pointer_type(tl.float64), bitcast=True
+        )
+        if GATED & how:
+            coefficient = tl.load(values + COEFFICIENT, mask, other=0)
+            decision, acted = s * 0 + tl.load(about + DECISION), s * 0 + tl.load(about + ACTED)
+            keep = _keep_of_gate(coefficient, decision, about)
+            step = _get(about, STEP)
+            add = tl.zeros([block], tl.float64) - step
+            if (dtype == compute) and tl.load(about + PIECES) == 0:
+                written = _is_safe(coefficient, acted, about)
+                mask = mask & ((written == 0) | (decision != acted))
+                keep = tl.where(written, keep / _keep_of_gate(coefficient, acted, about), keep)
+                add = tl.where(written, (keep - 1) * step, add)
+        else:
+            keep, add = tl.load(values + KEEP, mask, other=0), tl.load(values + ADD, mask, other=0)
+        _, u = _direction(state, about, tensor, at, mask, False, False, how, dtype, compute)
+        w_at = _address(state, tensor, W, dtype, False) + at
+        w = tl.load(w_at, mask, other=0).to(compute)
+        w = _combined(w, u, keep, add, compute)
+        tl.store(w_at, _rounded(w, at, state, tensor, seed, how, dtype), mask)

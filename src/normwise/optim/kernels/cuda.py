@@ -28,11 +28,13 @@ k: Any = SimpleNamespace(
 
 # Entries of a tile, 16 for each thread; slices up to 4 of them are the work of one program.
 LOG_BLOCK = 12
-WARPS = 8
 BLOCKS_A_PROGRAM = 4
+BLOCKS_A_RUN = 8
+# In "auto" programs need more registers.
+WARPS, WARPS_GATED = 8, 4
 # What one program prepares, and adds up, at a time.
 TENSORS_AT_A_TIME = 128
-CHUNKS_AT_A_TIME = 256
+CHUNKS_AT_A_TIME = 1024
 
 _DTYPES = {
     torch.float32: tl.float32,
@@ -153,7 +155,8 @@ class Plan:
             row[k.FIRST], row[k.LAST] = n_chunks, n_chunks + len(table)
             n_chunks += len(table)
             if kind == "auto" or pieces:
-                runs.append(Tile(0, block).chunks(t, 1, size, block))
+                # Most find nothing left to do: the fewer, the better.
+                runs.append(Tile(0, block).chunks(t, 1, size, block * BLOCKS_A_RUN))
                 slots += slices
         self.tensors = tensors.to(self.device)
         self.chunks = torch.cat([t for tables in chunks.values() for t in tables]).to(self.device)
@@ -282,8 +285,8 @@ class Plan:
         key = (kernel, tile, self._how)
         compiled = self._compiled.get(key)
         if compiled is None:
-            warps = {} if kernel in (kernels.prepare, kernels.decide) else {"num_warps": WARPS}
-            self._compiled[key] = kernel[grid](*arguments, **constants, **warps)
+            warps = 4 if kernel is kernels.prepare else WARPS_GATED if self.gated else WARPS
+            self._compiled[key] = kernel[grid](*arguments, **constants, num_warps=warps)
         else:
             compiled[grid](*arguments, *constants.values())
 
