@@ -5,8 +5,14 @@ from normwise.decay import EpsilonShiftedL2
 from normwise.geometry import View
 from normwise.invariance import JointSet, ParameterReport, Report, analyze
 from normwise.monitor import Monitor
-from normwise.optim import SGDP, SGDW, AdamP, tangential
-from normwise.reparam import center_weight_normalize, fold, weight_normalize, weight_standardize
+from normwise.optim import SGDP, SGDW, AdamP, LearnedNorm, RadialBrake, sphere, tangential
+from normwise.reparam import (
+    add_gains,
+    center_weight_normalize,
+    fold,
+    weight_normalize,
+    weight_standardize,
+)
 
 __version__ = "0.1.0"
 
@@ -16,15 +22,19 @@ __all__ = [
     "AdamP",
     "EpsilonShiftedL2",
     "JointSet",
+    "LearnedNorm",
     "Monitor",
     "ParameterReport",
+    "RadialBrake",
     "Report",
     "View",
     "__version__",
+    "add_gains",
     "analyze",
     "center_weight_normalize",
     "decay",
     "fold",
+    "sphere",
     "tangential",
     "theory",
     "weight_normalize",

@@ -12,6 +12,7 @@ from normwise.reparam.convert import (
     weight_standardize,
 )
 from normwise.reparam.folding import fold
+from normwise.reparam.gains import Gain, Gains, add_gains
 from normwise.reparam.once import computed_once
 from normwise.reparam.parametrizations import (
     CenteredWeightNorm,
@@ -27,10 +28,13 @@ __all__ = [
     "Conversion",
     "ConvertedWeight",
     "Divisor",
+    "Gain",
+    "Gains",
     "MeanOnlyBatchNorm",
     "WeightNorm",
     "WeightParametrization",
     "WeightStandardization",
+    "add_gains",
     "center_weight_normalize",
     "computed_once",
     "data_dependent_start",
