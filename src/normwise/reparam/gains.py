@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normwise.geometry import View
 from normwise.reparam.parametrizations import originals, stacks
 
 __all__ = ["Gain", "GainKind", "Gains", "add_gains"]
@@ -21,11 +22,18 @@ _KINDS = ("scalar", "row", "column")
 
 class _Ledger(Protocol):
     @property
-    def gains(self) -> Mapping[Any, GainKind | Sequence[GainKind]]: ...
+    def fixed(self) -> Mapping[str, View]: ...
+
+    @property
+    def verdicts(self) -> Mapping[str, str]: ...
 
 
+@runtime_checkable
 class _Report(Protocol):
     def freedom(self) -> _Ledger: ...
+
+
+Wanted = Mapping[Any, GainKind | Sequence[GainKind]] | _Ledger | _Report
 
 
 class Gain(nn.Module):
@@ -101,9 +109,7 @@ class Gains:
         return ((p, self.of[name]) for name, p in self.by_name.items())
 
 
-def add_gains(
-    model: nn.Module, gains: Mapping[Any, GainKind | Sequence[GainKind]] | _Report
-) -> Gains:
+def add_gains(model: nn.Module, gains: Wanted) -> Gains:
     """Put a trainable gain of 1 in front of weights, in place.
 
     Where norms are fixed, by :func:`normwise.sphere` for example, a network can lose lengths that
@@ -114,7 +120,8 @@ def add_gains(
     Args:
         model: any module.
         gains: a mapping from weights, or their names, to ``"scalar"``, ``"row"``, ``"column"``, or
-            several of them; or a report, whose ledger ``report.freedom().gains`` is such a mapping.
+            several of them; or the ledger of a report, ``report.freedom(fixed)``, which says where
+            gains are needed; or a report, for the ledger of all its matrices.
 
     Returns:
         The new parameters.
@@ -125,7 +132,7 @@ def add_gains(
 
     Source: arXiv 2606.25971 (rows and columns).
     """
-    mapping = gains if isinstance(gains, Mapping) else gains.freedom().gains
+    mapping = gains if isinstance(gains, Mapping) else _needed(gains)
     places = _places(model)
     todo: list[tuple[nn.Module, str, str, Gain]] = []
     by_name = dict(model.named_parameters(remove_duplicate=False))
@@ -152,6 +159,19 @@ def add_gains(
         {names[gain.gain]: gain.gain for *_, gain in todo},
         {names[gain.gain]: (name, gain.kind) for _, _, name, gain in todo},
     )
+
+
+def _needed(source: _Ledger | _Report) -> dict[str, GainKind]:
+    """The gains that a ledger asks for, one for each slice whose norm is fixed."""
+    ledger = source.freedom() if isinstance(source, _Report) else source
+    kinds: dict[str, GainKind] = {}
+    for name, verdict in ledger.verdicts.items():
+        if verdict == "fix with a gain":
+            view = ledger.fixed[name]
+            if view.kind != "layer" and view.dim > 1:
+                raise ValueError(f"{name} needs gains in view {view}; only rows and columns have")
+            kinds[name] = "scalar" if view.kind == "layer" else ("row", "column")[view.dim]
+    return kinds
 
 
 _Places = dict[Tensor, list[tuple[nn.Module, str]]]
