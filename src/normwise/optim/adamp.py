@@ -103,6 +103,8 @@ def _multi_tensor_adamp(
 
         torch._foreach_add_(steps, 1)
         t = torch.stack(steps)
+        if isinstance(step.lr, Tensor) and t.device.type == "cpu":
+            t = t.to(step.lr.device, non_blocking=True)
         t = t.to(scalar_dtype(t.device))
         bias_correction1 = 1 - rule.beta1**t
         bias_correction2 = 1 - rule.beta2**t
