@@ -31,7 +31,6 @@ from normwise.monitor.quantities import (
     Slices,
     SmallestNorm,
 )
-from normwise.monitor.rules import UpdateRule, update_of
 from normwise.monitor.schedules import Schedule, every, first, log_spaced
 from normwise.monitor.writers import JsonLines, MLflow, Parquet, TensorBoard, WandB
 
@@ -67,11 +66,9 @@ __all__ = [
     "SmallestNorm",
     "TensorBoard",
     "Tumbling",
-    "UpdateRule",
     "WandB",
     "every",
     "first",
     "log_spaced",
     "standard_rules",
-    "update_of",
 ]

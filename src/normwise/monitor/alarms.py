@@ -13,8 +13,8 @@ from torch import Tensor
 
 from normwise.monitor.layout import Layer
 from normwise.monitor.measurement import Measurement
-from normwise.monitor.rules import UpdateRule
 from normwise.theory import norm_range
+from normwise.updates import UpdateRule
 
 __all__ = [
     "Alarm",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 
 from normwise.geometry import View
 from normwise.monitor.alarms import Alarm, AlarmError, Rule, standard_rules
-from normwise.monitor.layout import Bucket, Layout
+from normwise.monitor.history import History
+from normwise.monitor.layout import Bucket, Layer, Layout
 from normwise.monitor.measurement import Measurement, aggregate
 from normwise.monitor.quantities import STANDARD, Quantity, Slices
-from normwise.monitor.rules import UpdateRule, rule_of, update_of
 from normwise.monitor.schedules import Schedule, every
-from normwise.theory import Update
+from normwise.theory import equilibrium_of
+from normwise.updates import Update, UpdateRule, describe, rule_of
 
 if TYPE_CHECKING:
     from normwise.invariance import Report
@@ -39,8 +40,7 @@ class _Taken:
     """What belongs to one measurement on the device."""
 
     step: int
-    lrs: list[float | Tensor]
-    rules: list[UpdateRule]
+    rules: list[UpdateRule]  # of each layer
 
 
 @dataclass
@@ -87,8 +87,8 @@ class Monitor:
         check_finite: a schedule, such as ``every(1)``, of steps after which every slice is looked
             at, to know exactly which went first to be not finite. Each costs about as much as
             copying the weights (default: only at measured steps).
-        update: whether updates are as long as gradients or normalized (default: by the name of
-            the optimizer's class, see :func:`normwise.monitor.update_of`).
+        update: what sets the length of an update, for an optimizer that
+            :func:`normwise.describe` does not know (default: what that says).
 
     Attributes:
         step: how many steps the optimizer has taken.
@@ -123,7 +123,7 @@ class Monitor:
         if fetch_every < 1:
             raise ValueError(f"Invalid fetch_every: {fetch_every}; must be 1 or more")
         self._optimizer = optimizer
-        self.update = update or update_of(optimizer)
+        self.update = update or describe(optimizer)[0].update
         self._schedule = every if isinstance(every, Schedule) else _interval(every)
         self._check_finite = check_finite
         self._quantities = tuple(quantities)
@@ -173,12 +173,7 @@ class Monitor:
         Raises:
             KeyError: for an unknown quantity.
         """
-        if name not in self.names:
-            raise KeyError(f"no quantity {name!r} is measured; there are {', '.join(self.names)}")
-        row = self.names.index(name)
-        steps = [m.step for m in self.history]
-        values = [m.values[row] for m in self.history]
-        return steps, torch.stack(values) if values else torch.empty(0, len(self.layers))
+        return self._data().series(name)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw norms, angular updates, effective learning rates, and measured against predicted.
@@ -195,7 +190,7 @@ class Monitor:
         """
         from normwise.monitor.plots import draw
 
-        figure = draw(self)
+        figure = draw(self._data())
         if path is not None:
             figure.savefig(path)
         return figure
@@ -209,7 +204,10 @@ class Monitor:
         """
         from normwise.monitor.plots import panels
 
-        return panels(self)
+        return panels(self._data())
+
+    def _data(self) -> History:
+        return History(self.layers, self.names, tuple(self.history), self.update)
 
     def fetch(self) -> None:
         """Get every measurement taken so far; this waits for the device."""
@@ -283,9 +281,7 @@ class Monitor:
                     self._receive(self._under_way.pop(0))
 
     def _measure(self, before: list[Tensor], after: list[Tensor]) -> None:
-        groups = self._optimizer.param_groups
-        rules = [rule_of(self._optimizer, group, self.update) for group in groups]
-        lrs = [group["lr"] for group in groups]
+        rules = self._update_rules()
         if self._results is None:
             self._results = [
                 torch.empty(
@@ -302,8 +298,8 @@ class Monitor:
             self._layout.buckets, before, after, self._results, strict=True
         ):
             gradient = bucket.read(bucket.gradients())
-            lr = _column(lrs, bucket)
-            decay = lr * _column([rule.decay_per_lr for rule in rules], bucket)
+            lr = _column([rule.lr for rule in rules], bucket)
+            decay = _column([rule.shrink for rule in rules], bucket)
             exponent = _column([float(rule.update.exponent) for rule in rules], bucket)
             for part in bucket.chunks:
                 s = Slices(
@@ -311,11 +307,24 @@ class Monitor:
                 )
                 for row, quantity in enumerate(self._quantities):
                     into[place, row, part] = quantity(s)
-        snapshot = [
-            lr.detach().to("cpu", non_blocking=True, copy=True) if isinstance(lr, Tensor) else lr
-            for lr in lrs
+        kept: dict[Tensor, Tensor] = {}  # weights of a group share its tensors
+
+        def snapshot(t: Tensor) -> Tensor:
+            if t not in kept:
+                kept[t] = t.detach().to("cpu", non_blocking=True, copy=True)
+            return kept[t]
+
+        self._taken.append(_Taken(self.step, [rule.converted(snapshot) for rule in rules]))
+
+    def _update_rules(self) -> list[UpdateRule]:
+        """What this step has done to each layer."""
+        groups = self._optimizer.param_groups
+        pairs = zip(self._layout.layers, self._layout.params, strict=True)
+        rules = [rule_of(self._optimizer, groups[layer.group], p) for layer, p in pairs]
+        return [
+            replace(rule, update=self.update) if rule.update is Update.UNKNOWN else rule
+            for rule in rules
         ]
-        self._taken.append(_Taken(self.step, snapshot, rules))
 
     def _look_for_bad(self, after: list[Tensor]) -> None:
         if self._first_bad is None:
@@ -350,12 +359,11 @@ class Monitor:
         values = torch.cat([v.double() for v in batch.values], dim=2)
         first_bad = torch.cat(batch.first_bad) if batch.first_bad else None
         for taken, slices in zip(batch.taken, values, strict=True):
-            of_groups = [float(lr) for lr in taken.lrs]
             layers = self._layout.layers
-            lrs = tuple(of_groups[layer.group] for layer in layers)
-            rules = tuple(taken.rules[layer.group] for layer in layers)
+            rules = tuple(rule.converted(float) for rule in taken.rules)
+            lrs = tuple(float(rule.lr) for rule in rules)
             measured = aggregate(slices, self._quantities, layers)
-            predicted = self._predict(slices, lrs, rules)
+            predicted = self._predict(slices, rules)
             m = Measurement(
                 taken.step,
                 layers,
@@ -374,21 +382,19 @@ class Monitor:
                 for alarm in rule(m, rules):
                     self._raise(alarm)
 
-    def _predict(
-        self, slices: Tensor, lrs: tuple[float, ...], rules: tuple[UpdateRule, ...]
-    ) -> Tensor:
+    def _predict(self, slices: Tensor, rules: tuple[UpdateRule, ...]) -> Tensor:
         """The equilibrium of each layer; E‖g̃‖² is the mean over the last ten or so measurements."""
-        predicted = torch.full((2, len(lrs)), math.nan, dtype=torch.float64)
+        predicted = torch.full((2, len(rules)), math.nan, dtype=torch.float64)
         if "scaled_gradient" in self._names:
             squares = slices[self._names.index("scaled_gradient")].square()
             old = self._gradient_squares
             self._gradient_squares = squares if old is None else old.lerp(squares, 0.1)
-        for i, (layer, lr, rule) in enumerate(zip(self._layout.layers, lrs, rules, strict=True)):
+        for i, (layer, rule) in enumerate(zip(self._layout.layers, rules, strict=True)):
             mean = math.nan
             if self._gradient_squares is not None:
                 alive = self._gradient_squares[layer.slices]
                 mean = float(alive[alive > 0].log().mean().exp())
-            predicted[:, i] = torch.tensor(rule.equilibrium(lr, mean, layer.entries))
+            predicted[:, i] = torch.tensor(_prediction(rule, mean, layer))
         return predicted
 
     def _raise(self, alarm: Alarm) -> None:
@@ -416,22 +422,38 @@ class Monitor:
                 )
 
 
+def _prediction(rule: UpdateRule, square: float, layer: Layer) -> tuple[float, float]:
+    """The norm and the RMS angle per step at equilibrium; NaN where there is none."""
+    try:
+        found = equilibrium_of(
+            rule,
+            gradient_square=square if 0 < square < math.inf else math.nan,
+            entries=layer.entries,
+            shape=layer.shape,
+        )
+    except ValueError:  # beyond where one exists
+        return math.nan, math.nan
+    return (
+        (found.norm, found.angle) if math.isfinite(found.norm) or found.angle else (math.nan,) * 2
+    )
+
+
 def _interval(steps: int) -> Schedule:
     return every(steps)
 
 
 def _column(values: Sequence[float | Tensor], bucket: Bucket) -> Tensor:
-    """A value of each group, spread over the slices of a bucket."""
+    """A value of each layer, spread over the slices of a bucket."""
     if any(isinstance(value, Tensor) for value in values):
-        of_groups = torch.stack(
+        of_layers = torch.stack(
             [
                 torch.as_tensor(value, dtype=bucket.dtype, device=bucket.device).reshape(())
                 for value in values
             ]
         )
     else:
-        of_groups = torch.tensor(values, dtype=bucket.dtype, device=bucket.device)
-    return of_groups.index_select(0, bucket.group_index)
+        of_layers = torch.tensor(values, dtype=bucket.dtype, device=bucket.device)
+    return of_layers.index_select(0, bucket.layer_index)
 
 
 def _to_host(t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from normwise.geometry import View, norms
+from normwise.monitor.history import Trajectory
 from normwise.theory import (
     Update,
     adamw_angle,
@@ -168,9 +169,15 @@ class Plan:
         """
         from normwise.monitor.plots import draw_plan
 
-        draw_plan(self).savefig(path)
+        draw_plan([self._trajectory(row) for row in self.rows], self.settings.schedule).savefig(
+            path
+        )
 
-    def course(self, weights: Weights) -> tuple[list[float], list[float]]:
+    def _trajectory(self, row: PlanRow) -> Trajectory:
+        norms_, angles = self.trajectory(row.weights)
+        return Trajectory(row.weights.name, tuple(norms_), tuple(angles), row.norm, row.angle)
+
+    def trajectory(self, weights: Weights) -> tuple[list[float], list[float]]:
         """The expected norm and RMS angle of one weight before each step; empty for Lion."""
         s = self.settings
         lrs = s.lrs()
@@ -230,8 +237,8 @@ def weights_of(model: nn.Module, views: Mapping[str, View]) -> list[Weights]:
 def _row(s: Settings, w: Weights) -> PlanRow:
     update = Update.GRADIENT if s.optimizer == "sgd" else Update.NORMALIZED
     before = effective_lr(s.lr, w.norm, update)
-    course = Plan(s, (), ()).course(w)[0]
-    final = course[-1] if course else math.nan
+    trajectory = Plan(s, (), ()).trajectory(w)[0]
+    final = trajectory[-1] if trajectory else math.nan
     if s.weight_decay == 0:
         if s.optimizer == "lion":
             final = math.nan

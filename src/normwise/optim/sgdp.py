@@ -22,6 +22,7 @@ from normwise.optim._base import (
 )
 from normwise.optim.kernels import Fused, Later, SGDRule, Step, use_fused
 from normwise.optim.projection import ViewOption
+from normwise.updates import Update, UpdateRule, decoupled
 
 __all__ = ["SGDP", "sgdp"]
 
@@ -124,6 +125,24 @@ class SGDP(NormwiseOptimizer):
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"momentum_buffer": new_moment(p)} if group["momentum"] != 0 else {}
+
+    def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
+        """What a step does to the weights of a group, for :func:`normwise.describe`."""
+        return UpdateRule(
+            type(self).__name__,
+            Update.GRADIENT,
+            group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            scale=1.0,
+            takes_tensor=True,
+            view=group["view"],
+            wd_ratio=group["wd_ratio"],
+            delta=group["delta"],
+            norm=group["norm"],
+            **decoupled(group, 1 / (1 - group["momentum"])),
+        )
 
     def _update(
         self,

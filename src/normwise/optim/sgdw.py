@@ -21,6 +21,7 @@ from normwise.optim._base import (
     working,
 )
 from normwise.optim.kernels import Fused, SGDRule, Step, use_fused
+from normwise.updates import Update, UpdateRule, decoupled
 
 __all__ = ["SGDW", "sgdw"]
 
@@ -108,6 +109,20 @@ class SGDW(NormwiseOptimizer):
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"momentum_buffer": new_moment(p)} if group["momentum"] != 0 else {}
+
+    def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
+        """What a step does to the weights of a group, for :func:`normwise.describe`."""
+        return UpdateRule(
+            type(self).__name__,
+            Update.GRADIENT,
+            group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            scale=1.0,
+            takes_tensor=True,
+            **decoupled(group),
+        )
 
     def _adapt_state(self, saved: dict[str, Any], states: list[dict[str, Any]]) -> None:
         # A buffer of torch.optim.SGD holds gradients; the paper's holds them times their lr.
