@@ -181,7 +181,8 @@ def main() -> None:
         )
     late = [row for row in rows if row["steps to equilibrium"] > settle]
     print(
-        f"{args.optimizer}, lr {lr}, weight decay {decay}, wd_ratio {rule.wd_ratio:g}, batch {args.batch}, seed {args.seed}, "
+        f"{args.optimizer}, lr {lr}, weight decay {decay}, wd_ratio {rule.wd_ratio:g}, "
+        f"batch {args.batch}, seed {args.seed}, "
         f"{args.steps} steps; means over the steps after {settle}; torch {torch.__version__}"
     )
     print(

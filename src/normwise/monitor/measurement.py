@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normwise.monitor.layout import Layer
 from normwise.monitor.quantities import Aggregate, Quantity
+from normwise.monitor.watched import Layer
 
 __all__ = ["Measurement", "aggregate"]
 

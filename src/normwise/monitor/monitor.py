@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normwise.geometry import View
-from normwise.monitor.alarms import Alarm, AlarmError, Rule, standard_rules
+from normwise.monitor.alarms import Alarm, AlarmError, AlarmRule, standard_rules
 from normwise.monitor.history import History
-from normwise.monitor.layout import Bucket, Layer, Layout
 from normwise.monitor.measurement import Measurement, aggregate
 from normwise.monitor.quantities import STANDARD, Quantity, Slices
-from normwise.monitor.schedules import Schedule, every
+from normwise.monitor.triggers import Trigger, every
+from normwise.monitor.watched import Bucket, Layer, WatchedWeights
 from normwise.theory import equilibrium_of
 from normwise.updates import Update, UpdateRule, describe, rule_of
 
@@ -76,7 +76,7 @@ class Monitor:
             or a mapping from parameter names to views. By default every weight of two dimensions
             or more that the optimizer trains, in the view of its parameter group or by output
             channel, embeddings as a whole; then it is for you to know which are scale-invariant.
-        every: when to measure: the first step and every so many, or a schedule (default: 100).
+        every: when to measure: the first step and every so many, or a trigger (default: 100).
         quantities: what to measure (default: :data:`normwise.monitor.STANDARD`).
         writers: where measurements go: any callables, such as those of
             :mod:`normwise.monitor.writers`. One that has ``close()`` is closed with the monitor.
@@ -84,7 +84,7 @@ class Monitor:
             (:class:`AlarmError`, out of ``optimizer.step()``), or a function of an :class:`Alarm`.
         rules: what raises alarms (default: :func:`normwise.monitor.standard_rules`).
         fetch_every: measurements a batch; alarms come by so much later (default: 4).
-        check_finite: a schedule, such as ``every(1)``, of steps after which every slice is looked
+        check_finite: a trigger, such as ``every(1)``, of steps after which every slice is looked
             at, to know exactly which went first to be not finite. Each costs about as much as
             copying the weights (default: only at measured steps).
         update: what sets the length of an update, for an optimizer that
@@ -109,13 +109,13 @@ class Monitor:
         optimizer: Optimizer,
         report: Report | Mapping[str, View | str] | None = None,
         *,
-        every: int | Schedule = 100,
+        every: int | Trigger = 100,
         quantities: Sequence[Quantity] = STANDARD,
         writers: Sequence[Writer] = (),
         alarms: OnAlarm = "log",
-        rules: Sequence[Rule] | None = None,
+        rules: Sequence[AlarmRule] | None = None,
         fetch_every: int = 4,
-        check_finite: Schedule | None = None,
+        check_finite: Trigger | None = None,
         update: Update | None = None,
     ) -> None:
         if not (alarms in ("log", "raise") or callable(alarms)):
@@ -124,7 +124,7 @@ class Monitor:
             raise ValueError(f"Invalid fetch_every: {fetch_every}; must be 1 or more")
         self._optimizer = optimizer
         self.update = update or describe(optimizer)[0].update
-        self._schedule = every if isinstance(every, Schedule) else _interval(every)
+        self._trigger = every if isinstance(every, Trigger) else _interval(every)
         self._check_finite = check_finite
         self._quantities = tuple(quantities)
         self._names = tuple(q.name for q in self._quantities)
@@ -137,7 +137,7 @@ class Monitor:
         names = {p: name for name, p in model.named_parameters()}
         groups = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
         views = _views(model, optimizer, report, names, groups)
-        self._layout = Layout(views, names, groups)
+        self._layout = WatchedWeights(views, names, groups)
         self._results: list[Tensor] | None = None
         self._first_bad: list[Tensor] | None = None
         self._before: list[Tensor] | None = None
@@ -259,7 +259,7 @@ class Monitor:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         while self._under_way and self._under_way[0].arrived():
             self._receive(self._under_way.pop(0))
-        if self._schedule(self.step + 1):
+        if self._trigger(self.step + 1):
             self._before = [bucket.gather(bucket.params) for bucket in self._layout.buckets]
 
     @torch.no_grad()
@@ -438,7 +438,7 @@ def _prediction(rule: UpdateRule, square: float, layer: Layer) -> tuple[float, f
     )
 
 
-def _interval(steps: int) -> Schedule:
+def _interval(steps: int) -> Trigger:
     return every(steps)
 
 
