@@ -34,8 +34,9 @@ class DecayScheduler:
 
     Args:
         target: an optimizer, or an :class:`EpsilonShiftedL2`, whose groups have a λ too.
-        schedule: the factor for each count of steps from 0: one of :mod:`normwise.decay.schedules` or any
-            function; or a list with one for each of the groups.
+        schedule: the factor for each count of steps from 0: one of
+            :mod:`normwise.decay.schedules` or any function; or a list with one for each of the
+            groups.
         groups: the numbers or names of the groups to drive (default: all).
 
     Raises:

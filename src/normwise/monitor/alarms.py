@@ -250,6 +250,9 @@ class EffectiveLRFell(AlarmRule):
             weights[layer.slices] = layer.entries
             power[layer.slices] = rule.update.exponent
         self._lrs[m.step] = sum(m.lrs) / len(m.lrs)
+        if len(self._lrs) > 1000:
+            wanted = {m.step, *self._when.tolist()}
+            self._lrs = {step: lr for step, lr in self._lrs.items() if step in wanted}
         fell = power * (logs - least) >= math.log(self.factor)
         share = float(weights[fell].sum() / weights.sum())
         if share < self.share:
@@ -358,8 +361,8 @@ class LargeAngularUpdate(AlarmRule):
                     m.step,
                     name,
                     (),
-                    f"{name} turns by {angle:.2g} rad per step, so it forgets what it learned within "
-                    f"{max(1, round(1 / angle**2))} steps.",
+                    f"{name} turns by {angle:.2g} rad per step, so it forgets what it learned "
+                    f"within {max(1, round(1 / angle**2))} steps.",
                     "Lower lr·weight_decay, which sets the angle at equilibrium, or the learning "
                     "rate.",
                 )

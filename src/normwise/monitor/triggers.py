@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-__all__ = ["Trigger", "every", "first", "log_spaced"]
+__all__ = ["Trigger", "at_least_one", "every", "first", "log_spaced"]
 
 
 class Trigger(ABC):
@@ -59,20 +59,21 @@ class _LogSpaced(Trigger):
 
 def every(interval: int) -> Trigger:
     """The first step, and every multiple of ``interval``."""
-    return _Every(_at_least_one("interval", interval))
+    return _Every(at_least_one("interval", interval))
 
 
 def first(steps: int) -> Trigger:
     """The first so many ``steps``."""
-    return _First(_at_least_one("steps", steps))
+    return _First(at_least_one("steps", steps))
 
 
 def log_spaced(per_decade: int = 10) -> Trigger:
     """About ``per_decade`` steps between 10^k and 10^(k+1): dense at first, ever rarer later."""
-    return _LogSpaced(_at_least_one("per_decade", per_decade))
+    return _LogSpaced(at_least_one("per_decade", per_decade))
 
 
-def _at_least_one(name: str, value: int) -> int:
+def at_least_one(name: str, value: int) -> int:
+    """``value``, if it is a whole number of 1 or more; else ValueError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"Invalid {name}: {value!r}; must be a whole number, 1 or more")
     return value
