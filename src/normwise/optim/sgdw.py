@@ -7,9 +7,24 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+<<<<<<< HEAD
 from normwise.optim.sgd import MomentumOptimizer
 from normwise.optim.state_dicts import StateForm
 from normwise.optim.step import SGDRule
+=======
+from normwise.optim._base import (
+    NormwiseOptimizer,
+    by_device_and_dtype,
+    check_momentum,
+    new_moment,
+    sgd_updates,
+    take_step_,
+    use_foreach,
+    working,
+)
+from normwise.optim.kernels import Fused, SGDRule, Step, use_fused
+from normwise.updates import Update, UpdateRule, decoupled
+>>>>>>> updates
 
 __all__ = ["SGDW"]
 
@@ -89,6 +104,20 @@ class SGDW(MomentumOptimizer):
     def _rule(self, group: dict[str, Any]) -> tuple[SGDRule, float]:
         in_buffer = group["variant"] == "paper"
         return SGDRule(group["momentum"], group["dampening"], group["nesterov"], in_buffer), 1.0
+
+    def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
+        """What a step does to the weights of a group, for :func:`normwise.describe`."""
+        return UpdateRule(
+            type(self).__name__,
+            Update.GRADIENT,
+            group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            scale=1.0,
+            takes_tensor=True,
+            **decoupled(group),
+        )
 
     def _adapt_state(self, saved: dict[str, Any], states: list[dict[str, Any]]) -> None:
         # A buffer of torch.optim.SGD holds gradients; the paper's holds them times their lr.
