@@ -13,7 +13,6 @@ from normwise.optim.projection import ViewOption
 from normwise.optim.state_dicts import StateForm
 from normwise.optim.step import (
     AT_ONCE,
-from normwise.updates import Update, UpdateRule, decoupled
     AdamRule,
     Ending,
     Step,
@@ -21,6 +20,7 @@ from normwise.updates import Update, UpdateRule, decoupled
     for_computing,
     scalar_dtype,
 )
+from normwise.updates import Update, UpdateRule, decoupled
 
 __all__ = ["AdamP", "adamp"]
 

@@ -7,24 +7,10 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-<<<<<<< HEAD
 from normwise.optim.sgd import MomentumOptimizer
 from normwise.optim.state_dicts import StateForm
 from normwise.optim.step import SGDRule
-=======
-from normwise.optim._base import (
-    NormwiseOptimizer,
-    by_device_and_dtype,
-    check_momentum,
-    new_moment,
-    sgd_updates,
-    take_step_,
-    use_foreach,
-    working,
-)
-from normwise.optim.kernels import Fused, SGDRule, Step, use_fused
 from normwise.updates import Update, UpdateRule, decoupled
->>>>>>> updates
 
 __all__ = ["SGDW"]
 
@@ -105,6 +91,13 @@ class SGDW(MomentumOptimizer):
         in_buffer = group["variant"] == "paper"
         return SGDRule(group["momentum"], group["dampening"], group["nesterov"], in_buffer), 1.0
 
+    def _adapt_state(self, saved: dict[str, Any], states: list[dict[str, Any]]) -> None:
+        # A buffer of torch.optim.SGD holds gradients; the paper's holds them times their lr.
+        if "variant" not in saved and self.defaults["variant"] == "paper":
+            for state in states:
+                if "momentum_buffer" in state:
+                    state["momentum_buffer"] = state["momentum_buffer"] * saved["lr"]
+
     def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
         """What a step does to the weights of a group, for :func:`normwise.describe`."""
         return UpdateRule(
@@ -118,10 +111,3 @@ class SGDW(MomentumOptimizer):
             takes_tensor=True,
             **decoupled(group),
         )
-
-    def _adapt_state(self, saved: dict[str, Any], states: list[dict[str, Any]]) -> None:
-        # A buffer of torch.optim.SGD holds gradients; the paper's holds them times their lr.
-        if "variant" not in saved and self.defaults["variant"] == "paper":
-            for state in states:
-                if "momentum_buffer" in state:
-                    state["momentum_buffer"] = state["momentum_buffer"] * saved["lr"]
