@@ -13,6 +13,7 @@ from normwise.reparam import (
     weight_normalize,
     weight_standardize,
 )
+from normwise.updates import UpdateRule, describe
 
 __version__ = "0.1.0"
 
@@ -27,12 +28,14 @@ __all__ = [
     "ParameterReport",
     "RadialBrake",
     "Report",
+    "UpdateRule",
     "View",
     "__version__",
     "add_gains",
     "analyze",
     "center_weight_normalize",
     "decay",
+    "describe",
     "fold",
     "sphere",
     "tangential",

@@ -19,17 +19,19 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View, computing_dtype
-from normwise.optim._base import (
-    check_number,
+from normwise.optim.groups import check_number
+from normwise.optim.projection import BATCHED_ENTRIES, batch, is_alias, unbatch_
+from normwise.optim.step import (
+    for_computing,
     is_nonzero,
     real_alias,
     round_back_,
     scalar_dtype,
-    working,
 )
-from normwise.optim.projection import BATCHED_ENTRIES, batch, is_alias, unbatch_
+from normwise.optim.sums import channel_sums, divisor
 from normwise.optim.wrapping import Views, Wrapper, names_of, resolve_views
 from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
+from normwise.updates import Coupling, UpdateRule, own_rule, rule_of
 
 __all__ = ["LearnedNorm", "RadialBrake", "Sphere", "sphere"]
 
@@ -39,8 +41,7 @@ Radius = Literal["initial", "unit"] | float | Tensor
 
 # Sums over a slice: ‖w‖², ⟨w, d⟩, ‖d‖², and for learned norms ⟨w, g⟩.
 WW, WD, DD, WG = range(4)
-# Sums are taken of pieces of this many entries, whose copies in float64 stay in a CPU's cache.
-_SUMMED_ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 24}
+_PAIRS = [(0, 0), (0, 1), (1, 1), (0, 2)]  # of w, d and g
 
 
 @dataclass(frozen=True)
@@ -264,16 +265,17 @@ class Sphere(Wrapper):
         work: list[tuple[dict[str, Any], Tensor]],
         before: list[Tensor],
     ) -> _Batch:
-        moved = [working(local(p)) for _, p in work]
-        weights = [working(w) for w in before]
-        factors = [weights, moved]
+        moved = [for_computing(local(p)) for _, p in work]
+        weights = [for_computing(w) for w in before]
+        factors, pairs = [weights, moved], _PAIRS[:3]
         if isinstance(self._motion.norm, LearnedNorm):
-            grads = [working(local(p.grad)) for _, p in work if p.grad is not None]
+            grads = [for_computing(local(p.grad)) for _, p in work if p.grad is not None]
             signs = [-1.0 if group.get("maximize") else 1.0 for group, _ in work]
             factors.append(list(torch._foreach_mul(grads, signs)))
+            pairs = _PAIRS
         everyone = list(range(len(work)))
         batches = [batch(tensors, everyone, place.layout.channels) for tensors in factors]
-        sums = place.layout.by_slice(_channel_sums(*batches))
+        sums = place.layout.by_slice(channel_sums(batches, pairs))
         return _Batch(place, lr, [p for _, p in work], moved, weights, sums)
 
     def _finish_(self, b: _Batch) -> None:
@@ -282,7 +284,7 @@ class Sphere(Wrapper):
         radii = torch.stack([state["radius"][here] for state in states], 1).to(b.sums.dtype)
         if isinstance(self._motion.norm, LearnedNorm):
             learned = self._motion.norm
-            slopes = b.sums[..., WG] / _positive(b.sums[..., WW].sqrt())
+            slopes = b.sums[..., WG] / divisor(b.sums[..., WW].sqrt())
             for state, slope in zip(states, slopes.unbind(1), strict=True):
                 _step_radius_(state, slope, learned, b.lr)
             ends = torch.stack([state["radius"] for state in states], 1).to(b.sums.dtype)
@@ -313,6 +315,29 @@ class Sphere(Wrapper):
         if key not in known:
             known[key] = _find_place(p, view, everywhere=not self._motion.fixes_norms)
         return known[key]
+
+    def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
+        """What a step does to the weights of a group that are on spheres, or to one weight of it.
+
+        For :func:`normwise.describe`. Of relative updates the length is no constant's multiple.
+        """
+        members = group["params"] if p is None else [p]
+        view = next((self._views[q] for q in members if q in self._views), None)
+        if view is None:
+            return rule_of(self.optimizer, group, p)
+        rule = own_rule(self.optimizer, group, p)
+        return replace(
+            rule,
+            scale=math.nan if self._motion.update == "relative" else rule.scale,
+            coupling=Coupling.NONE,
+            weight_decay=0.0,
+            rate=1.0,
+            decay_per_step=0.0,
+            is_switch=False,
+            view=view,
+            norm="fixed" if self._motion.fixes_norms else "free",
+            changed_by=(*rule.changed_by, "sphere"),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, with the radii beside the state of each weight on a sphere."""
@@ -471,20 +496,20 @@ def coefficients(
         ends: the radii to end on (default: as ``motion`` says).
     """
     norm, length = sums[..., WW].sqrt(), sums[..., DD].sqrt()
-    radial = sums[..., WD] / _positive(norm)
+    radial = sums[..., WD] / divisor(norm)
     tangential = (sums[..., DD] - radial.square()).clamp_min(0).sqrt()
     if motion.update == "relative":
-        scale = lr * radii / _positive(length)
+        scale = lr * radii / divisor(length)
     elif motion.floor:
-        scale = (motion.floor * radii / _positive(length)).clamp_min(1)
+        scale = (motion.floor * radii / divisor(length)).clamp_min(1)
     else:
         scale = torch.ones_like(length)
-    to_sphere = radii / _positive(norm)  # times w this is Rŵ, and zero of a slice that is zero
+    to_sphere = radii / divisor(norm)  # times w this is Rŵ, and zero of a slice that is zero
     along = torch.where(norm > 0, radii, 0) + scale * radial
     if motion.path == "retract":
         reached = torch.hypot(along, scale * tangential)
         ends = _radii_after(radii, reached, motion) if ends is None else ends
-        a, b = to_sphere / _positive(reached), scale / _positive(reached)
+        a, b = to_sphere / divisor(reached), scale / divisor(reached)
         moves = length > 0
     else:
         ends = _radii_after(radii, along, motion) if ends is None else ends
@@ -494,11 +519,11 @@ def coefficients(
             if isinstance(angle, Tensor)
             else (math.cos(angle), math.sin(angle))
         )
-        b = sin / _positive(tangential)
-        a = (cos - b * radial) / _positive(norm)
+        b = sin / divisor(tangential)
+        a = (cos - b * radial) / divisor(norm)
         moves = tangential > noise * length
     changed = moves | (ends != radii)
-    a = torch.where(moves, ends * a, torch.where(changed, ends / _positive(norm), 1))
+    a = torch.where(moves, ends * a, torch.where(changed, ends / divisor(norm), 1))
     b = torch.where(moves, ends * b, 0)
     return a, b, torch.where(changed, ends, radii)
 
@@ -524,31 +549,6 @@ def _step_radius_(
     direction = (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + learned.eps)
     lr = lr if learned.lr is None else learned.lr
     state["radius"].copy_(torch.maximum(state["radius"] - lr * direction, state["radius"] / 2))
-
-
-def _channel_sums(w: Tensor, d: Tensor, g: Tensor | None = None) -> Tensor:
-    """‖w‖², ⟨w, d⟩, ‖d‖² and, if there is g, ⟨w, g⟩ of each channel.
-
-    Args:
-        w, d, g: batches of shape ``(members, channels, ...)``.
-
-    Returns:
-        Shape ``(channels, members, 3 or 4)``, in float64 where the device has it.
-    """
-    tensors = [t for t in (w, d, g) if t is not None]
-    pairs = [(0, 0), (0, 1), (1, 1), (0, 2)][: len(tensors) + 1]
-    entries = _SUMMED_ENTRIES.get(w.device.type, 1 << 20)
-    channels = max(1, entries // max(1, w[:, :1].numel()))
-    sums = []
-    for pieces in zip(*(torch.split(t, channels, 1) for t in tensors), strict=True):
-        wide = [piece.flatten(2).to(scalar_dtype(w.device)) for piece in pieces]
-        sums.append(torch.stack([(wide[i] * wide[j]).sum(2).T for i, j in pairs], 2))
-    return torch.cat(sums)
-
-
-def _positive(t: Tensor) -> Tensor:
-    """``t``, but where it is zero, a divisor that makes zero of zero."""
-    return torch.where(t == 0, 1, t)
 
 
 def _find_place(p: Any, view: View, *, everywhere: bool) -> _Place | None:
@@ -611,7 +611,7 @@ def _radii(
         given = torch.as_tensor(1.0 if value == "unit" else value, device=p.device)
         radii[p] = given.to(dtype).expand(norm.shape).clone()
         off = norm.sub(radii[p]).abs() > 2 * torch.finfo(p.dtype).eps * radii[p]
-        _rescale_(p, views[p], torch.where(off & (norm > 0), radii[p] / _positive(norm), 1))
+        _rescale_(p, views[p], torch.where(off & (norm > 0), radii[p] / divisor(norm), 1))
     if zero:
         raise ValueError(
             f"slices with norm 0 have no initial radius: {', '.join(zero)}; give radius= a number, "
@@ -669,8 +669,8 @@ def _norms(views: Mapping[Tensor, View]) -> dict[Tensor, Tensor]:
         if place is None:
             sums[p] = torch.ones(_count(p, view), dtype=scalar_dtype(p.device), device=p.device)
             continue
-        w = batch([working(local(p))], [0], place.layout.channels)
-        sums[p] = place.layout.by_slice(_channel_sums(w, w)[:, 0, 0]).contiguous()
+        w = batch([for_computing(local(p))], [0], place.layout.channels)
+        sums[p] = place.layout.by_slice(channel_sums([w], _PAIRS[:1])[:, 0, 0]).contiguous()
         layouts.append(place.layout)
         placed.append(sums[p])
     sum_over_ranks_(placed, layouts)
@@ -682,7 +682,7 @@ def _rescale_(p: Tensor, view: View, factors: Tensor) -> None:
     place = _find_place(p, view, everywhere=True)
     if place is None:
         return
-    weight = working(local(p))
+    weight = for_computing(local(p))
     slices = place.layout.channels.slices(weight)
     of_channels = place.layout.by_channel(factors).to(slices.dtype)
     slices.mul_(of_channels.view(-1, *(1 for _ in slices.shape[1:])))

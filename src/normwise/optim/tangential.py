@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,16 +11,16 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View
-from normwise.optim._base import (
-    by_device_and_dtype,
+from normwise.optim.groups import (
     check_norm_option,
     check_number,
-    working,
 )
 from normwise.optim.projection import ViewOption
 from normwise.optim.sharded import Exchange
+from normwise.optim.step import Ending, SGDRule, Step, by_device_and_dtype, for_computing
 from normwise.optim.wrapping import Views, Wrapper, resolve_views
 from normwise.sharding import local
+from normwise.updates import Coupling, Update, UpdateRule, own_rule, rule_of
 
 __all__ = ["Tangential", "tangential"]
 
@@ -64,46 +65,62 @@ class Tangential(Wrapper):
             for group in self.param_groups:
                 params = [p for p in group["params"] if p in before and p.grad is not None]
                 views = [self._views[p] for p in params]
-                for members, shards, view, finish in exchange.located(params, views):
+                for members, shards, view, ending in exchange.located(params, views):
                     olds = [local(before[params[i]]) for i in members]
-                    self._remove_radial_part_(group, shards, olds, view, finish)
+                    self._remove_radial_part_(self._options(group, view), shards, olds, ending)
             exchange.finish_()
         return loss
 
+    def _options(self, group: dict[str, Any], view: ViewOption) -> Step:
+        return Step(
+            SGDRule(momentum=0.0, dampening=0.0, nesterov=False),
+            self._decay_lr(group),
+            group.get("weight_decay", 0.0),
+            wd_ratio=0.0 if self._norm == "fixed" else self._wd_ratio,
+            view=view,
+            norm=self._norm,
+        )
+
     def _remove_radial_part_(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        before: list[Tensor],
-        view: ViewOption,
-        finish: Callable[..., None],
+        self, step: Step, params: list[Tensor], before: list[Tensor], ending: Ending
     ) -> None:
         for ps, olds in by_device_and_dtype(params, before):
-            steps = torch._foreach_sub([working(w) for w in olds], [working(p) for p in ps])
-            torch._foreach_copy_(ps, olds)
-            finish(
-                ps,
-                [working(p) for p in ps],
-                steps,
-                steps,
-                [1.0] * len(ps),
-                view=view,
-                delta=0.0,
-                eps=0.0,
-                decay_lr=self._decay_lr(group),
-                weight_decay=group.get("weight_decay", 0.0),
-                wd_ratio=self._wd_ratio,
-                norm=self._norm,
-                stochastic_rounding=False,
-                foreach=True,
+            moves = torch._foreach_sub(
+                [for_computing(w) for w in olds], [for_computing(p) for p in ps]
             )
+            torch._foreach_copy_(ps, olds)
+            weights = [for_computing(p) for p in ps]
+            ending.end_(ps, weights, moves, moves, [1.0] * len(ps), step, foreach=True)
 
     def _decay_lr(self, group: dict[str, Any]) -> float | Tensor:
         """What λ is multiplied by: η, or for SGD the η/(1 − μ) that L2 through its buffer is."""
         lr: float | Tensor = group["lr"]
-        if isinstance(self.optimizer, torch.optim.SGD):
-            lr = lr / (1 - group["momentum"])
-        return lr
+        return lr * _decay_rate(own_rule(self.optimizer, group))
+
+    def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
+        """What a step does to the weights of a group that have a view, or to one weight of it.
+
+        For :func:`normwise.describe`.
+        """
+        members = group["params"] if p is None else [p]
+        view = next((self._views[q] for q in members if q in self._views), None)
+        if view is None:
+            return rule_of(self.optimizer, group, p)
+        rule = own_rule(self.optimizer, group, p)
+        rate = _decay_rate(rule)
+        decay = group.get("weight_decay", 0.0) * rate
+        return replace(
+            rule,
+            coupling=Coupling.DECOUPLED if "weight_decay" in group else Coupling.NONE,
+            weight_decay=decay,
+            rate=rate,
+            decay_per_step=group["lr"] * decay,
+            is_switch=False,
+            view=view,
+            wd_ratio=self._wd_ratio,
+            norm=self._norm,
+            changed_by=(*rule.changed_by, "tangential"),
+        )
 
 
 def tangential(
@@ -151,3 +168,10 @@ def tangential(
     for view in resolved.values():
         check_norm_option(norm, view)
     return Tangential(optimizer, resolved, wd_ratio=wd_ratio, norm=norm)
+
+
+def _decay_rate(rule: UpdateRule) -> float:
+    """What ηλ is multiplied by: 1/(1 − μ) where λ would pass through a buffer of gradients."""
+    if rule.update is Update.GRADIENT and rule.coupling is Coupling.L2:
+        return float(1 / (1 - rule.momentum))
+    return rule.rate

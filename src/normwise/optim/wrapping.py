@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View
-from normwise.optim._base import as_view_option, check_not_flattened, is_nonzero
+from normwise.optim.groups import as_view_option, check_not_flattened
+from normwise.optim.step import is_nonzero
 
 __all__ = ["Views", "Wrapper", "names_of", "resolve_views"]
 
