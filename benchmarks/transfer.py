@@ -1,7 +1,7 @@
 """Does the best learning rate stay the best as a language model gets wider and deeper?
 
 A character model on tinyshakespeare, small enough for one core, at three widths and two depths,
-under AdamW, Muon and ``sphere`` around both, each at eight learning rates::
+under AdamW, Muon and ``sphere`` around both, each at eight or nine learning rates::
 
     NORMWISE_DATA=... python benchmarks/transfer.py run results.jsonl
     python benchmarks/transfer.py report results.jsonl --picture picture.png
@@ -43,7 +43,7 @@ REST_LR = 3e-3
 # Factors of two around what is best at the smallest width, in the units of each method.
 RATES = {
     "adamw": [2.0**-k for k in range(10, 2, -1)],
-    "muon": [2.0**-k for k in range(9, 1, -1)],
+    "muon": [2.0**-k for k in range(8, -1, -1)],
     "sphere": [2.0**-k for k in range(9, 1, -1)],
 }
 # In the order in which they are run.
@@ -134,9 +134,10 @@ def optimizers(model: Model, cell: Cell) -> list[torch.optim.Optimizer]:
         options["weight_decay"] = 0.1
     if cell.method == "sphere(AdamW), gains":
         # Fixing all six matrices of each of L blocks loses 2L − 1 lengths: q and k are free, v
-        # trades with o and fc with proj, and all o and proj together with the embedding.
+        # trades with o and fc with proj, and all o and proj together with the embedding. The ledger
+        # asks for gains on all o and proj but the first.
         bound = [m.weight for block in model.blocks for m in (block.o, block.proj)]
-        rest += nw.add_gains(model, dict.fromkeys(bound, "scalar"))
+        rest += nw.add_gains(model, dict.fromkeys(bound[1:], "scalar"))
     if cell.method == "sphere(AdamW), free ones only":
         # Fixing q, k, v and fc loses none, as o and proj can take over the lengths of v and fc.
         bound = [m.weight for block in model.blocks for m in (block.o, block.proj)]

@@ -136,7 +136,7 @@ def add_gains(model: nn.Module, gains: Wanted) -> Gains:
     places = _places(model)
     todo: list[tuple[nn.Module, str, str, Gain]] = []
     by_name = dict(model.named_parameters(remove_duplicate=False))
-    names = {p: name for name, p in by_name.items()}
+    names = {p: name for name, p in model.named_parameters()}
     for key, kinds in mapping.items():
         p = by_name.get(key) if isinstance(key, str) else key
         if p is None or p not in places:
@@ -154,10 +154,10 @@ def add_gains(model: nn.Module, gains: Wanted) -> Gains:
     for module, attribute, _, gain in todo:
         gain.siblings = tuple(module._parameters)
         parametrize.register_parametrization(module, attribute, gain)
-    names = {p: name for name, p in model.named_parameters()}
+    new = {p: name for name, p in model.named_parameters()}
     return Gains(
-        {names[gain.gain]: gain.gain for *_, gain in todo},
-        {names[gain.gain]: (name, gain.kind) for _, _, name, gain in todo},
+        {new[gain.gain]: gain.gain for *_, gain in todo},
+        {new[gain.gain]: (name, gain.kind) for _, _, name, gain in todo},
     )
 
 
