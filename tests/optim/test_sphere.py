@@ -309,6 +309,16 @@ def test_decay_is_refused_with_the_reason_but_the_default_of_a_class_is_left_out
     torch.testing.assert_close(other.detach(), torch.full((2, 3), 1 - 0.5 * 0.01))
 
 
+def test_a_regularizer_of_weights_on_spheres_is_refused():
+    layer, other = nn.Linear(3, 4), nn.Linear(3, 4)
+    normwise.weight_normalize(nn.ModuleList([layer]), only=[layer])
+    sgd = torch.optim.SGD([*layer.parameters(), *other.parameters()], lr=0.1)
+    normwise.EpsilonShiftedL2(layer, weight_decay=0.1, eps=1e-3).attach(sgd)
+    normwise.sphere(sgd, {other.weight: "layer"})
+    with pytest.raises(ValueError, match="acts on weights whose norms are fixed"):
+        normwise.sphere(sgd, "layer")
+
+
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("path", PATHS)
 def test_a_step_with_rate_and_gradients_of_zero_changes_no_bit(path, update):
@@ -524,6 +534,17 @@ def test_a_compiled_step_of_the_wrapped_optimizer_is_compiled_once():
     assert graphs
     assert len(graphs) == count
     assert_same(plain, compiled, atol=1e-5)
+
+
+def test_its_rule_has_fixed_norms_and_no_decay_where_it_acts():
+    w, other = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    groups = [{"params": [w], "weight_decay": 0.0}, {"params": [other]}]
+    adamw = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.3)
+    ours, theirs = normwise.describe(normwise.sphere(adamw, {w: "layer"}))
+    assert (ours.norm, ours.view, ours.shrink) == ("fixed", View.layer(), 0.0)
+    assert ours.changed_by == ("sphere",)
+    assert math.isnan(ours.scale)
+    assert theirs == normwise.describe(adamw)[1]
 
 
 def test_when_the_wrapped_step_raises_the_weights_are_what_they_were():

@@ -31,7 +31,7 @@ from normwise.optim.step import (
 from normwise.optim.sums import channel_sums, divisor
 from normwise.optim.wrapping import Views, Wrapper, names_of, resolve_views
 from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
-from normwise.updates import Coupling, UpdateRule, own_rule, rule_of
+from normwise.updates import Coupling, UpdateRule, attached_to, own_rule, rule_of
 
 __all__ = ["LearnedNorm", "RadialBrake", "Sphere", "sphere"]
 
@@ -711,6 +711,12 @@ def _check_no_decay(optimizer: Optimizer, views: Mapping[Tensor, View]) -> None:
                 f"weight_decay={decay} on weights whose norms are fixed: decay could not shorten "
                 "them, it would only turn up their step size; put them in a group with "
                 "weight_decay=0, and give a smaller lr if they are to turn more slowly"
+            )
+    for policy in attached_to(optimizer):
+        if any(p in views for p in policy.params):
+            raise ValueError(
+                f"{policy.label} acts on weights whose norms are fixed, which it cannot change; "
+                "attach it to others only"
             )
 
 
