@@ -6,11 +6,14 @@ from normwise.geometry import View
 from normwise.invariance import JointSet, ParameterReport, Report, analyze
 from normwise.monitor import Monitor
 from normwise.optim import SGDP, SGDW, AdamP, tangential
+from normwise.perturb import AWP, RWP
 from normwise.reparam import center_weight_normalize, fold, weight_normalize, weight_standardize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AWP",
+    "RWP",
     "SGDP",
     "SGDW",
     "AdamP",
