@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from normwise import View
 from normwise.reparam import weight_standardize
-from normwise.reparam.functional import weight_standard
+from normwise.reparam.functional import weight_standardization
 
 
 class Bottleneck(nn.Module):
@@ -125,12 +125,15 @@ def weights_alone(rounds: int) -> None:
         return lambda: torch.autograd.grad([function(w) for w in weights], weights, gradients)
 
     def with_gain() -> object:
-        out = [weight_standard(w, View.channel(), g) for w, g in zip(weights, gains, strict=True)]
+        out = [
+            weight_standardization(w, View.channel(), g)
+            for w, g in zip(weights, gains, strict=True)
+        ]
         return torch.autograd.grad(out, weights + gains, gradients)
 
     variants = {
         "bound: copy, then add": bound,
-        "normwise": both_ways(lambda w: weight_standard(w, View.channel())),
+        "normwise": both_ways(lambda w: weight_standardization(w, View.channel())),
         "normwise, with a gain": with_gain,
         "timm: one batch_norm": both_ways(timms_way),
         "mean, std, subtract, divide": both_ways(usual_ways),

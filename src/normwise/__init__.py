@@ -1,6 +1,6 @@
 """See and control the norms of neural-network weights."""
 
-from normwise import decay, theory
+from normwise import decay, init, reparam, theory
 from normwise.decay import EpsilonShiftedL2
 from normwise.geometry import View
 from normwise.invariance import JointSet, ParameterReport, Report, analyze
@@ -28,6 +28,8 @@ __all__ = [
     "center_weight_normalize",
     "decay",
     "fold",
+    "init",
+    "reparam",
     "tangential",
     "theory",
     "weight_normalize",

@@ -35,6 +35,7 @@ from normwise.theory.growth import (
     norm_range,
     steps_to_norm,
 )
+from normwise.theory.lipschitz import aol_variance, signal_variance
 from normwise.theory.measures import gradient_cosine, scaled_fisher_trace, scaled_gradient_norm
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "adamw_time_to_equilibrium",
     "adamw_with_decay",
     "adamw_without_decay",
+    "aol_variance",
     "effective_lr",
     "epsilon_shifted_equilibrium",
     "gradient_cosine",
@@ -69,5 +71,6 @@ __all__ = [
     "sgd_time_to_equilibrium",
     "sgd_with_decay",
     "sgd_without_decay",
+    "signal_variance",
     "steps_to_norm",
 ]
