@@ -37,6 +37,17 @@ from normwise.theory.growth import (
 )
 from normwise.theory.lipschitz import aol_variance, signal_variance
 from normwise.theory.measures import gradient_cosine, scaled_fisher_trace, scaled_gradient_norm
+from normwise.theory.spectrum import (
+    Utilization,
+    condition_number,
+    effective_rank,
+    log_spread,
+    mean_absolute_cosine,
+    mean_cosine,
+    spectral_flatness_penalty,
+    stable_rank,
+    utilization,
+)
 
 __all__ = [
     "AdamWWithDecay",
@@ -46,6 +57,7 @@ __all__ = [
     "SGDWithDecay",
     "SGDWithoutDecay",
     "Update",
+    "Utilization",
     "adamw_angle",
     "adamw_equilibrium",
     "adamw_norms",
@@ -54,11 +66,16 @@ __all__ = [
     "adamw_with_decay",
     "adamw_without_decay",
     "aol_variance",
+    "condition_number",
     "effective_lr",
+    "effective_rank",
     "epsilon_shifted_equilibrium",
     "gradient_cosine",
     "growth_ratio",
     "lion_equilibrium_angle",
+    "log_spread",
+    "mean_absolute_cosine",
+    "mean_cosine",
     "momentum_norms",
     "norm_range",
     "scaled_fisher_trace",
@@ -72,5 +89,8 @@ __all__ = [
     "sgd_with_decay",
     "sgd_without_decay",
     "signal_variance",
+    "spectral_flatness_penalty",
+    "stable_rank",
     "steps_to_norm",
+    "utilization",
 ]
