@@ -84,7 +84,8 @@ def stable_rank(w: Tensor) -> Tensor:
         w: the weight, of two dimensions or more.
     """
     s = _singular_values(w)
-    return (s / torch.where(s[0] > 0, s[0], 1)).square().sum()
+    ratio: Tensor = (s / torch.where(s[0] > 0, s[0], 1)).square().sum()
+    return ratio
 
 
 def effective_rank(w: Tensor) -> Tensor:
@@ -95,7 +96,8 @@ def effective_rank(w: Tensor) -> Tensor:
     """
     s = _singular_values(w)
     p = s / s.sum()
-    return torch.special.entr(p).sum().exp()
+    rank: Tensor = torch.special.entr(p).sum().exp()
+    return rank
 
 
 def mean_cosine(w: Tensor, view: View) -> Tensor:
