@@ -1,5 +1,6 @@
 """Closed forms for scale-invariant weights: decay as a schedule, equilibrium, growth, measures."""
 
+from normwise.theory.curvature import scaled_hessian_trace, scaled_jacobian_norm
 from normwise.theory.decay_schedule import (
     AdamWWithDecay,
     AdamWWithoutDecay,
@@ -80,6 +81,8 @@ __all__ = [
     "norm_range",
     "scaled_fisher_trace",
     "scaled_gradient_norm",
+    "scaled_hessian_trace",
+    "scaled_jacobian_norm",
     "sgd_angle",
     "sgd_decay_limit",
     "sgd_equilibrium",
