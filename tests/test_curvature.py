@@ -20,7 +20,7 @@ def test_the_trace_of_a_known_quadratic_is_found_without_bias(view):
     a = torch.randn(6, 6, dtype=torch.float64)
     for hessian, draws, tolerance in (
         (torch.diag(torch.arange(1.0, 7.0, dtype=torch.float64)), 1, 1e-12),
-        (a @ a.T, 4000, 0.05),
+        (a @ a.T, 1000, 0.1),
     ):
         found = scaled_hessian_trace(
             lambda h=hessian: w.flatten() @ h @ w.flatten() / 2,
@@ -40,10 +40,10 @@ def test_the_jacobian_of_a_linear_model_has_a_closed_form():
     size = x.square().sum(1).mean().sqrt()
     for view, factor in ((View.channel(), 1), (View.layer(), 3**0.5)):
         found = scaled_jacobian_norm(
-            lambda: layer(x), {layer.weight: view}, draws=3000, generator=signs_of(1)
+            lambda: layer(x), {layer.weight: view}, draws=600, generator=signs_of(1)
         )[layer.weight]
         expected = factor * size * norms(layer.weight.detach(), view)
-        torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
+        torch.testing.assert_close(found, expected, rtol=0.1, atol=0)
 
 
 def test_the_scaled_jacobian_ignores_the_scale_of_every_row_and_the_plain_one_does_not():
@@ -83,7 +83,7 @@ def test_the_scaled_trace_of_each_slice_ignores_the_scale_of_every_row():
         exact = torch.stack([hessian[i, :, i, :].trace() for i in range(2)])
         exact = exact * norms(w.detach(), View.channel()) ** 2
         estimate = scaled_hessian_trace(
-            loss, {w: View.channel()}, draws=3000, generator=signs_of(4)
+            loss, {w: View.channel()}, draws=600, generator=signs_of(4)
         )[w]
         torch.testing.assert_close(estimate, exact, rtol=0.1, atol=0.05 * float(exact.abs().max()))
         results.append(exact)

@@ -1,4 +1,4 @@
-"""Measures of a weight's singular values, of its slices' likeness, and of the rank in use."""
+"""Measures of a weight's singular values, and of its slices' likeness."""
 
 import math
 
@@ -14,7 +14,6 @@ from normwise.theory import (
     mean_cosine,
     spectral_flatness_penalty,
     stable_rank,
-    utilization,
 )
 
 MEASURES = [condition_number, log_spread, spectral_flatness_penalty, stable_rank, effective_rank]
@@ -129,45 +128,6 @@ def test_cosines_leave_zero_slices_out_and_ignore_scales_of_slices():
         torch.testing.assert_close(measure(scaled, View.channel()), measure(w, View.channel()))
 
 
-def test_inputs_of_rank_3_use_rank_3_and_lose_nothing():
-    w, x = matrix(7, 9), matrix(40, 3) @ matrix(3, 9)
-    used = utilization(w, x.T @ x, inputs=1.0, outputs=1.0)
-    assert used.inputs == 3
-    assert used.rank <= 3
-    assert used.share == used.rank / 7
-    torch.testing.assert_close(x @ used.projected.T, x @ w.T, rtol=1e-9, atol=1e-9)
-    a, b = used.factors
-    assert a.shape == (7, used.rank)
-    torch.testing.assert_close(a @ b, used.projected)
-
-
-def test_projecting_twice_is_projecting_once_and_more_share_is_more_rank():
-    w, x = matrix(6, 8), matrix(100, 8) * torch.logspace(0, -3, 8, dtype=torch.float64)
-    c = x.T @ x
-    found = [utilization(w, c, inputs=e, outputs=e) for e in (0.5, 0.9, 0.99, 0.9999, 1.0)]
-    ranks = [u.rank for u in found]
-    assert ranks == sorted(ranks)
-    assert [u.inputs for u in found] == sorted(u.inputs for u in found)
-    for u in found:
-        again = utilization(u.projected, c, inputs=1.0, outputs=1.0)
-        torch.testing.assert_close(again.projected, u.projected, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(found[-1].projected, w)
-    assert found[-1].factors is None
-
-
-def test_utilization_ignores_the_scale_of_the_weight_and_not_those_of_rows():
-    w, x = matrix(6, 8), matrix(100, 8) * torch.logspace(0, -2, 8, dtype=torch.float64)
-    c = x.T @ x
-    plain, scaled = utilization(w, c), utilization(1e5 * w, 1e-3 * c)
-    assert (plain.inputs, plain.outputs) == (scaled.inputs, scaled.outputs)
-    rows = torch.logspace(0, -6, 6, dtype=torch.float64)
-    assert utilization(rows.unsqueeze(1) * w, c).outputs < plain.outputs
-
-
-def test_what_does_not_fit_is_told():
-    with pytest.raises(ValueError, match="Invalid shapes: weight"):
-        utilization(matrix(2, 3), torch.eye(2))
-    with pytest.raises(ValueError, match="Invalid inputs: 0"):
-        utilization(matrix(2, 3), torch.eye(3), inputs=0)
+def test_a_vector_has_no_spectrum():
     with pytest.raises(ValueError, match="must have 2 dimensions"):
         stable_rank(torch.randn(3))

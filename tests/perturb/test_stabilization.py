@@ -77,18 +77,18 @@ def test_on_a_noisy_quadratic_the_copy_settles_below_the_running_loss():
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.9)
     running, settled = [], []
-    for _ in range(5):
+    for _ in range(3):
         for batch in draws(20):
             optimizer.zero_grad()
             loss(model, batch).backward()
             optimizer.step()
-        found = loss_stabilization(model, loss, draws(1000), evaluate, lr=0.01)
+        found = loss_stabilization(model, loss, draws(300), evaluate, lr=0.02)
         running.append(found.running)
         settled.append(found.settled)
         assert found.gap == found.running - found.settled
-    # SGD settles at ηnσ²/(2(2 − η)) with n = 10, σ = 1: 4.1 at η = 0.9 and 0.025 at 0.01.
-    assert sum(running) / 5 == pytest.approx(4.1, rel=0.5)
-    assert max(settled) < 0.1 < min(running)
+    # SGD settles at ηnσ²/(2(2 − η)) with n = 10, σ = 1: 4.1 at η = 0.9 and 0.05 at 0.02.
+    assert sum(running) / 3 == pytest.approx(4.1, rel=0.5)
+    assert max(settled) < 0.2 < min(running)
 
 
 def test_without_batches_it_is_an_error():

@@ -39,7 +39,6 @@ from normwise.theory.growth import (
 from normwise.theory.lipschitz import aol_variance, signal_variance
 from normwise.theory.measures import gradient_cosine, scaled_fisher_trace, scaled_gradient_norm
 from normwise.theory.spectrum import (
-    Utilization,
     condition_number,
     effective_rank,
     log_spread,
@@ -47,8 +46,8 @@ from normwise.theory.spectrum import (
     mean_cosine,
     spectral_flatness_penalty,
     stable_rank,
-    utilization,
 )
+from normwise.theory.utilization import Utilization, utilization, utilized_ranks
 
 __all__ = [
     "AdamWWithDecay",
@@ -96,4 +95,5 @@ __all__ = [
     "stable_rank",
     "steps_to_norm",
     "utilization",
+    "utilized_ranks",
 ]

@@ -1,13 +1,12 @@
 """What the singular values of a weight say, most of it in numbers that ignore the weight's scale.
 
-A weight counts as the matrix of its first dimension against all others. [TSCNC] is arXiv 2503.20454
-and [UR] arXiv 2407.04797.
+A weight counts as the matrix of its first dimension against all others. [TSCNC] is arXiv
+2503.20454.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from torch import Tensor
 from normwise.geometry import View, at_least_float32, unit
 
 __all__ = [
-    "Utilization",
     "condition_number",
     "effective_rank",
     "log_spread",
@@ -23,7 +21,6 @@ __all__ = [
     "mean_cosine",
     "spectral_flatness_penalty",
     "stable_rank",
-    "utilization",
 ]
 
 
@@ -139,80 +136,6 @@ def mean_absolute_cosine(w: Tensor, view: View) -> Tensor:
     flat = directions.flatten(1)
     n = (norms > 0).sum()
     return ((flat @ flat.T).abs().sum() - n) / (n * n - n)
-
-
-@dataclass(frozen=True)
-class Utilization:
-    """What share of a weight's rank the data use ([UR]).
-
-    Attributes:
-        inputs: k_S, the number of leading directions of the inputs.
-        outputs: k_T, of the outputs.
-        rank: r, the smaller of both.
-        share: r over the smaller dimension of the weight.
-        projected: W' = P_T·W·P_S, of the weight's shape.
-        factors: A, B with A·B = W', of r columns and rows, if they have fewer entries than the
-            weight; else ``None``.
-    """
-
-    inputs: int
-    outputs: int
-    rank: int
-    share: float
-    projected: Tensor
-    factors: tuple[Tensor, Tensor] | None
-
-
-def utilization(
-    w: Tensor, covariance: Tensor, *, inputs: float = 0.99, outputs: float = 0.99
-) -> Utilization:
-    r"""The rank of a weight that its inputs and outputs use, and the weight cut to it ([UR]).
-
-    With C = Σ x·xᵀ over inputs x of y = Wx, k_S is the number of leading eigenvalues of C whose sum
-    is the share ``inputs`` of all, P_S the projection on their eigenvectors; k_T and P_T are the
-    same of W·C·Wᵀ; and W' = P_T·W·P_S. The result for c·W is the same, for scaled rows it is not.
-
-    Args:
-        w: W, shape ``(out, in)``. A convolution's is its kernel flattened, of unfolded patches.
-        covariance: C, shape ``(in, in)``, accumulated over batches; not centered.
-        inputs: the share e_S, above 0 and at most 1 (default: 0.99). [UR] searches it per layer.
-        outputs: the share e_T (default: 0.99).
-
-    Raises:
-        ValueError: for shapes that do not fit, or shares outside of (0, 1].
-
-    Source: arXiv 2407.04797.
-    """
-    if w.ndim != 2 or covariance.shape != (w.shape[1], w.shape[1]):
-        raise ValueError(
-            f"Invalid shapes: weight {tuple(w.shape)} and covariance {tuple(covariance.shape)}; "
-            "must be (out, in) and (in, in)"
-        )
-    for name, share in (("inputs", inputs), ("outputs", outputs)):
-        if not 0 < share <= 1:
-            raise ValueError(f"Invalid {name}: {share}; must be above 0 and at most 1")
-    wide = at_least_float32(w.detach()).double()
-    c = covariance.detach().double()
-    k_s, source = _leading(c, inputs)
-    k_t, target = _leading(wide @ c @ wide.T, outputs)
-    projected = target @ (target.T @ wide @ source) @ source.T
-    rank = min(k_s, k_t)
-    factors = None
-    if rank * sum(w.shape) < w.numel():
-        u, s, vh = torch.linalg.svd(projected, full_matrices=False)
-        factors = ((u[:, :rank] * s[:rank]).to(w.dtype), vh[:rank].to(w.dtype))
-    return Utilization(k_s, k_t, rank, rank / min(w.shape), projected.to(w.dtype), factors)
-
-
-def _leading(c: Tensor, share: float) -> tuple[int, Tensor]:
-    """How many leading eigenvalues have this share of the sum, and their eigenvectors."""
-    values, vectors = torch.linalg.eigh((c + c.T) / 2)
-    values = values.flip(0).clamp_min(0)
-    # What is rounding of the largest is no direction, so that a share of 1 finds the rank.
-    values = torch.where(values > len(values) * torch.finfo(c.dtype).eps * values[0], values, 0)
-    reached = values.cumsum(0) >= share * values.sum() * (1 - 1e-12)
-    k = max(1, int(reached.int().argmax()) + 1)
-    return k, vectors.flip(1)[:, :k]
 
 
 def _matrix(w: Tensor) -> Tensor:
