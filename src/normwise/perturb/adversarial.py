@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View
-from normwise.perturb.perturbation import Perturbation, Views, sized_as
+from normwise.perturb.perturbation import Perturbation, Views
+from normwise.perturb.sizes import sized_as
 
 __all__ = ["AWP"]
 
@@ -38,7 +39,8 @@ class AWP(Perturbation):
     slice, per tensor only to one scale of them all.
 
     The function may multiply the loss by any number, such as a gradient scaler's scale: v stays.
-    Under ``DistributedDataParallel`` the backward pass averages g over ranks. The cost is one more
+    Under ``DistributedDataParallel`` and FSDP2 the backward pass averages g over ranks; norms of
+    slices that are split over ranks take one exchange. The cost is one more
     forward and backward pass, and two copies of the weights during a step.
 
     Args:
@@ -52,7 +54,7 @@ class AWP(Perturbation):
 
     Raises:
         ValueError: for ``gamma`` that is negative or not finite, a view that does not fit, a name
-            that the model does not have, DTensors, or no weight to perturb.
+            that the model does not have, or no weight to perturb.
 
     Source: arXiv 2004.05884; the steps are those of its code, whose proxy model cancels.
     """
@@ -92,9 +94,5 @@ class AWP(Perturbation):
             )
         return value
 
-    def _ascended(self, before: Mapping[Tensor, Tensor], ascend: Callable[[], Any]) -> list[Tensor]:
-        gradients = self._gradients(list(before), ascend)
-        return [
-            sized_as(w, g, self._views[key])
-            for (key, w), g in zip(before.items(), gradients, strict=True)
-        ]
+    def _ascended(self, before: Sequence[Tensor], ascend: Callable[[], Any]) -> list[Tensor]:
+        return sized_as(before, self._gradients(ascend), list(self._weights.values()))

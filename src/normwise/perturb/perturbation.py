@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import Optimizer
 
-from normwise.geometry import View, at_least_float32, unit
-from normwise.sharding import is_sharded
+from normwise.geometry import View, at_least_float32
+from normwise.perturb.sizes import Located
+from normwise.sharding import local, summed_gradients
 
-__all__ = ["Perturbation", "Views", "buffers_kept", "sized_as"]
+__all__ = ["Perturbation", "Views", "buffers_kept"]
 
 
 class _Report(Protocol):
@@ -37,18 +38,18 @@ class Perturbation(ABC):
     def __init__(self, model: nn.Module, optimizer: Optimizer, gamma: float, views: Views) -> None:
         self.model, self.optimizer, self.gamma = model, optimizer, gamma
         self._check_gamma()
-        self._views = _resolved(type(self).__name__, model, optimizer, views)
+        self._weights = _resolved(type(self).__name__, model, optimizer, views)
         of: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        self.names = tuple(of[w] for w in self._views)
+        self.names = tuple(of[w] for w in self._weights)
 
     @abstractmethod
-    def _ascended(self, before: Mapping[Tensor, Tensor], ascend: Callable[[], Any]) -> list[Tensor]:
-        """The perturbation v of each weight, in the order of ``before``, γ not included.
+    def _ascended(self, before: Sequence[Tensor], ascend: Callable[[], Any]) -> list[Tensor]:
+        """The perturbation v of each weight (this rank's shard of it), γ not included.
 
         The weights may be left anywhere.
 
         Args:
-            before: copies of the weights, by weight.
+            before: copies of the weights.
             ascend: runs the model and the backward pass of what is to be increased.
         """
 
@@ -87,29 +88,32 @@ class Perturbation(ABC):
         if self.gamma == 0:
             yield
             return
-        before = {w: w.detach().clone() for w in self._views}
+        before = [w.clone() for w in self._tensors()]
         try:
             steps = self._ascended(before, ascend)
         except BaseException:
-            _put_back(before)
+            torch._foreach_copy_(self._tensors(), before)
             raise
         self._move(before, steps)
-        moved = [w.detach().clone() for w in before]
+        moved = [w.clone() for w in self._tensors()]
         try:
             yield
         finally:
-            weights = [w.detach() for w in before]
+            weights = self._tensors()
             # Subtracted, not added: −0 − (+0) is −0, and so a weight without a step is itself.
             taken = torch._foreach_sub(moved, weights)
-            torch._foreach_copy_(weights, torch._foreach_sub(list(before.values()), taken))
+            torch._foreach_copy_(weights, torch._foreach_sub(before, taken))
 
-    def _move(self, before: Mapping[Tensor, Tensor], steps: Sequence[Tensor]) -> None:
+    def _tensors(self) -> list[Tensor]:
+        """The weights outside of autograd; of DTensors this rank's shards."""
+        return [local(w.detach()) for w in self._weights]
+
+    def _move(self, before: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
         """Set the weights to w + γv, rounded once."""
-        with torch.no_grad():
-            for (w, old), v in zip(before.items(), steps, strict=True):
-                w.copy_(at_least_float32(old) + self.gamma * v)
+        for w, old, v in zip(self._tensors(), before, steps, strict=True):
+            w.copy_(at_least_float32(old) + self.gamma * v)
 
-    def _gradients(self, weights: Sequence[Tensor], ascend: Callable[[], Any]) -> list[Tensor]:
+    def _gradients(self, ascend: Callable[[], Any]) -> list[Tensor]:
         """The gradients of one ascent pass, 0 where there is none; nothing else is changed."""
         params = dict.fromkeys(self.model.parameters())
         params |= dict.fromkeys(p for group in self.optimizer.param_groups for p in group["params"])
@@ -119,7 +123,8 @@ class Perturbation(ABC):
         try:
             with buffers_kept(self.model), torch.enable_grad():
                 ascend()
-            return [_dense(w) for w in weights]
+            pairs = [(w, _dense(w)) for w in self._weights]
+            return [local(g) for g in summed_gradients(pairs)]
         finally:
             for p, gradient in saved:
                 p.grad = gradient
@@ -127,26 +132,6 @@ class Perturbation(ABC):
     def _check_gamma(self) -> None:
         if not 0 <= self.gamma < math.inf:
             raise ValueError(f"Invalid gamma: {self.gamma}; must be finite and 0 or more")
-
-
-def sized_as(w: Tensor, direction: Tensor, view: View) -> Tensor:
-    """‖w‖·d/‖d‖ for each slice of a direction d: zero where d or w is zero, or d not finite.
-
-    Args:
-        w: the weight.
-        direction: d, of the same shape.
-        view: how both split into slices.
-
-    Returns:
-        A tensor of the shape of ``w``, in float32 or better.
-    """
-    d, size = unit(view.slices(at_least_float32(direction)))
-    _, length = unit(view.slices(at_least_float32(w)))
-    # The optimizer, or a gradient scaler, is to meet what is not finite; the weights are not.
-    d = torch.where(torch.isfinite(size), d, 0)
-    sized = torch.empty_like(w, dtype=d.dtype)
-    view.slices(sized).copy_(length * d)
-    return sized
 
 
 @contextmanager
@@ -181,12 +166,6 @@ def _is_expanded(t: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True))
 
 
-def _put_back(before: Mapping[Tensor, Tensor]) -> None:
-    with torch.no_grad():
-        for w, old in before.items():
-            w.copy_(old)
-
-
 def _dense(w: Tensor) -> Tensor:
     if w.grad is None:
         return torch.zeros_like(w)
@@ -195,8 +174,8 @@ def _dense(w: Tensor) -> Tensor:
 
 def _resolved(
     method: str, model: nn.Module, optimizer: Optimizer, views: Views
-) -> dict[Tensor, View]:
-    """The weights to perturb, in the optimizer's order, and their views."""
+) -> dict[Tensor, Located]:
+    """The weights to perturb, in the optimizer's order, and where their slices are."""
     names = {p: name for name, p in model.named_parameters()}
     gains = {p for module in model.modules() for p in _gains(module)}
     weights = [
@@ -210,12 +189,6 @@ def _resolved(
             f"{method} finds no weight of two dimensions or more that the model and the optimizer "
             "share; make the optimizer from model.parameters()"
         )
-    for w in weights:
-        if is_sharded(w):
-            raise ValueError(
-                f"{method} cannot perturb {names[w]}, a DTensor; use DDP, which it knows, or leave "
-                "sharded weights out of the optimizer that it is given"
-            )
     if isinstance(views, View | str):
         return {w: _fitting(views, names[w], w) for w in weights}
     mapping = views if isinstance(views, Mapping) else views.parameter_views()
@@ -236,10 +209,9 @@ def _gains(module: nn.Module) -> Iterator[Tensor]:
         yield cast(Tensor, module.original0)
 
 
-def _fitting(view: View | str, name: str, w: Tensor) -> View:
+def _fitting(view: View | str, name: str, w: Tensor) -> Located:
     found = View.parse(view) if isinstance(view, str) else view
     try:
-        found.check(w.shape)
+        return Located(w, found)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return found

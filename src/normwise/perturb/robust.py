@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from normwise.geometry import View, at_least_float32, global_norm
-from normwise.perturb.perturbation import Perturbation, Views, sized_as
+from normwise.geometry import View, at_least_float32
+from normwise.perturb.perturbation import Perturbation, Views
+from normwise.perturb.sizes import sized_as, sized_together
 
 __all__ = ["RWP"]
 
@@ -89,27 +90,14 @@ class RWP(Perturbation):
             )
         return torch.where(value < self.max_loss, value, 0).mean()
 
-    def _ascended(self, before: Mapping[Tensor, Tensor], ascend: Callable[[], Any]) -> list[Tensor]:
-        weights = list(before)
-        directions = [torch.zeros_like(at_least_float32(w)) for w in before.values()]
+    def _ascended(self, before: Sequence[Tensor], ascend: Callable[[], Any]) -> list[Tensor]:
+        located = list(self._weights.values())
+        sized = sized_together if self._together else sized_as
+        directions = [torch.zeros_like(at_least_float32(w)) for w in before]
         steps: list[Tensor] = []
         for k in range(self.steps):
             if k:
                 self._move(before, steps)
-            torch._foreach_add_(
-                directions, [at_least_float32(g) for g in self._gradients(weights, ascend)]
-            )
-            steps = self._sized(before, directions)
+            torch._foreach_add_(directions, [at_least_float32(g) for g in self._gradients(ascend)])
+            steps = sized(before, directions, located)
         return steps
-
-    def _sized(self, before: Mapping[Tensor, Tensor], directions: list[Tensor]) -> list[Tensor]:
-        if not self._together:
-            return [
-                sized_as(w, d, self._views[key])
-                for (key, w), d in zip(before.items(), directions, strict=True)
-            ]
-        size = global_norm(directions)
-        usable = (size > 0) & torch.isfinite(size)
-        ratio = torch.where(usable, global_norm(before.values()) / size, 0)
-        # A product with an infinite entry would be NaN even at ratio 0.
-        return [torch.where(usable.to(d.device), d, 0) * ratio.to(d) for d in directions]
