@@ -420,6 +420,7 @@ class AttachedPolicy:
         optimizer = self._optimizer()
         if optimizer is None:
             raise ReferenceError(f"the optimizer of {self.policy} is gone")
+        group = self._own_options(group)
         own = own_rule(optimizer, group)
         return self.policy.effect(group["weight_decay"], group["lr"], self._lr(group), own)
 
@@ -428,7 +429,15 @@ class AttachedPolicy:
         optimizer = self._optimizer()
         if optimizer is None:
             return rule
-        return self.policy._changed_rule(optimizer, group, rule, self._lr(group))
+        own = self._own_options(group)
+        return self.policy._changed_rule(optimizer, own, rule, self._lr(own))
+
+    def _own_options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group as it is between steps, also for who asks in the middle of one."""
+        for current, kept, _ in self._in_step:
+            if current is group:
+                return {**group, **kept}
+        return group
 
     def __str__(self) -> str:
         optimizer = self._optimizer()
@@ -499,7 +508,7 @@ def _after_failure(optimizer: Optimizer, restore: Callable[[], None]) -> None:
         return step(cast(Optimizer, reference()), *args, **kwargs)
 
     bound.__func__ = step  # type: ignore[attr-defined]
-    optimizer.step = bound  # type: ignore[method-assign]
+    optimizer.step = bound  # type: ignore[assignment, method-assign]
 
 
 def _checked_peak(lr: Number) -> Number:

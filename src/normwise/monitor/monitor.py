@@ -355,9 +355,13 @@ class Monitor:
 
     def _update_rules(self) -> list[UpdateRule]:
         """What this step has done to each layer."""
-        groups = self._optimizer.param_groups
-        pairs = zip(self._layout.layers, self._layout.params, strict=True)
-        rules = [rule_of(self._optimizer, groups[layer.group], p) for layer, p in pairs]
+        # Looked up anew: policies split groups, and load_state_dict makes others.
+        groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
+        gone = UpdateRule("", self.update, math.nan)
+        rules = [
+            rule_of(self._optimizer, groups[p], p) if p in groups else gone
+            for p in self._layout.params
+        ]
         return [
             replace(rule, update=self.update) if rule.update is Update.UNKNOWN else rule
             for rule in rules
