@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from normwise.decay.attached import check_unscheduled, split_groups
+from normwise.decay.checks import check_number
 from normwise.geometry import View, at_least_float32, unit
 from normwise.sharding import Layout, is_sharded, lay_out, local, sum_over_ranks_
 from normwise.updates import Coupling, UpdateRule, attached_to
@@ -436,8 +437,13 @@ def _as_groups(
     if isinstance(modules, nn.Module):
         yield {"modules": [modules]}
         return
-    items = list(modules)
+    items = list(modules) if isinstance(modules, Iterable) else [modules]
+    if not items:
+        raise ValueError("EpsilonShiftedL2 was given no module; give it a model, or modules")
     if not all(isinstance(item, Mapping) for item in items):
+        for item in items:
+            if not isinstance(item, nn.Module):
+                raise TypeError(f"Invalid modules: {item!r} is neither a module nor a group")
         yield {"modules": items}
         return
     for item in items:
@@ -521,14 +527,12 @@ def _placed_gradient(p: Tensor) -> Tensor:
 
 
 def _check(group: DecayGroup) -> None:
-    if not 0 <= group.weight_decay < math.inf:
-        raise ValueError(
-            f"Invalid weight_decay value: {group.weight_decay}; must be finite and 0 or more"
-        )
-    if not 0 < group.eps < math.inf:
+    check_number("weight_decay value", group.weight_decay)
+    if isinstance(group.eps, int | float) and group.eps == 0:
         raise ValueError(
             f"Invalid eps: {group.eps}; must be finite and above 0 (at 0 this is plain L2)"
         )
+    check_number("eps", group.eps, positive=True)
 
 
 def _exclude(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normwise.decay.attached import check_unscheduled, label, scheduled, split_groups
+from normwise.decay.checks import check_number
 from normwise.updates import Coupling, UpdateRule, attached_to, own_rule
 
 __all__ = ["L2", "AttachedPolicy", "Cautious", "Corrected", "Decoupled", "Effect", "Policy"]
@@ -66,10 +67,8 @@ class Policy:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
-            raise ValueError(
-                f"Invalid weight_decay value: {self.weight_decay}; must be finite and 0 or more"
-            )
+        if self.weight_decay is not None:
+            check_number("weight_decay value", self.weight_decay)
 
     def effect(self, decay: Number, lr: Number, reference: Number, own: UpdateRule) -> Effect:
         """What λ = ``decay`` does at the learning rate ``lr``.
@@ -340,8 +339,8 @@ class Corrected(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_lr is not None and not 0 < self.max_lr < math.inf:
-            raise ValueError(f"Invalid max_lr: {self.max_lr}; must be finite and above 0")
+        if self.max_lr is not None:
+            check_number("max_lr", self.max_lr, positive=True)
 
     def attach(self, optimizer: Optimizer, on: On | None = None) -> AttachedPolicy:
         """As :meth:`Policy.attach`, but ``on`` must be given."""
@@ -491,9 +490,10 @@ def _after_failure(optimizer: Optimizer, restore: Callable[[], None]) -> None:
     As torch's learning-rate schedulers do, it replaces the method of this one optimizer, and holds
     no reference to it. They look for ``__func__``.
     """
+    method: Any = optimizer.step
     # A method's function, or the function that a scheduler has put in its place.
-    inner = getattr(optimizer.step, "__func__", optimizer.step)
-    is_method = inner is not optimizer.step
+    inner: Callable[..., Any] = getattr(method, "__func__", method)
+    is_method = inner is not method
     reference = weakref.ref(optimizer)
 
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -503,12 +503,12 @@ def _after_failure(optimizer: Optimizer, restore: Callable[[], None]) -> None:
             restore()
             raise
 
-    @functools.wraps(inner)
     def bound(*args: Any, **kwargs: Any) -> Any:
         return step(cast(Optimizer, reference()), *args, **kwargs)
 
-    bound.__func__ = step  # type: ignore[attr-defined]
-    optimizer.step = bound  # type: ignore[assignment, method-assign]
+    functools.update_wrapper(bound, method)
+    vars(bound).update(__wrapped__=inner, __func__=step)
+    optimizer.step = bound  # type: ignore[method-assign]
 
 
 def _checked_peak(lr: Number) -> Number:
