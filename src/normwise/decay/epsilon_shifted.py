@@ -65,6 +65,12 @@ def shifted_decay(w: Tensor, view: View, scale: Scale, eps: float) -> Tensor:
     (1 − ε/‖W‖)W for each slice, or (1 − ε/v)W + (ε/v)m ([ES] Eqs. 27 and 28): W less ε times its
     direction. A slice of root mean square below 1e-15, or that is constant in the second form, has
     no direction and decays as under plain L2.
+
+    Args:
+        w: a weight whose slices the forward pass divides by their norm or by their std.
+        view: the slices; each has mean m and biased std v.
+        scale: ``"norm"`` for the first form (WN, CWN), ``"std"`` for the second (WS).
+        eps: ε, a norm in the first form and a std in the second.
     """
     decay = at_least_float32(w).clone()
     slices = view.slices(decay)

@@ -52,12 +52,26 @@ class Window(Schedule):
 
 
 def early(steps: int) -> Window:
-    """Decay for the first ``steps`` steps and never after (arXiv 2012.13841)."""
+    """Decay for the first ``steps`` steps and never after (arXiv 2012.13841).
+
+    Args:
+        steps: a whole number, 1 or more.
+
+    Raises:
+        ValueError: for another.
+    """
     return Window(0, check_at_least_one("number of steps", steps))
 
 
 def late(start: int) -> Window:
-    """No decay before step ``start``, and full decay from there on."""
+    """No decay before step ``start``, and full decay from there on.
+
+    Args:
+        start: a step, counted from 0.
+
+    Raises:
+        ValueError: for a negative one, or what is no number.
+    """
     return Window(start)
 
 
