@@ -145,10 +145,9 @@ class NormwiseOptimizer(Optimizer):
             plans += [FusedPlans() for _ in range(number + 1 - len(plans))]
             for part, members in plans[number].step_(fused):
                 left = part.only(members)
-                # Multi-tensor operators refuse to write to negative views.
-                tensors = (t for lists in left.tensors for t in lists if t is not None)
-                foreach = not any(map(Tensor.is_neg, tensors))
-                self._functional(*left.tensors, left.step, foreach=foreach, ending=left.ending)
+                self._functional(
+                    *left.tensors, left.step, foreach=not _is_negative(left), ending=left.ending
+                )
         for part in plain:
             self._functional(
                 *part.tensors, part.step, foreach=_use_foreach(part), ending=part.ending
@@ -264,4 +263,11 @@ def _use_foreach(part: Part) -> bool:
         return _default_to_fused_or_foreach(
             part.params, part.group["differentiable"], use_fused=False
         )[1]
-    return bool(part.group["foreach"])
+    return bool(part.group["foreach"]) and not _is_negative(part)
+
+
+def _is_negative(part: Part) -> bool:
+    """Whether there are negative views, to which multi-tensor operators refuse to write."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(t is not None and t.is_neg() for tensors in part.tensors for t in tensors)
