@@ -122,9 +122,7 @@ class NormwiseOptimizer(Optimizer):
             found_inf=getattr(self, "found_inf", None) if in_kernel else None,
         )
         keeps = not (isinstance(rule, SGDRule) and rule.momentum == 0)
-        lists: list[list[Tensor | None]] = []
-        for key in self._form.keys:
-            lists.append([state[key] for state in states] if keeps else [None] * len(states))
+        lists = [_column(states, key) if keeps else [None] * len(states) for key in self._form.keys]
         return Part(params, grads, tuple(lists), step, group, AT_ONCE)
 
     def _step_parts(self, parts: list[Part], number: int) -> None:
@@ -251,6 +249,10 @@ def new_step(p: Tensor, capturable: bool) -> Tensor:
 def new_moment(p: Tensor) -> Tensor:
     """A zero moment for ``p``: of its shape and strides, in float32 or better."""
     return torch.zeros_like(p, dtype=computing_dtype(p.dtype), memory_format=torch.preserve_format)
+
+
+def _column(states: list[dict[str, Tensor]], key: str) -> list[Tensor | None]:
+    return [state[key] for state in states]
 
 
 def _with_view(group: dict[str, Any]) -> dict[str, Any]:
