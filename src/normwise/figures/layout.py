@@ -206,8 +206,10 @@ def _lines(chart: Lines, width: float, height: float) -> tuple[list[Shape], dict
         drawn = [Path(part, line.colour, width=2.2, dash=line.dash) for part in _runs(line, x, y)]
         inside: list[Shape] = []
         if line.low and line.low != line.high:
-            there = [(x(a), y(b)) for a, b in zip(line.x, line.high, strict=True) if _both(b)]
-            back = [(x(a), y(b)) for a, b in zip(line.x, line.low, strict=True) if _both(b)]
+            there = [
+                (x(a), y(b)) for a, b in zip(line.x, line.high, strict=True) if math.isfinite(b)
+            ]
+            back = [(x(a), y(b)) for a, b in zip(line.x, line.low, strict=True) if math.isfinite(b)]
             inside.append(Path((*there, *back[::-1]), fill=line.colour, opacity=0.14))
         if line.level is not None and math.isfinite(line.level):
             at = y(line.level)
@@ -250,10 +252,6 @@ def _lines(chart: Lines, width: float, height: float) -> tuple[list[Shape], dict
         ],
     }
     return shapes, hover
-
-
-def _both(value: float) -> bool:
-    return math.isfinite(value)
 
 
 def _end(line: Line) -> tuple[float, float]:
@@ -422,7 +420,7 @@ def _heat(chart: Heat, width: float, height: float) -> tuple[list[Shape], None]:
         at, half = left + (j + 0.5) * across, text_width(name) / 2
         if name and at - half >= until:
             shapes.append(Text(min(at, right - half), bottom + 18, name, anchor="middle"))
-            until = at + half + 5
+            until = at + half + 24
     shapes.append(Text((left + right) / 2, bottom + 35, chart.x, anchor="middle"))
     say = chart.text or (lambda v: f"{v:.2g}")
     unit = f" {chart.unit}" if chart.unit else ""

@@ -1,4 +1,4 @@
-"""One palette for pages, papers and docs, told apart with any colour vision (after Okabe and Ito)."""
+"""One palette for pages, papers and docs, for any colour vision (after Okabe and Ito)."""
 
 from __future__ import annotations
 

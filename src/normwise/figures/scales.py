@@ -67,7 +67,7 @@ def _logarithmic(values: Sequence[float], most: int) -> Scale:
     marks: tuple[float, ...] = (1,)
     if top - bottom < 2.2:
         marks = (1, 2, 5)
-    if top - bottom < 0.7:
+    if top - bottom < 1:
         marks = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
     every = max(1, math.ceil((top - bottom) / (most + 2)))
     ticks = [
