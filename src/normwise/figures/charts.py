@@ -49,8 +49,8 @@ class Line:
 
     name: str
     label: str
-    x: tuple[float, ...]
-    y: tuple[float, ...]
+    x: tuple[float, ...] = ()
+    y: tuple[float, ...] = ()
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     colour: str = "blue"

@@ -9,7 +9,7 @@ from typing import Any
 
 from normwise.figures.charts import Axis, Chart, Dots, Figure, Heat, Line, Lines, Plane, Shares
 from normwise.figures.palette import ramp
-from normwise.figures.scales import Scale
+from normwise.figures.scales import Scale, power_text
 from normwise.figures.shapes import (
     Circle,
     Drawing,
@@ -163,7 +163,7 @@ def _order_key(chart: Lines) -> float:
 def _lines(chart: Lines, width: float, height: float) -> tuple[list[Shape], dict[str, Any]]:
     lines = [line for line in chart.lines if line.drawn]
     named = _named(lines)
-    room = 0.36 * width
+    room = 0.42 * width
     labels = [shortened(line.label, room, 13, bold=True) for line in named]
     right = width - (_GAP + max(text_width(t, 13, bold=True) for t in labels) if named else 10.0)
     height -= _order_key(chart)
@@ -172,7 +172,7 @@ def _lines(chart: Lines, width: float, height: float) -> tuple[list[Shape], dict
         for line in lines
         for v in (*line.y, *line.low, *line.high, *([] if line.level is None else [line.level]))
     ]
-    across = chart.x.spacing.scale([v for line in lines for v in line.x], 6 if width > 450 else 4)
+    across = chart.x.spacing.scale([v for line in lines for v in line.x], 6 if width > 450 else 5)
     up = chart.y.spacing.scale([*values, *chart.y.holds], 5)
     left = 10 + max(text_width(text) for _, text in up.ticks)
     top, bottom = _TOP, height - _BOTTOM
@@ -411,18 +411,17 @@ def _heat(chart: Heat, width: float, height: float) -> tuple[list[Shape], None]:
                     at, fill = left + (j + 0.5) * across, "card" if share(value) > 0.5 else "ink"
                     shapes.append(Text(at, y + down / 2 + 4, chart.text(value), fill, 11, "middle"))
     if chart.outlined is not None:
-        i, j = chart.outlined
-        a, b = left + j * across, top + i * down
-        corners = ((a, b), (a + across, b), (a + across, b + down), (a, b + down), (a, b))
-        shapes.append(Path(corners, "orange", width=2.4))
+        x0, y0 = left + chart.outlined[1] * across, top + chart.outlined[0] * down
+        x1, y1 = x0 + across, y0 + down
+        shapes.append(Path(((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)), "orange", width=2.4))
     until = -math.inf
     for j, name in enumerate(chart.columns):
         at, half = left + (j + 0.5) * across, text_width(name) / 2
         if name and at - half >= until:
             shapes.append(Text(min(at, right - half), bottom + 18, name, anchor="middle"))
-            until = at + half + 24
+            until = at + half + (24 if columns > 12 else 4)
     shapes.append(Text((left + right) / 2, bottom + 35, chart.x, anchor="middle"))
-    say = chart.text or (lambda v: f"{v:.2g}")
+    say = chart.text or (lambda v: power_text(v) if v > 0 else f"{v:.2g}")
     unit = f" {chart.unit}" if chart.unit else ""
     least = "≤ " if chart.least is not None else ""
     shapes += _strip(f"{least}{say(low)}", f"{say(high)}{unit}", "heat", left, right, 9)
@@ -515,5 +514,8 @@ def _plane(chart: Plane, width: float, height: float) -> tuple[list[Shape], None
         shapes.append(Group(path.name, inside))
     for x, y, name in chart.points:
         at = place(x, y)
-        shapes += [Circle(*at, 4.5, "ink"), Text(at[0] + 10, at[1] + 4, name, "ink", 13, bold=True)]
+        shapes += [
+            Circle(*at, 4.5, "ink"),
+            Text(at[0] - 10, at[1] + 4, name, "ink", 13, "end", bold=True),
+        ]
     return shapes, None

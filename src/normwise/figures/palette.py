@@ -97,7 +97,7 @@ def marks(
     """
     names, baselines = list(dict.fromkeys(names)), set(baselines)
     free = [hue for hue in HUES if hue not in {_METHODS.get(name) for name in names}]
-    found = {}
+    found: dict[str, tuple[str, tuple[float, ...]]] = {}
     for name in names:
         colour = _METHODS.get(name) or (free.pop(0) if free else None)
         dash: tuple[float, ...] = DASHED if name in baselines else ()

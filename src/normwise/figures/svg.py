@@ -29,9 +29,9 @@ def piece(chart: Chart, height: float | None = None) -> str:
     """
     if chart.empty:
         return ""
-    forms = (("wide", draw(chart, _WIDE, height, titled=False)),)
-    forms += (("narrow", draw(chart, _NARROW, titled=False)),)
-    return "".join(_element(drawing, f'class="chart {name}"') for name, drawing in forms)
+    wide = draw(chart, _WIDE, height, titled=False)
+    narrow = draw(chart, _NARROW, titled=False)
+    return _element(wide, 'class="chart wide"') + _element(narrow, 'class="chart narrow"')
 
 
 def document(figure: Figure) -> str:

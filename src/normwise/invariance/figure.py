@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from normwise.figures import Axis, Dots, Figure, Series, Shares, Spacing, save
@@ -20,27 +20,25 @@ _COLOURS = {
 
 
 def draw(
-    parameters: Sequence[tuple[str, int, str]], kinds: Mapping[str, str], path: str | Path
+    parameters: Sequence[tuple[str, int, str]], kinds: Sequence[tuple[str, str]], path: str | Path
 ) -> None:
     """Write a figure: the share of each kind, and the size of every parameter.
 
     Args:
         parameters: name, entries and kind of each, in the model's order.
-        kinds: what each kind means, in the order in which they are shown.
+        kinds: each kind and what it means, in the order in which they are shown.
         path: a file whose suffix says the format.
 
     Raises:
         ImportError: without matplotlib, but for ``.svg``.
     """
     total = max(sum(entries for _, entries, _ in parameters), 1)
-    sums = {kind: sum(n for _, n, own in parameters if own == kind) for kind in kinds}
+    sums = {kind: sum(n for _, n, own in parameters if own == kind) for kind, _ in kinds}
     shares = Shares(
         "Share of all entries",
         "",
         tuple(
-            (kinds[kind], entries / total, _COLOURS[kind])
-            for kind, entries in sums.items()
-            if entries
+            (meaning, sums[kind] / total, _COLOURS[kind]) for kind, meaning in kinds if sums[kind]
         ),
     )
     sizes = Dots(

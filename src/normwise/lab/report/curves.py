@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -107,10 +107,8 @@ QUANTITIES: dict[str, Quantity] = {
 }
 
 
-def over_seeds(
-    runs: Iterable[Sequence[Record]], quantity: Quantity
-) -> dict[str, tuple[float, ...]]:
-    """A quantity over the epochs that all runs of a method have reached: ``x``, mean and range.
+def over_seeds(line: Line, runs: Iterable[Sequence[Record]], quantity: Quantity) -> Line:
+    """The line with a quantity's mean and range over the epochs that all runs have reached.
 
     An epoch that only some have reached would make the mean jump.
     """
@@ -124,12 +122,13 @@ def over_seeds(
     reached = sorted(epoch for epoch, values in by_epoch.items() if len(values) == len(own))
     values = [by_epoch[epoch] for epoch in reached]
     band = values if len(own) > 1 else []
-    return {
-        "x": tuple(map(float, reached)),
-        "y": tuple(map(fmean, values)),
-        "low": tuple(map(min, band)),
-        "high": tuple(map(max, band)),
-    }
+    return replace(
+        line,
+        x=tuple(map(float, reached)),
+        y=tuple(map(fmean, values)),
+        low=tuple(map(min, band)),
+        high=tuple(map(max, band)),
+    )
 
 
 @dataclass(frozen=True)
@@ -177,19 +176,14 @@ class Comparison:
     def chart(self, key: str) -> Lines:
         """The curves of a quantity, one line a method."""
         quantity = QUANTITIES[key]
-        lines = tuple(
-            Line(
-                m["name"],
-                m["label"],
-                colour=self.marks[m["name"]][0],
-                dash=self.marks[m["name"]][1],
-                **over_seeds(self.runs(m["name"]), quantity),
-            )
-            for m in self.methods
-        )
+        lines = []
+        for m in self.methods:
+            colour, dash = self.marks[m["name"]]
+            line = Line(m["name"], m["label"], colour=colour, dash=dash)
+            lines.append(over_seeds(line, self.runs(m["name"]), quantity))
         drops = tuple(map(float, self.run["settings"].get("drop_epochs", ())))
         note = quantity.note.format(formulas=self.formulas)
-        return Lines(quantity.title, note, EPOCH, quantity.axis, lines, drops)
+        return Lines(quantity.title, note, EPOCH, quantity.axis, tuple(lines), drops)
 
 
 def listed(items: Sequence[str]) -> str:

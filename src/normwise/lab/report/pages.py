@@ -15,8 +15,9 @@ def _environment() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
+    loader = PackageLoader("normwise.lab.report", ".")
     environment = Environment(
-        loader=PackageLoader("normwise.lab.report", "."),
+        loader=loader,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -25,7 +26,7 @@ def _environment() -> Any:
 
     def source(name: str) -> Any:
         """A file's text as it is."""
-        return Markup(environment.loader.get_source(environment, name)[0])
+        return Markup(loader.get_source(environment, name)[0])
 
     def drawn(chart: Chart, height: float | None = None) -> Any:
         return Markup(piece(chart, height))

@@ -102,8 +102,8 @@ def _chart(table: Result, quantity: Quantity, drawn: Marks) -> Lines:
     for entry in table.entries:
         own = [c.records for c in table.cells if c.config["method"] == entry.method and c.records]
         colour, dash = drawn[entry.method]
-        values = over_seeds(own, quantity)
-        lines.append(Line(entry.method, entry.label, colour=colour, dash=dash, **values))
+        line = Line(entry.method, entry.label, colour=colour, dash=dash)
+        lines.append(over_seeds(line, own, quantity))
     return Lines(quantity.title, "", EPOCH, quantity.axis, tuple(lines))
 
 

@@ -30,7 +30,7 @@ def toy_plane(trajectories: Mapping[str, Trajectory]) -> Plane:
     """The paths of the toy's weight over the loss, which is the same along every ray."""
     return Plane(
         "Paths of w",
-        "dark: high loss, the same along a ray; the goal is straight down",
+        "shaded: high loss, the same along a ray; the goal is straight down",
         _toy_lines(trajectories, "path"),
         left=-1.5,
         right=2.75,
