@@ -232,23 +232,23 @@ def _toy(arguments: argparse.Namespace) -> int:
     formats = (".png", ".svg", ".pdf")
     if picture is not None and picture.suffix.lower() not in formats:
         raise UsageError(f"--out {str(picture)!r} is not allowed: must end in {', '.join(formats)}")
-    courses = trajectories()
+    paths = trajectories()
     if picture is not None:
         from normwise.lab.plots import draw_toy
 
-        write_new(picture, draw_toy(courses, picture.suffix.lower()[1:]))
+        write_new(picture, draw_toy(paths, picture.suffix.lower()[1:]))
     if arguments.json:
         numbers = [
             {
                 **asdict(p),
-                "ours": p.ours(courses[p.method]),
-                "rounded": p.rounded(courses[p.method]),
+                "ours": p.ours(paths[p.method]),
+                "rounded": p.rounded(paths[p.method]),
             }
             for p in PRINTED
         ]
         print(json.dumps({"numbers": numbers, "picture": str(picture) if picture else None}))
         return 0
-    print_toy(courses)
+    print_toy(paths)
     if picture is not None:
         print(picture)
     return 0

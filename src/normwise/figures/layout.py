@@ -116,14 +116,13 @@ def draw_figure(figure: Figure) -> Drawing:
     cell = (inner - (columns - 1) * gutter) / columns
     for start in range(0, len(charts), columns):
         row = charts[start : start + columns]
-        own = (inner - (len(row) - 1) * gutter) / len(row) if len(row) < columns else cell
-        heads = max(_head_height(c.title, c.note, own, 14) for c in row)
-        tall = max(natural_height(c, own) for c in row)
+        heads = max(_head_height(c.title, c.note, cell, 14) for c in row)
+        tall = max(natural_height(c, cell) for c in row)
         for k, chart in enumerate(row):
-            x = margin + k * (own + gutter)
-            shapes += [moved(s, x, y) for s in _head(chart.title, chart.note, own, 14)]
-            high = natural_height(chart, own) if isinstance(chart, Plane | Shares) else tall
-            inside = draw(chart, own, high, titled=False).shapes
+            x = margin + k * (cell + gutter)
+            shapes += [moved(s, x, y) for s in _head(chart.title, chart.note, cell, 14)]
+            high = natural_height(chart, cell) if isinstance(chart, Plane | Shares) else tall
+            inside = draw(chart, cell, high, titled=False).shapes
             shapes += [moved(s, x, y + heads) for s in inside]
         y += heads + tall + 22
     return Drawing(width, y - 22 + margin, figure.title, tuple(shapes))
@@ -175,7 +174,7 @@ def _lines(chart: Lines, width: float, height: float) -> tuple[list[Shape], dict
     across = chart.x.spacing.scale([v for line in lines for v in line.x], 6 if width > 450 else 5)
     up = chart.y.spacing.scale([*values, *chart.y.holds], 5)
     left = 10 + max(text_width(text) for _, text in up.ticks)
-    top, bottom = _TOP, height - _BOTTOM
+    top, bottom = _TOP if chart.y.label else 8.0, height - _BOTTOM
 
     def x(value: float) -> float:
         return left + across.place(value) * (right - left)
@@ -289,7 +288,10 @@ def _under(axis: Axis, scale: Scale, left: float, right: float, y: float) -> lis
         if at - half >= until:
             shapes.append(Text(at, y + 18, text, anchor="middle"))
             until = at + half + 6
-    shapes.append(Text((left + right) / 2, y + 35, axis.label, anchor="middle"))
+    label = shortened(axis.label, right + 8)
+    half = text_width(label) / 2
+    at = max(half, min((left + right) / 2, right + 8 - half))
+    shapes.append(Text(at, y + 35, label, anchor="middle"))
     return shapes
 
 

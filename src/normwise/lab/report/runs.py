@@ -130,7 +130,7 @@ def _differences(tables: Sequence[Result], drawn: Marks) -> list[Dots]:
             f"{e.label} − {e.baseline}" + (f", {table.row}" if many else "") for table, e in found
         )
         better = "right" if found[0][0].metric.higher_is_better else "left"
-        axis = Axis(f"{title}: difference, better to the {better}")
+        axis = Axis(f"difference, better to the {better}")
         first_up = title[0].upper() + title[1:]
         charts.append(Dots(first_up, "", axis, rows, (series,), reference=0.0))
     return charts
