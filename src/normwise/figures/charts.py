@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from normwise.figures.scales import Spacing
 
-__all__ = ["Axis", "Chart", "Dots", "Figure", "Heat", "Line", "Lines", "Plane", "Series", "Shares"]
+__all__ = ["Axis", "Chart", "Dots", "Figure", "Heat", "Line", "Lines", "Plane", "Series"]
 
 
 def _three_digits(value: float) -> str:
@@ -165,20 +165,6 @@ class Heat:
 
 
 @dataclass(frozen=True)
-class Shares:
-    """Parts of a whole as one bar: names, shares from 0 to 1, colours."""
-
-    title: str
-    note: str
-    parts: tuple[tuple[str, float, str], ...]
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to draw."""
-        return not any(share > 0 for _, share, _ in self.parts)
-
-
-@dataclass(frozen=True)
 class Plane:
     """Paths in two dimensions around an origin.
 
@@ -207,7 +193,7 @@ class Plane:
         return not any(path.drawn for path in self.paths)
 
 
-Chart = Lines | Dots | Heat | Shares | Plane
+Chart = Lines | Dots | Heat | Plane
 
 
 @dataclass(frozen=True)
