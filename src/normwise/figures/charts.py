@@ -142,7 +142,7 @@ class Heat:
         unit: of the values.
         spacing: of the shades.
         text: what is written into a cell; None for nothing.
-        least: what is below this has the palest shade; None for the least value.
+        least, most: what is beyond has the last shade; None for the values' own ends.
         outlined: a row and column to draw a frame around; None for none.
     """
 
@@ -156,6 +156,7 @@ class Heat:
     spacing: Spacing = Spacing.LINEAR
     text: Callable[[float], str] | None = None
     least: float | None = None
+    most: float | None = None
     outlined: tuple[int, int] | None = None
 
     @property

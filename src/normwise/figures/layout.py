@@ -385,7 +385,8 @@ def _heat(chart: Heat, width: float, height: float) -> tuple[list[Shape], None]:
     finite = [v for row in chart.values for v in row if math.isfinite(v)]
     if chart.spacing.name == "LOG":
         finite = [v for v in finite if v > 0] or [1.0]
-    low, high = min(finite) if chart.least is None else chart.least, max(finite)
+    low = min(finite) if chart.least is None else chart.least
+    high = max(finite) if chart.most is None else chart.most
 
     def share(value: float) -> float:
         if chart.spacing.name == "LOG":
