@@ -29,6 +29,7 @@ __all__ = [
     "own_rule",
     "register",
     "rule_of",
+    "unknown_rule",
 ]
 
 Number = float | Tensor
@@ -302,7 +303,7 @@ def own_rule(optimizer: Optimizer, group: Group, p: Tensor | None = None) -> Upd
     elif isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         return rule_of(inner, group, p)
     else:
-        rule = _unknown(optimizer, group)
+        rule = unknown_rule(optimizer, group)
     if p is not None:
         rule = _of_weight(rule, group, p)
     return rule
@@ -333,7 +334,8 @@ def _of_weight(rule: UpdateRule, group: Group, p: Tensor) -> UpdateRule:
     return rule
 
 
-def _unknown(optimizer: Optimizer, group: Group) -> UpdateRule:
+def unknown_rule(optimizer: Optimizer, group: Group) -> UpdateRule:
+    """The rule of a group of which only the learning rate is known."""
     decays = not is_zero(group.get("weight_decay", 0.0))
     return UpdateRule(
         type(optimizer).__name__,

@@ -146,3 +146,12 @@ def test_what_it_cannot_do_is_told():
     fresh = WeightNormalized(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     with pytest.raises(ValueError, match="has no gains and directions of these weights"):
         fresh.load_state_dict(optimizer.state_dict())
+
+
+def test_it_does_not_claim_to_know_what_a_step_does_to_a_weight_that_it_normalizes():
+    model = nn.Linear(4, 3)
+    optimizer = WeightNormalized(torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01))
+    group = optimizer.param_groups[0]
+    assert nw.describe(optimizer)[0].update is nw.updates.Update.UNKNOWN
+    assert nw.updates.rule_of(optimizer, group, model.weight).coupling.value == "not known"
+    assert nw.updates.rule_of(optimizer, group, model.bias).weight_decay == 0.01

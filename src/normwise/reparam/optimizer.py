@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View
 from normwise.reparam.parametrizations import WeightNorm
+from normwise.updates import UpdateRule, rule_of, unknown_rule
 
 __all__ = ["WeightNormalized"]
 
@@ -86,6 +87,15 @@ class WeightNormalized(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the wrapped optimizer does it."""
         self.optimizer.zero_grad(set_to_none)
+
+    def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
+        """What a step does, for :func:`normwise.describe`: of W = g·V/‖V‖ itself it is not known.
+
+        The wrapped optimizer's rule holds for weights that are stepped as they are.
+        """
+        if p is not None and not self._fits(p):
+            return rule_of(self.optimizer, group, p)
+        return unknown_rule(self, group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step gains and directions by the gradients of the weights.
