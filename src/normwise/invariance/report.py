@@ -12,21 +12,25 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from normwise.geometry import View
+from normwise.invariance.symmetry import Slices, Symmetry, Term
 
-__all__ = ["JointSet", "ParameterReport", "Report"]
+__all__ = ["ParameterReport", "Report"]
 
-Kind = Literal["invariant", "joint", "balanced", "none", "no effect", "unused"]
+Kind = Literal[
+    "invariant", "joint", "balanced", "none", "not looked for", "no effect", "unused"
+]
 
 KINDS: dict[Kind, str] = {
     "invariant": "scale-invariant by itself",
     "joint": "scale-invariant together with others",
     "balanced": "its scale can be traded against others'",
     "none": "its scale matters",
+    "not looked for": "not invariant by itself; symmetries with others were not looked for",
     "no effect": "zero gradient: its value changes nothing",
     "unused": "not used by the forward: no evidence",
 }
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -80,43 +84,20 @@ class ParameterReport:
 
 
 @dataclass(frozen=True)
-class JointSet:
-    """Parameters that can be scaled together: w_t → c^exponent · w_t changes nothing, for c > 0.
-
-    Args:
-        exponents: by parameter name.
-        why: the modules that absorb the change, as seen by scaling; empty where none was seen.
-    """
-
-    exponents: dict[str, float]
-    why: str = ""
-
-    @property
-    def is_scale(self) -> bool:
-        """Whether all grow together: joint scale invariance, not one weight against another."""
-        return all(exponent > 0 for exponent in self.exponents.values())
-
-    def __str__(self) -> str:
-        return ", ".join(
-            name if exponent == 1 else f"{name}^{exponent:g}"
-            for name, exponent in self.exponents.items()
-        )
-
-
-@dataclass(frozen=True)
 class Report:
     """The scale invariances of a model. ``str(report)`` is a table.
 
     Args:
         rows: one for each parameter, in the model's order.
-        sets: a basis of the joint symmetries of the parameters that have none by themselves.
+        symmetries: families of slices that can be scaled together, from the views, which are
+            families of one weight, to whole parameters; independent of one another.
         draws: the number of random points and upstream gradients behind the verdicts.
         mode: whether the model was analyzed as in training or in evaluation.
         notes: what a reader must know beside the rows.
     """
 
     rows: tuple[ParameterReport, ...]
-    sets: tuple[JointSet, ...]
+    symmetries: tuple[Symmetry, ...]
     draws: int
     mode: str
     notes: tuple[str, ...] = ()
@@ -274,7 +255,7 @@ class Report:
                 {key: None if value != value else value for key, value in row.items()}
                 for row in rows
             ],
-            "sets": [asdict(joint) for joint in self.sets],
+            "symmetries": [asdict(symmetry) for symmetry in self.symmetries],
         }
         return json.dumps(content, **options)
 
@@ -290,8 +271,8 @@ class Report:
             if content["format"] != _FORMAT:
                 raise ValueError(f"format {content['format']}; must be {_FORMAT}")
             rows = tuple(_row_from_json(row) for row in content["rows"])
-            sets = tuple(JointSet(**joint) for joint in content["sets"])
-            return cls(rows, sets, content["draws"], content["mode"], tuple(content["notes"]))
+            symmetries = tuple(_symmetry_from_json(item) for item in content["symmetries"])
+            return cls(rows, symmetries, content["draws"], content["mode"], tuple(content["notes"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"Invalid report: {error}") from error
 
@@ -322,11 +303,15 @@ class Report:
         ]
         lines = [line.rstrip() for line in lines]
         lines.insert(1, "─" * max(map(len, lines)))
-        if self.sets:
-            lines += ["", "joint symmetries (scale all by c, or by the power of c that is written)"]
-            for joint in self.sets:
-                kind = "scale" if joint.is_scale else "trade"
-                lines.append(f"  {kind}: {joint}" + (f": {joint.why}" if joint.why else ""))
+        shared = [s for s in self.symmetries if not (s.is_view and s.terms[0].view)]
+        if shared:
+            lines += [
+                "",
+                "symmetries (in each unit, scale what is on the left by c, on the right by 1/c, or",
+                "by the power of c that is written; the function stays the same)",
+            ]
+            for symmetry in shared:
+                lines.append(f"  {symmetry}" + (f"; {symmetry.why}" if symmetry.why else ""))
         lines += ["", self.summary()]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -365,3 +350,13 @@ def _row_from_json(row: dict[str, Any]) -> ParameterReport:
     values["view"] = None if row["view"] is None else View.parse(row["view"])
     values["shape"], values["aliases"] = tuple(row["shape"]), tuple(row["aliases"])
     return ParameterReport(**values)
+
+
+def _symmetry_from_json(item: dict[str, Any]) -> Symmetry:
+    terms = []
+    for term in item["terms"]:
+        slices = term["slices"]
+        digits = {key: tuple(map(tuple, slices[key])) for key in ("units", "within")}
+        made = Slices(tuple(slices["dims"]), slices["start"], **digits)
+        terms.append(Term(term["parameter"], tuple(term["shape"]), made, term["exponent"]))
+    return Symmetry(tuple(terms), item["units"], item["unseen"], item["why"])

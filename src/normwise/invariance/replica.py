@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from normwise.invariance.exact import SHRINK, Exact, wide
 
-__all__ = ["Specimen", "built"]
+__all__ = ["Replica", "built"]
 
 Forward = Callable[[nn.Module], Any]
 
@@ -30,7 +30,7 @@ _TINY = 1e-3
 TOLERANCE = 2.0**-26
 
 
-class Specimen:
+class Replica:
     """A copy of ``model`` in float64, with a forward that can be repeated exactly.
 
     Args:
