@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.geometry import View
-from normwise.invariance.euler import Evidence, Finding, chance_of_error
+from normwise.invariance.euler import Evidence, Finding, chance_of_error, index_sets
 from normwise.invariance.explain import Explainer
 from normwise.invariance.families import find_families
 from normwise.invariance.replica import TOLERANCE, Replica, built
@@ -164,16 +164,21 @@ def _evidence_as_is(replica: Replica) -> dict[str, Evidence]:
     grads = replica.gradients(outputs, replica.cotangents(outputs, -1), names, shrink=1)
     evidence = {}
     for name, g in zip(names, grads, strict=True):
-        evidence[name] = Evidence(replica.params[name].shape)
+        evidence[name] = _no_evidence(replica, name)
         if g is not None:
             evidence[name].add(replica.params[name], g)
     return evidence
 
 
+def _no_evidence(replica: Replica, name: str) -> Evidence:
+    shape = replica.params[name].shape
+    return Evidence(shape, index_sets(shape, replica.groups(name)))
+
+
 def _gather(replica: Replica, draws: int) -> dict[str, Evidence]:
     """The Euler products of all parameters, each draw at a point of its own."""
     names = list(replica.params)
-    evidence = {name: Evidence(replica.params[name].shape) for name in names}
+    evidence = {name: _no_evidence(replica, name) for name in names}
     for draw in range(draws):
         replica.move(draw)
         outputs = replica.run(graph=True)

@@ -46,13 +46,14 @@ class Finding:
 class Evidence:
     """What the draws said about one parameter: sums over indices, never the gradients.
 
-    For each of its index sets (:func:`index_sets`), ``sums[dims]`` and ``sizes[dims]`` collect a
+    For each of its index ``sets`` (see :func:`index_sets`), ``sums[dims]`` and ``sizes[dims]`` collect a
     draw's Σ w·g and Σ |w·g| at every index, and ``noise[dims]`` the rounding of Σ |w·g|: its change
     when the upstream gradient is multiplied by a number that is no power of 2 and the gradient
     divided by it again.
     """
 
     shape: torch.Size
+    sets: tuple[tuple[int, ...], ...]
     sums: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
     sizes: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
     noise: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
@@ -61,21 +62,22 @@ class Evidence:
         """Add the gradient of one draw."""
         products = euler_products(w, g)
         sizes = products.abs()
-        for dims in index_sets(self.shape):
+        for dims in self.sets:
             self.sums.setdefault(dims, []).append(by_index(products, dims).cpu())
             self.sizes.setdefault(dims, []).append(by_index(sizes, dims).cpu())
 
     def add_noise(self, w: Tensor, difference: Tensor) -> None:
         """Add the rounding of a gradient: the difference of two that should be equal."""
         products = euler_products(w, difference).abs()
-        for dims in index_sets(self.shape):
+        for dims in self.sets:
             self.noise[dims] = by_index(products, dims).cpu()
 
     def find(self) -> Finding:
         """The finest view in which every slice with a gradient passes in every draw."""
         if not self.sums:
             return Finding(None, 0.0, self.shape[0] if self.shape else 1, False, self.shape.numel())
-        live = {dims[0]: self.live(dims) for dims in _view_dims(self.shape)}
+        # Views run along the first or the second dimension.
+        live = {dim: self.live((dim,)) for dim in (0, 1) if (dim,) in self.sets}
         dead = int((~live[0]).sum())
         if not live[0].any():
             return Finding(None, 0.0, dead, False, self.shape.numel())
@@ -147,27 +149,32 @@ def chance_of_error(entries: int, draws: int) -> float:
     return float(min(1.0, TOLERANCE * math.sqrt(entries)) ** draws)
 
 
-def index_sets(shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """The dimensions whose indices may be units: each, and leading ones with another.
+def index_sets(shape: Sequence[int], groups: int | None = None) -> tuple[tuple[int, ...], ...]:
+    """The dimensions whose indices may be units.
 
-    The latter are for stacks of matrices (experts) and for grouped convolutions.
+    They are the first two and, in stacks of matrices (experts), the rest and the leading ones with
+    each of the last two.
+
+    Args:
+        shape: of the parameter.
+        groups: of the convolution of which it is the kernel, None if it is none. With groups, an
+            input channel is an index along both of the first dimensions.
     """
     if len(shape) < 2:
-        return [(0,)]
+        return ((0,),)
+    stacks: list[tuple[int, ...]] = []
+    if groups is not None:
+        stacks = [(0, 1)] if groups > 1 else []
+    elif len(shape) == 3:
+        stacks = [(2,), (0, 1), (0, 2)]
+    elif len(shape) == 4:
+        stacks = [(2,), (3,), (0, 1, 2), (0, 1, 3)]
     sets: list[tuple[int, ...]] = [(0,), (1,)]
-    stack = [(2,), (0, 1), (0, 2)] if len(shape) == 3 else []
-    if len(shape) == 4:
-        stack = [(0, 1), (0, 1, 2), (0, 1, 3)]
-    for dims in stack:
+    for dims in stacks:
         sizes = [shape[d] for d in dims]
         if min(sizes) > 1 and math.prod(sizes) <= min(_MOST_INDICES, math.prod(shape) // 2):
             sets.append(dims)
-    return sets
-
-
-def _view_dims(shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """The index sets that views run along."""
-    return [dims for dims in index_sets(shape) if len(dims) == 1 and dims[0] < 2]
+    return tuple(sets)
 
 
 def _view(dim: int, count: int, channels: int) -> View:

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from normwise.invariance.euler import Evidence, Finding, euler_products, index_sets
+from normwise.invariance.euler import Evidence, Finding, euler_products
 from normwise.invariance.nullspace import RowSpace, null_space, pivots, sparse_basis
 from normwise.invariance.replica import TOLERANCE, Replica
 from normwise.invariance.symmetry import Slices, Symmetry, Term, by_index
@@ -97,10 +97,11 @@ class Draws:
     ) -> None:
         self._replica = replica
         self._names = names
+        self._sets = {name: evidence[name].sets for name in names}
         self._rows: dict[Key, list[Tensor]] = {
             (name, dims): list(evidence[name].sums[dims])
             for name in names
-            for dims in index_sets(evidence[name].shape)
+            for dims in evidence[name].sets
         }
         self.count = len(next(iter(self._rows.values()))) if names else 0
         self.points = self.count
@@ -113,7 +114,7 @@ class Draws:
                 if g is None:
                     g = torch.zeros_like(self._replica.params[name])
                 products = euler_products(self._replica.params[name], g)
-                for dims in index_sets(products.shape):
+                for dims in self._sets[name]:
                     self._rows[name, dims].append(by_index(products, dims).cpu())
             self.count += 1
 
@@ -150,9 +151,11 @@ def find_families(
         return []
     search = _Search(replica, evidence, findings, names)
     search.partial_views()
+    search.stacks()
     search.equal_indices()
     search.proportional_indices()
     search.runs()
+    search.found = _merged(search.found)
     return [*search.found, *search.whole_parameters()]
 
 
@@ -173,7 +176,7 @@ class _Search:
         self.strips: dict[Key, Strip] = {}
         for name in names:
             shape = tuple(evidence[name].shape)
-            for dims in index_sets(shape):
+            for dims in self.evidence[name].sets:
                 live = evidence[name].live(dims)
                 if len(live) == 1 and len(shape) > 1 and dims != (0,):
                     continue
@@ -219,7 +222,7 @@ class _Search:
                 starts = range(0, strip.size - units + 1, units)
                 if strip.size % units:
                     starts = range(strip.size % units, strip.size - units + 1, units)
-                if strip.size > _PARTS * units:
+                if strip.size > (_PARTS if len(strip.dims) == 1 else 1) * units:
                     continue
                 for start in starts:
                     indices = torch.arange(start, start + units)
@@ -324,7 +327,20 @@ class _Search:
             indices = slices.indices()
             seen |= strip.live[indices].any(1)
             strip.open[indices.flatten()] = False
+            self._close_within(strip, slices)
         self.found.append(Symmetry(terms, len(seen), int((~seen).sum())))
+
+    def _close_within(self, stack: Strip, slices: Slices) -> None:
+        """Close the indices of one dimension that consist of units of a family of a stack."""
+        if len(stack.dims) == 1:
+            return
+        sizes = [stack.shape[d] for d in stack.dims]
+        closed = ~stack.open.view(sizes)
+        for i, d in enumerate(stack.dims):
+            along = slices.indices() // math.prod(sizes[i + 1 :]) % sizes[i]
+            strip = self.strips.get((stack.name, (d,)))
+            if strip is not None and bool((along == along[:, :1]).all()):
+                strip.open &= ~closed.movedim(i, 0).flatten(1).all(1)
 
     def _ordered(self, terms: Iterable[Term]) -> tuple[Term, ...]:
         """In the order of their use, the first with a positive exponent."""
@@ -356,8 +372,24 @@ class _Search:
     def _comes_before(self, a: Strip, b: Strip) -> bool:
         return math.prod(a.shape) == a.size and self.names.index(a.name) < self.names.index(b.name)
 
+    def stacks(self) -> None:
+        """Families of stacks of matrices and of grouped kernels, which have two dimensions a unit.
+
+        Before all others, of which some would be sums over the stack of what is found here.
+        """
+        if any(len(strip.dims) > 1 for strip in self.strips.values()):
+            self._proportional(lambda strips: max(len(strip.dims) for strip in strips) > 1)
+
     def proportional_indices(self) -> None:
         """Families of pairs of slices whose products are proportional in every draw."""
+        self._proportional(lambda strips: True)
+
+    def _proportional(self, wanted: Callable[[Iterable[Strip]], bool]) -> None:
+        """Claim pairs of proportional slices, if their strips are wanted.
+
+        Args:
+            wanted: whether to sum indices of these strips, and to claim a family of them.
+        """
         self.draws.take(6)
         groups: list[tuple[Strip, ...]] = [(strip,) for strip in self.strips.values()]
         groups += self._compounds()
@@ -367,21 +399,22 @@ class _Search:
         for at, strips in enumerate(groups):
             size = strips[0].size
             folds[1].append((at, 1))
-            for length in _divisors(size):
+            for length in _divisors(size) if wanted(strips) else []:
                 for apart in _divisors(length):
                     if (count := length // apart) == 1:
                         continue
                     if count <= _FOLD or (apart == 1 and size // count in sizes):
                         folds[count].append((at, apart))
         invariant = {name for name, finding in self.findings.items() if finding.view}
-        vectors = _Vectors(groups, invariant | {family.terms[0].parameter for family in self.found
-            if family.is_view})
+        invariant |= {family.terms[0].parameter for family in self.found if family.is_view}
+        vectors = _Vectors(groups, invariant)
         for count in sorted(folds):
             vectors.keep_open()
             for at, apart in folds[count]:
                 vectors.add(at, count, apart, products[at])
             for parts in vectors.families():
-                self._claim(parts)
+                if wanted(strip for strip, _, _ in parts):
+                    self._claim(parts)
 
     def whole_parameters(self) -> list[Symmetry]:
         """Symmetries of one unit: whole parameters, or the parts that the families cut them into."""
@@ -460,7 +493,7 @@ class _Search:
                 continue
             shape = tuple(self.evidence[name].shape)
             parts: list[Slices] | None = None
-            for dims in index_sets(shape):
+            for dims in self.evidence[name].sets:
                 if (name, dims) not in self.strips:
                     continue
                 labels = self._labels(name, dims)
@@ -542,6 +575,49 @@ def _joined(terms: list[Term], pieces: list[tuple[str, Slices]]) -> tuple[Term, 
     return tuple(joined)
 
 
+def _merged(families: list[Symmetry]) -> list[Symmetry]:
+    """The families, with those put together that are one pattern over more units."""
+    alike: dict[object, list[Symmetry]] = {}
+    for family in map(_with_parts_joined, families):
+        signature = tuple(
+            (t.parameter, t.slices.dims, t.exponent, t.slices.per_unit) for t in family.terms
+        )
+        alike.setdefault(signature, []).append(family)
+    merged = []
+    for group in alike.values():
+        group.sort(key=lambda family: family.terms[0].slices.start)
+        terms = [
+            _term_over([family.terms[i] for family in group], dim=0)
+            for i in range(len(group[0].terms))
+        ]
+        made = tuple(term for term in terms if term is not None)
+        if len(made) < len(terms):
+            merged += group
+            continue
+        units, unseen = (sum(getattr(f, key) for f in group) for key in ("units", "unseen"))
+        merged.append(Symmetry(made, units, unseen))
+    return merged
+
+
+def _with_parts_joined(family: Symmetry) -> Symmetry:
+    """The family, with the terms of one parameter and exponent as one."""
+    alike: dict[object, list[Term]] = {}
+    for term in family.terms:
+        alike.setdefault((term.parameter, term.slices.dims, term.exponent), []).append(term)
+    terms: list[Term] = []
+    for group in alike.values():
+        joined = _term_over(group, dim=1)
+        terms += group if joined is None else [joined]
+    return replace(family, terms=tuple(terms))
+
+
+def _term_over(terms: list[Term], dim: int) -> Term | None:
+    """One term for the units (dim 0) or the indices of each unit (dim 1) of all of these."""
+    indices = [term.slices.indices() for term in terms]
+    slices = Slices.fitted(terms[0].slices.dims, torch.cat(indices, dim))
+    return None if slices is None else replace(terms[0], slices=slices)
+
+
 class _Vectors:
     """Directions of the products of slices over the draws, to find those that are proportional."""
 
@@ -579,10 +655,10 @@ class _Vectors:
         self._meta, self._values = [meta for meta, _ in kept], [values for _, values in kept]
 
     def _open(self, at: int, indices: Tensor) -> Tensor:
-        """Which slices, rows of ``indices``, consist of open indices with a gradient."""
+        """Which slices, rows of ``indices``, are open and have a gradient."""
         there = torch.ones(len(indices), dtype=torch.bool)
         for strip in self.groups[at]:
-            there &= (strip.open & strip.live)[indices].all(1)
+            there &= strip.open[indices].all(1) & strip.live[indices].any(1)
         return there
 
     def families(self) -> list[list[tuple[Strip, Slices, float]]]:
@@ -598,16 +674,16 @@ class _Vectors:
         signs = keys[:, 0].sign()
         keys = keys[:, 1] * signs
         order = keys.argsort()
-        near = (keys[order][1:] - keys[order][:-1]) <= _NEAR
+        near = (keys[order].diff() <= _NEAR).tolist()
         found: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
-        cluster: list[int] = []
-        for i, at in enumerate(order.tolist()):
-            cluster.append(at)
-            if i < len(near) and near[i]:
-                continue
-            if len(cluster) > 1:
+        start = 0
+        for i in (i for i, is_near in enumerate(near) if is_near):
+            if i > start and not near[i - 1]:
+                start = i
+            if i + 1 == len(near) or not near[i + 1]:
+                cluster = order[start : i + 2].tolist()
                 self._pair(cluster, meta, units, norms, signs, found)
-            cluster = []
+                start = i + 2
         families = []
         for (a, count_a, apart_a, b, count_b, apart_b, ratio), pairs in found.items():
             pairs.sort()

@@ -59,16 +59,15 @@ class Replica:
             self.model.eval()
         elif not model.training:
             self.model.train()
-        # Keys and values cached for generation are not outputs that a loss sees.
-        config: Any = getattr(self.model, "config", None)
-        if getattr(config, "use_cache", False) is True:
-            config.use_cache = False
+        for module in self.model.modules():
+            _settle(getattr(module, "config", None))
         self.params = _floating_parameters(self.model)
         for p in self.model.parameters():
             p.grad = None
             if p.is_floating_point() or p.is_complex():
                 p.requires_grad_(True)
         self._used: dict[int, None] = {}
+        self._kernels: dict[int, int] = {}
         self._buffers = [
             (module, key, buffer.detach().clone())
             for module in self.model.modules()
@@ -122,7 +121,7 @@ class Replica:
                     f"the forward of {type(self.model).__name__} raised "
                     f"{type(error).__name__}: {text}"
                 ) from error
-        self._used = exact.used
+        self._used, self._kernels = exact.used, exact.kernels
         # Also where no graph is wanted, since models choose their path by whether gradients are on.
         outputs = [output for output in floating_tensors(result) if output.requires_grad]
         if not outputs:
@@ -150,6 +149,10 @@ class Replica:
         """The names, in the order in which the last forward first used the parameters."""
         order = {key: i for i, key in enumerate(self._used)}
         return sorted(names, key=lambda name: order.get(id(self.params[name]), len(order)))
+
+    def groups(self, name: str) -> int | None:
+        """The groups of the convolution that the last forward used a parameter in, if any."""
+        return self._kernels.get(id(self.params[name]))
 
     def cotangents(self, outputs: list[Tensor], draw: int) -> list[Tensor]:
         """Random normal upstream gradients; 0 where an output is infinite (masked)."""
@@ -316,6 +319,16 @@ def _copied(model: nn.Module) -> nn.Module:
             if buffer is not None:
                 module._buffers[key] = wide(buffer)
     return duplicate
+
+
+def _settle(config: Any) -> None:
+    """Turn off, in a configuration of transformers, what an analysis cannot look through."""
+    # Keys and values cached for generation are not outputs that a loss sees.
+    if getattr(config, "use_cache", False) is True:
+        config.use_cache = False
+    # Grouped matrix products take no float64; the plain loop over experts does.
+    if getattr(config, "_experts_implementation", None) is not None:
+        config._experts_implementation = "eager"
 
 
 def _generic_(value: Tensor, generator: torch.Generator) -> None:
