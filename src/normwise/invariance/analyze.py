@@ -16,6 +16,7 @@ from normwise.invariance.explain import Explainer
 from normwise.invariance.families import find_families
 from normwise.invariance.replica import TOLERANCE, Replica, built
 from normwise.invariance.report import Kind, ParameterReport, Report
+from normwise.invariance.roles import find_roles
 from normwise.invariance.symmetry import Slices, Symmetry, Term
 
 __all__ = ["analyze"]
@@ -102,6 +103,7 @@ def _examined(
     }
     absorbers = _absorbers(explainer, views, kinds)
     aliases = replica.aliases()
+    roles = find_roles(replica, claims)
     rows = []
     for name, finding in findings.items():
         view = views.get(name)
@@ -117,6 +119,7 @@ def _examined(
                 why=_why(explainer, name, finding, view, kinds[name], absorbers.get(name)),
                 frozen=not replica.source[name].requires_grad,
                 aliases=aliases.get(name, ()),
+                role=roles[name],
             )
         )
     return tuple(rows), symmetries, tuple(notes)
@@ -370,4 +373,28 @@ def _carried_over(report: Report, model: nn.Module) -> Report:
     if missing := params.keys() - {row.name for row in rows}:
         raise ValueError(f"the factory's network has no parameter {min(missing)!r}")
     note = "found on the factory's network; its blocks are taken to be as many in the model"
-    return replace(report, rows=tuple(rows), notes=(*report.notes, note))
+    notes, carried = [*report.notes, note], []
+    for symmetry in report.symmetries:
+        larger = _widened(symmetry, {name: tuple(p.shape) for name, p in params.items()})
+        if larger is None:
+            notes.append(f"{symmetry} has no counterpart in the model's shapes")
+        else:
+            carried.append(larger)
+    return replace(report, rows=tuple(rows), symmetries=tuple(carried), notes=tuple(notes))
+
+
+def _widened(symmetry: Symmetry, shapes: Mapping[str, tuple[int, ...]]) -> Symmetry | None:
+    """The family for parameters of other shapes, if one number of units fits all its terms."""
+    sizes = [
+        {slices.count: slices for slices in term.slices.resized(term.shape, shapes[term.parameter])}
+        for term in symmetry.terms
+    ]
+    common = set.intersection(*(set(size) for size in sizes))
+    if not common:
+        return None
+    units = max(common)
+    terms = tuple(
+        Term(term.parameter, shapes[term.parameter], size[units], term.exponent)
+        for term, size in zip(symmetry.terms, sizes, strict=True)
+    )
+    return replace(symmetry, terms=terms, units=units)

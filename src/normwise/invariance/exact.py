@@ -94,6 +94,8 @@ class Exact(TorchFunctionMode):
         self.used: dict[int, None] = {}
         #: The groups of the convolutions that used a parameter as their kernel, by its id.
         self.kernels: dict[int, int] = {}
+        #: The operations that used each parameter, and as which argument, in order.
+        self.uses: list[tuple[int, str, int | str]] = []
 
     def __torch_function__(
         self,
@@ -110,9 +112,11 @@ class Exact(TorchFunctionMode):
             return args[0].to(_CASTS[name])
         args = (*args[:1], *wide(args[1:])) if _writes_into_first(name) else wide(args)
         kwargs = {key: value if key == "out" else wide(value) for key, value in kwargs.items()}
-        for t in _tensors((*args, *kwargs.values())):
-            if isinstance(t, nn.Parameter):
-                self.used.setdefault(id(t))
+        for key, value in (*enumerate(args), *kwargs.items()):
+            for t in _tensors((value,)):
+                if isinstance(t, nn.Parameter):
+                    self.used.setdefault(id(t))
+                    self.uses.append((id(t), name, key))
         if name in _CONVOLUTIONS and len(args) > 1:
             groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
             self.kernels[id(args[1])] = groups if isinstance(groups, int) else 1

@@ -68,6 +68,7 @@ class Replica:
                 p.requires_grad_(True)
         self._used: dict[int, None] = {}
         self._kernels: dict[int, int] = {}
+        self._uses: list[tuple[int, str, int | str]] = []
         self._buffers = [
             (module, key, buffer.detach().clone())
             for module in self.model.modules()
@@ -121,7 +122,7 @@ class Replica:
                     f"the forward of {type(self.model).__name__} raised "
                     f"{type(error).__name__}: {text}"
                 ) from error
-        self._used, self._kernels = exact.used, exact.kernels
+        self._used, self._kernels, self._uses = exact.used, exact.kernels, exact.uses
         # Also where no graph is wanted, since models choose their path by whether gradients are on.
         outputs = [output for output in floating_tensors(result) if output.requires_grad]
         if not outputs:
@@ -153,6 +154,11 @@ class Replica:
     def groups(self, name: str) -> int | None:
         """The groups of the convolution that the last forward used a parameter in, if any."""
         return self._kernels.get(id(self.params[name]))
+
+    def uses(self) -> list[tuple[str, str, int | str]]:
+        """The operations of the last forward on parameters: (parameter, operation, argument)."""
+        names = {id(p): name for name, p in self.params.items()}
+        return [(names[key], op, at) for key, op, at in self._uses if key in names]
 
     def cotangents(self, outputs: list[Tensor], draw: int) -> list[Tensor]:
         """Random normal upstream gradients; 0 where an output is infinite (masked)."""

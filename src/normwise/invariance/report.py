@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from normwise.geometry import View
+from normwise.invariance.freedom import Freedom, ledger
+from normwise.invariance.roles import Role
 from normwise.invariance.symmetry import Slices, Symmetry, Term
 
 __all__ = ["ParameterReport", "Report"]
@@ -51,6 +54,7 @@ class ParameterReport:
         why: what makes it so, as seen by scaling it; empty where nothing was seen.
         frozen: whether it does not require a gradient.
         aliases: its other names, if it is tied.
+        role: what it is for, as seen from what the network does with it.
     """
 
     name: str
@@ -63,6 +67,7 @@ class ParameterReport:
     why: str
     frozen: bool = False
     aliases: tuple[str, ...] = ()
+    role: Role = Role("other", "")
 
     @property
     def entries(self) -> int:
@@ -132,6 +137,63 @@ class Report:
         """
         params = self._bound(model)
         return {params[name]: view for name, view in self.views().items()}
+
+    def rescale_(self, model: nn.Module | None = None, *, seed: int = 0) -> dict[str, Tensor]:
+        """Rescale a model in place, at random along all symmetries: other weights, one function.
+
+        Every unit of every family is scaled by a factor of its own from [1/2, 2]. What the model
+        computes stays the same up to rounding and the epsilons of its normalizations.
+
+        Args:
+            model: the model to rescale (default: the model analyzed).
+            seed: of the factors (default: 0).
+
+        Returns:
+            What each parameter was multiplied by, by name, as a tensor that broadcasts against it.
+
+        Raises:
+            ValueError: see :meth:`param_groups`.
+        """
+        params = self._bound(model)
+        generator = torch.Generator().manual_seed(seed)
+        factors: dict[str, Tensor] = {}
+        for symmetry in self.symmetries:
+            exponents = 2 * torch.rand(symmetry.units, generator=generator, dtype=torch.float64) - 1
+            for name, factor in symmetry.factors(exponents.exp2()).items():
+                factors[name] = factors[name] * factor if name in factors else factor
+        with torch.no_grad():
+            for name, factor in factors.items():
+                p = params[name]
+                p.copy_(p * factor.to(p.device))
+        return factors
+
+    def freedom(self, fixed: Mapping[str, View | str] | Iterable[str] | None = None) -> Freedom:
+        """What it costs to fix norms: the freedom lost, and where a gain gives it back.
+
+        Args:
+            fixed: the view in which each parameter's norms are fixed, by name, or names of
+                parameters that are fixed as a whole (default: every matrix with a gradient, in the
+                view in which it is invariant, else as a whole).
+
+        Raises:
+            KeyError: for a parameter that the report does not have.
+            ValueError: for a view that does not fit its parameter.
+        """
+        if fixed is None:
+            fixed = {
+                row.name: row.view or View.layer()
+                for row in self.rows
+                if not row.is_vector and row.kind not in ("unused", "no effect")
+            }
+        elif not isinstance(fixed, Mapping):
+            fixed = {name: View.layer() for name in fixed}
+        views = {
+            self[name].name: View.parse(view) if isinstance(view, str) else view
+            for name, view in fixed.items()
+        }
+        for name, view in views.items():
+            view.check(self[name].shape)
+        return ledger(self.symmetries, {row.name: row.shape for row in self.rows}, views)
 
     def share(self, kind: Kind) -> float:
         """The share of the entries of all parameters that are of this kind, from 0 to 1."""
@@ -287,7 +349,7 @@ class Report:
         draw(self, path)
 
     def __str__(self) -> str:
-        header = ("parameter", "shape", "verdict", "residual", "why")
+        header = ("parameter", "shape", "verdict", "role", "residual", "why")
         table = [header]
         for row in self.rows:
             shape = "×".join(map(str, row.shape)) or "scalar"
@@ -295,7 +357,8 @@ class Report:
             why = row.why + (" (frozen)" if row.frozen else "")
             if row.aliases:
                 why = f"{why}; tied to {', '.join(row.aliases)}".lstrip("; ")
-            table.append((row.name, shape, row.verdict, residual, why))
+            head = f", {row.role.heads} heads" if row.role.heads else ""
+            table.append((row.name, shape, row.verdict, row.role.kind + head, residual, why))
         widths = [max(len(line[i]) for line in table) for i in range(len(header) - 1)]
         lines = [
             "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]])
@@ -335,6 +398,12 @@ class Report:
                 raise ValueError(f"the model has no parameter {row.name!r}, the report has")
             if row.view is not None:
                 row.view.check(params[row.name].shape)
+        for term in (term for symmetry in self.symmetries for term in symmetry.terms):
+            shape = tuple(params[term.parameter].shape)
+            if shape != term.shape:
+                raise ValueError(
+                    f"the model's {term.parameter!r} has shape {shape}, the report's {term.shape}"
+                )
         if model is not None:
             known = {row.name for row in self.rows}
             for name, p in params.items():
@@ -348,6 +417,8 @@ def _row_from_json(row: dict[str, Any]) -> ParameterReport:
         key: float("nan") if value is None else value for key, value in row.items()
     }
     values["view"] = None if row["view"] is None else View.parse(row["view"])
+    role = row["role"]
+    values["role"] = Role(**{**role, "parts": tuple(role["parts"])})
     values["shape"], values["aliases"] = tuple(row["shape"]), tuple(row["aliases"])
     return ParameterReport(**values)
 

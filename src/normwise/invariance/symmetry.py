@@ -113,6 +113,38 @@ class Slices:
             return factors.reshape(())
         return factors.reshape([n if d in self.dims else 1 for d, n in enumerate(shape)])
 
+    def resized(self, old: Sequence[int], new: Sequence[int]) -> list[Slices]:
+        """What these slices can be in a weight of another shape: more units, or larger ones.
+
+        One digit takes up the ratio of the sizes, and the strides above it grow alike.
+
+        Args:
+            old: the shape of the weight that they are slices of.
+            new: that of the other.
+        """
+        if self == Slices.whole(old):
+            return [Slices.whole(new)]
+        before, after = (math.prod(shape[d] for d in self.dims) for shape in (old, new))
+        if after % before or any(old[d] != new[d] for d in self.dims[:-1]):
+            return []
+        if after == before:
+            return [self]
+        ratio = after // before
+        found = []
+        for stride in {step for _, step in (*self.units, *self.within)}:
+            grown = [
+                tuple(
+                    (count * ratio if step == stride else count, step * ratio if step > stride else step)
+                    for count, step in digits
+                )
+                for digits in (self.units, self.within)
+            ]
+            start = self.start * ratio
+            if self.start and stride != min(s for _, s in (*self.units, *self.within)):
+                continue
+            found.append(Slices(self.dims, start, *grown))
+        return found
+
     def view(self, shape: Sequence[int]) -> View | None:
         """The view of a weight of this shape that has these slices, or None."""
         if self == Slices.whole(shape) or math.prod(shape) == self.per_unit:
