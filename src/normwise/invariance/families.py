@@ -401,7 +401,7 @@ class _Search:
             folds[1].append((at, 1))
             for length in _divisors(size) if wanted(strips) else []:
                 for apart in _divisors(length):
-                    if (count := length // apart) == 1:
+                    if (count := length // apart) in (1, size):
                         continue
                     if count <= _FOLD or (apart == 1 and size // count in sizes):
                         folds[count].append((at, apart))
@@ -694,9 +694,12 @@ class _Vectors:
                 if slices_a is None or slices_b is None:
                     continue
                 exponent = ratio / 1000
-                parts = [(strip, slices_a, 1.0) for strip in self.groups[a]]
                 families.append(
-                    [*parts, *((strip, slices_b, exponent) for strip in self.groups[b])]
+                    [
+                        (strip, replace(slices, dims=strip.dims), power)
+                        for group, slices, power in ((a, slices_a, 1.0), (b, slices_b, exponent))
+                        for strip in self.groups[group]
+                    ]
                 )
         return families
 
@@ -723,6 +726,9 @@ class _Vectors:
             # a's products = ratio · b's: exponents (1, −ratio), or as whole numbers.
             ratio = float(norms[a] / norms[b] * signs[a] * signs[b])
             exponent = -ratio
+            if exponent > 0 and self._share(meta[a], meta[b]):
+                # Parts of what only a larger unit holds together, such as a weight with its bias.
+                continue
             key_a, key_b = meta[a].tolist(), meta[b].tolist()
             if abs(exponent) < 1 - 1e-6:
                 key_a, key_b, exponent = key_b, key_a, 1 / exponent
@@ -732,6 +738,11 @@ class _Vectors:
             if abs(1000 * exponent - rounded) > 1e-4:
                 continue
             found[(*key_a[:3], *key_b[:3], rounded)].append((key_a[3], key_b[3]))
+
+    def _share(self, a: Tensor, b: Tensor) -> bool:
+        """Whether the two have a parameter in common."""
+        names = ({strip.name for strip in self.groups[int(meta[0])]} for meta in (a, b))
+        return bool(set.intersection(*names))
 
     def _same(self, a: Tensor, b: Tensor) -> bool:
         """Whether the two are of one parameter in different index sets, or share an index."""

@@ -9,7 +9,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -262,7 +262,9 @@ def deterministic(seed: int, params: Mapping[str, Tensor]) -> Iterator[None]:
         if numpy:
             numpy.random.seed(seed % 2**32)
         torch.set_default_dtype(torch.float64)
-        with torch.compiler.set_stance("force_eager"):
+        # Where nothing has loaded the compiler nothing is compiled, and to load it takes seconds.
+        compiled = "torch._dynamo" in sys.modules
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -295,6 +295,11 @@ class Report:
                 "each set as a whole, if it decays all of a set alike"
             )
         lines.append(f"- other weights ({share(rest)}): on what they compute, as a regularizer")
+        unknown = [row for row in self.rows if row.kind == "not looked for"]
+        if unknown:
+            lines.append(
+                f"- of {share(unknown)} it is not known: symmetries with others were not looked for"
+            )
         if vectors:
             lines.append(
                 f"- biases, gains and scales ({share(vectors)}): on what they compute; "

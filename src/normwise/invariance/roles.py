@@ -167,11 +167,18 @@ def _heads(
             mixed += products if term.exponent > 0 else -products.T
             size += products.abs() if term.exponent > 0 else products.abs().T
         together = (mixed.abs() <= TOLERANCE * size) & (size > 0)
-        heads = _blocks(together)
+        heads, shared = _blocks(together), 1
+        if heads is None:
+            # A rotary embedding turns pairs: two indices a unit, and no two units mix.
+            shared = min(term.slices.per_unit for term in symmetry.terms)
+            digits = {term.slices.units[0][0] for term in symmetry.terms}
+            several = all(len(term.slices.units) == 2 for term in symmetry.terms)
+            heads = digits.pop() if shared == 2 and several and len(digits) == 1 else None
         if heads is not None:
             for term in symmetry.terms:
-                if len(term.shape) > 1:
-                    found.setdefault(term.parameter, heads * _heads_in(term))
+                # Indices of one unit beside these belong to heads that share it: grouped queries.
+                if len(term.shape) == 2:
+                    found.setdefault(term.parameter, heads * term.slices.per_unit // shared)
     return found
 
 
@@ -180,11 +187,6 @@ def _by_unit(t: Tensor, slices: Slices) -> Tensor:
     t = t.reshape(1) if t.ndim == 0 else t
     flat = t.movedim(slices.dims, tuple(range(len(slices.dims)))).flatten(0, len(slices.dims) - 1)
     return flat[slices.indices().to(t.device)].flatten(1)
-
-
-def _heads_in(term: Term) -> int:
-    """How many heads share one unit: the query heads of a group."""
-    return term.slices.per_unit
 
 
 def _blocks(together: Tensor) -> int | None:
