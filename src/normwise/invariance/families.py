@@ -395,26 +395,21 @@ class _Search:
         groups += self._compounds()
         products = [sum((self.draws.of(s) for s in strips), torch.zeros(())) for strips in groups]
         sizes = {strip.size for strip in self.strips.values()}
-        folds: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for at, strips in enumerate(groups):
-            size = strips[0].size
-            folds[1].append((at, 1))
-            for length in _divisors(size) if wanted(strips) else []:
-                for apart in _divisors(length):
-                    if (count := length // apart) in (1, size):
-                        continue
-                    if count <= _FOLD or (apart == 1 and size // count in sizes):
-                        folds[count].append((at, apart))
         invariant = {name for name, finding in self.findings.items() if finding.view}
         invariant |= {family.terms[0].parameter for family in self.found if family.is_view}
         vectors = _Vectors(groups, invariant)
-        for count in sorted(folds):
-            vectors.keep_open()
-            for at, apart in folds[count]:
-                vectors.add(at, count, apart, products[at])
-            for parts in vectors.families():
-                if wanted(strip for strip, _, _ in parts):
-                    self._claim(parts)
+        for at, strips in enumerate(groups):
+            size = strips[0].size
+            vectors.add(at, 1, 1, products[at])
+            for length in _divisors(size) if wanted(strips) else []:
+                for apart in _divisors(length):
+                    count = length // apart
+                    few = count <= _FOLD or (apart == 1 and size // count in sizes)
+                    if few and 1 < count < size:
+                        vectors.add(at, count, apart, products[at])
+        for parts in vectors.families():
+            if wanted(strip for strip, _, _ in parts):
+                self._claim(parts)
 
     def whole_parameters(self) -> list[Symmetry]:
         """Symmetries of one unit: whole parameters, or the parts that the families cut them into."""
@@ -630,7 +625,7 @@ class _Vectors:
         """Add the sums of ``count`` indices ``apart`` from one another, where all are open."""
         size = products.shape[1]
         first = torch.arange(size).view(-1, count, apart)[:, 0].flatten()
-        indices = first.unsqueeze(1) + apart * torch.arange(count)
+        indices = _fold(first, count, apart)
         there = self._open(at, indices)
         first, indices = first[there], indices[there]
         folded = products[:, indices]
@@ -644,16 +639,6 @@ class _Vectors:
         self._meta.append(torch.cat([meta, first.unsqueeze(1)], 1))
         self._values.append(values.T)
 
-    def keep_open(self) -> None:
-        """Forget slices of which an index has been claimed."""
-        kept = []
-        for meta, values in zip(self._meta, self._values, strict=True):
-            at, count, apart = meta[0, :3].tolist()
-            there = self._open(at, meta[:, 3:] + apart * torch.arange(count))
-            if there.any():
-                kept.append((meta[there], values[there]))
-        self._meta, self._values = [meta for meta, _ in kept], [values for _, values in kept]
-
     def _open(self, at: int, indices: Tensor) -> Tensor:
         """Which slices, rows of ``indices``, are open and have a gradient."""
         there = torch.ones(len(indices), dtype=torch.bool)
@@ -661,10 +646,14 @@ class _Vectors:
             there &= strip.open[indices].all(1) & strip.live[indices].any(1)
         return there
 
-    def families(self) -> list[list[tuple[Strip, Slices, float]]]:
-        """Families of pairs: every two slices that are proportional, put together by strips."""
+    def families(self) -> Iterator[list[tuple[Strip, Slices, float]]]:
+        """Families of pairs: every two slices that are proportional, put together by strips.
+
+        The finest come first. Of the others those are left out of which a slice has been claimed
+        meanwhile, since sums of proportional slices are proportional too.
+        """
         if not self._meta:
-            return []
+            return
         meta, values = torch.cat(self._meta), torch.cat(self._values)
         norms = torch.linalg.vector_norm(values, dim=1)
         units = values / norms.unsqueeze(1)
@@ -684,24 +673,23 @@ class _Vectors:
                 cluster = order[start : i + 2].tolist()
                 self._pair(cluster, meta, units, norms, signs, found)
                 start = i + 2
-        families = []
-        for (a, count_a, apart_a, b, count_b, apart_b, ratio), pairs in found.items():
-            pairs.sort()
-            first = torch.tensor(pairs)
-            for part in _fitting(first):
-                slices_a = _folded(self.groups[a], part[:, 0], count_a, apart_a)
-                slices_b = _folded(self.groups[b], part[:, 1], count_b, apart_b)
+        finest_first = sorted(found, key=lambda key: sorted((key[1], key[4]), reverse=True))
+        for key in finest_first:
+            a, count_a, apart_a, b, count_b, apart_b, ratio = key
+            pairs = torch.tensor(sorted(found[key]))
+            there = self._open(a, _fold(pairs[:, 0], count_a, apart_a))
+            there &= self._open(b, _fold(pairs[:, 1], count_b, apart_b))
+            for part in _fitting(pairs[there]):
+                slices_a = Slices.fitted((0,), _fold(part[:, 0], count_a, apart_a))
+                slices_b = Slices.fitted((0,), _fold(part[:, 1], count_b, apart_b))
                 if slices_a is None or slices_b is None:
                     continue
-                exponent = ratio / 1000
-                families.append(
-                    [
-                        (strip, replace(slices, dims=strip.dims), power)
-                        for group, slices, power in ((a, slices_a, 1.0), (b, slices_b, exponent))
-                        for strip in self.groups[group]
-                    ]
-                )
-        return families
+                sides = ((a, slices_a, 1.0), (b, slices_b, ratio / 1000))
+                yield [
+                    (strip, replace(slices, dims=strip.dims), power)
+                    for group, slices, power in sides
+                    for strip in self.groups[group]
+                ]
 
     def _pair(
         self,
@@ -714,9 +702,14 @@ class _Vectors:
     ) -> None:
         """Pair all of a cluster with the one that most others grow against."""
         directions = units[cluster] * signs[cluster].unsqueeze(1)
-        if (directions - directions[0]).abs().max() > 100 * _NEAR:
+        close = (directions - directions[0]).abs().amax(1) <= 100 * _NEAR
+        if not close.all():
+            apart = [at for at, same in zip(cluster, close.tolist(), strict=True) if not same]
+            self._pair(apart, meta, units, norms, signs, found)
+        cluster = [at for at, same in zip(cluster, close.tolist(), strict=True) if same]
+        cluster = self._finest(cluster, meta)
+        if len(cluster) < 2:
             return
-        cluster = sorted(cluster, key=lambda at: meta[at].tolist())
         opposite = [sum(bool(signs[i] != signs[j]) for j in cluster) for i in cluster]
         anchor = max(range(len(cluster)), key=lambda i: (opposite[i], i))
         b = cluster[anchor]
@@ -738,6 +731,22 @@ class _Vectors:
             if abs(1000 * exponent - rounded) > 1e-4:
                 continue
             found[(*key_a[:3], *key_b[:3], rounded)].append((key_a[3], key_b[3]))
+
+    def _finest(self, cluster: list[int], meta: Tensor) -> list[int]:
+        """Of slices that share an index the smallest: the sum of two alike is like both."""
+        kept: list[int] = []
+        covered: set[tuple[str, tuple[int, ...], int]] = set()
+        for at in sorted(cluster, key=lambda at: (int(meta[at, 1]), meta[at].tolist())):
+            group, count, apart, first = meta[at].tolist()
+            mine = {
+                (strip.name, strip.dims, first + apart * k)
+                for strip in self.groups[group]
+                for k in range(count)
+            }
+            if not mine & covered:
+                covered |= mine
+                kept.append(at)
+        return kept
 
     def _share(self, a: Tensor, b: Tensor) -> bool:
         """Whether the two have a parameter in common."""
@@ -761,6 +770,8 @@ class _Vectors:
 
 def _fitting(pairs: Tensor) -> list[Tensor]:
     """Pairs of first indices, as few lists as digits can count through."""
+    if not len(pairs):
+        return []
     zero = torch.zeros(len(pairs), 1, dtype=torch.long)
     if all(
         Slices.fitted((0,), pairs[:, k : k + 1] + zero) is not None for k in (0, 1)
@@ -775,8 +786,9 @@ def _fitting(pairs: Tensor) -> list[Tensor]:
     return [*parts, pairs[start:]]
 
 
-def _folded(strips: tuple[Strip, ...], first: Tensor, count: int, apart: int) -> Slices | None:
-    return Slices.fitted(strips[0].dims, first.unsqueeze(1) + apart * torch.arange(count))
+def _fold(first: Tensor, count: int, apart: int) -> Tensor:
+    """The indices that are summed with each first one, in rows."""
+    return first.unsqueeze(1) + apart * torch.arange(count)
 
 
 def _divisors(n: int) -> list[int]:
