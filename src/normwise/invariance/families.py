@@ -405,7 +405,7 @@ class _Search:
                 for apart in _divisors(length):
                     count = length // apart
                     few = count <= _FOLD or (apart == 1 and size // count in sizes)
-                    if few and 1 < count < size:
+                    if few and 1 < count < size and not _is_one_dimension(strips, count, apart):
                         vectors.add(at, count, apart, products[at])
         for parts in vectors.families():
             if wanted(strip for strip, _, _ in parts):
@@ -784,6 +784,16 @@ def _fitting(pairs: Tensor) -> list[Tensor]:
             parts.append(pairs[start:i])
             start = i
     return [*parts, pairs[start:]]
+
+
+def _is_one_dimension(strips: tuple[Strip, ...], count: int, apart: int) -> bool:
+    """Whether such sums along several dimensions are those of fewer, which are tried as such."""
+    for strip in strips:
+        if len(strip.dims) > 1:
+            last, first = strip.shape[strip.dims[-1]], strip.shape[strip.dims[0]]
+            if (apart == 1 and count % last == 0) or (count == first and apart * first == strip.size):
+                return True
+    return False
 
 
 def _fold(first: Tensor, count: int, apart: int) -> Tensor:

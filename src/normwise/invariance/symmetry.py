@@ -181,6 +181,8 @@ class Slices:
                 text += f" {each} of every {period}"
         if self.count == 1:
             return text
+        if covered == total and not self.within and self != Slices.each(self.dims, total):
+            return f"{text} in another order"
         for count, step in self.within:
             text += f", in runs of {count}" if step == 1 else f", {count} at a time {step} apart"
         return text
