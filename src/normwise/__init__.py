@@ -3,7 +3,7 @@
 from normwise import decay, init, reparam, theory
 from normwise.decay import EpsilonShiftedL2
 from normwise.geometry import View
-from normwise.invariance import JointSet, ParameterReport, Report, analyze
+from normwise.invariance import ParameterReport, Report, Symmetry, Term, analyze
 from normwise.monitor import Monitor
 from normwise.optim import SGDP, SGDW, AdamP, tangential
 from normwise.perturb import AWP, RWP
@@ -19,7 +19,6 @@ __all__ = [
     "SGDW",
     "AdamP",
     "EpsilonShiftedL2",
-    "JointSet",
     "Monitor",
     "ParameterReport",
     "Report",
