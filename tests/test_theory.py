@@ -595,9 +595,8 @@ class KnownMoments(torch.optim.Optimizer):
 
 def real_run(make, steps=60):
     """Weights before each step and after the last, of a network with batch norm."""
-    from sklearn.datasets import load_digits
-
     from normwise.lab.models import ConvNet
+    from sklearn.datasets import load_digits
 
     digits = load_digits()
     x = torch.tensor(digits.images[:, None] / 16, dtype=torch.float64)

@@ -8,16 +8,16 @@ import math
 
 import pytest
 import torch
+from normwise.lab.contenders import CONTENDERS, Family
+from normwise.lab.models import ConvNet
+from normwise.lab.settings import Settings
+from normwise.lab.train import Diverged, train
 
 from normwise.lab import compare as module
 from normwise.lab.compare import compare
-from normwise.lab.contenders import CONTENDERS, Family
 from normwise.lab.errors import UsageError
-from normwise.lab.models import ConvNet
-from normwise.lab.settings import Settings
 from normwise.lab.store import read_metrics
 from normwise.lab.tasks import TASKS
-from normwise.lab.train import Diverged, train
 
 ALL = ("sgd", "sgdp", "adamw", "adamp")
 TIMES = ("step_ms", "optimizer_ms")

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import normalize
-
-from normwise import View
 from normwise.lab.contenders import Family
 from normwise.lab.measure import angles, geometric_mean_norm, mean_angle
 from normwise.lab.models import InvariantWeight
+from torch.nn.functional import normalize
+
+from normwise import View
 
 
 def test_every_slice_counts_once_in_the_geometric_mean():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-
 from normwise.lab.models import ConvNet
+
 from normwise.lab.tasks import TASKS
 
 

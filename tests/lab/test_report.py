@@ -8,6 +8,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from normwise.lab.settings import Settings
 
 from normwise.lab.report import render
 from normwise.lab.report.charts import (
@@ -19,7 +20,6 @@ from normwise.lab.report.charts import (
     stretched_to_one,
     svg,
 )
-from normwise.lab.settings import Settings
 from normwise.lab.summary import Curve
 
 SETTINGS = Settings("digits", ("sgd", "sgdp"), seeds=2, epochs=2, batch_size=64)

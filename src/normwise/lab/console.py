@@ -11,9 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from normwise.lab.compare import Outcome
-from normwise.lab.contenders import CONTENDERS
-from normwise.lab.settings import Settings
+from normwise.lab.compare import Choice, Outcome
 from normwise.lab.summary import Row, Spread, rows
 from normwise.lab.toy import PRINTED, Trajectory
 
@@ -25,16 +23,18 @@ _FILE_WIDTH = 132
 
 
 @contextmanager
-def progress(settings: Settings, quiet: bool) -> Iterator[Callable[[Record], None]]:
+def progress(choice: Choice, quiet: bool) -> Iterator[Callable[[Record], None]]:
     """Yield what is to be called with every record of metrics.
 
     A bar for each optimizer on a terminal; elsewhere a line for each finished run.
     """
     console = Console(stderr=True)
+    labels = {name: method.label for name, method in choice.recipe.methods.items()}
+    epochs = choice.cells[0].training.epochs
     if quiet:
         yield lambda record: None
     elif not console.is_terminal:
-        yield lambda record: _print_run(console, record, settings)
+        yield lambda record: _print_run(console, record, labels, epochs)
     else:
         bars = Progress(
             TextColumn("[bold]{task.description:<6}"),
@@ -47,18 +47,18 @@ def progress(settings: Settings, quiet: bool) -> Iterator[Callable[[Record], Non
         )
         tasks = {
             name: bars.add_task(
-                CONTENDERS[name].label,
-                total=settings.seeds * settings.epochs,
+                labels[name],
+                total=choice.seeds * epochs,
                 start=False,
                 state="waiting",
             )
-            for name in settings.optimizers
+            for name in choice.names
         }
 
         def show(record: Record) -> None:
             task = tasks[record["optimizer"]]
             if record["status"] == "failed":
-                left = settings.epochs - record["epoch"] + 1
+                left = epochs - record["epoch"] + 1
                 bars.update(task, advance=left, state=f"[red]seed {record['seed']} diverged")
             elif record["epoch"] == 0:
                 bars.start_task(task)
@@ -76,19 +76,19 @@ def _state(record: Record) -> str:
     )
 
 
-def _print_run(console: Console, record: Record, settings: Settings) -> None:
-    label = CONTENDERS[record["optimizer"]].label
+def _print_run(console: Console, record: Record, labels: Mapping[str, str], epochs: int) -> None:
+    label = labels[record["optimizer"]]
     if record["status"] == "failed":
         console.print(f"{label:<6} seed {record['seed']}  failed: {record['error']}", style="red")
-    elif record["epoch"] == settings.epochs:
+    elif record["epoch"] == epochs:
         console.print(f"{label:<6} {_state(record)}", highlight=False)
 
 
-def print_outcome(outcome: Outcome, settings: Settings) -> None:
+def print_outcome(outcome: Outcome) -> None:
     """The table of the comparison, its findings, and where the files are."""
     console = _stdout()
     table = Table(
-        title=_title(outcome, settings),
+        title=_title(outcome),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -106,8 +106,9 @@ def print_outcome(outcome: Outcome, settings: Settings) -> None:
         "seeds",
     ):
         table.add_column(heading, justify="right")
-    for row in rows(outcome.records, settings.optimizers, settings.epochs):
-        table.add_row(*_cells(row, settings))
+    settings = outcome.run["settings"]
+    for row in rows(outcome.records, outcome.run["methods"], settings["epochs"]):
+        table.add_row(*_cells(row, settings["seeds"]))
     console.print(table)
     console.print(
         "Mean ± sd over seeds. Norm growth: end ÷ start, geometric mean over slices. lr_eff: the "
@@ -127,17 +128,18 @@ def print_outcome(outcome: Outcome, settings: Settings) -> None:
         console.print(str(outcome.folder / name), highlight=False, soft_wrap=True)
 
 
-def _title(outcome: Outcome, settings: Settings) -> str:
+def _title(outcome: Outcome) -> str:
+    settings = outcome.run["settings"]
     state = "" if outcome.run["status"] == "complete" else f" ({outcome.run['status']})"
     return (
-        f"{outcome.run['task']['title']}, {settings.epochs} epochs, "
-        f"{_count(settings.seeds, 'seed')}{state}"
+        f"{outcome.run['task']['title']}, {settings['epochs']} epochs, "
+        f"{_count(settings['seeds'], 'seed')}{state}"
     )
 
 
-def _cells(row: Row, settings: Settings) -> list[str]:
+def _cells(row: Row, seeds: int) -> list[str]:
     n = row.numbers
-    state = f"{len(row.finished)}/{settings.seeds}"
+    state = f"{len(row.finished)}/{seeds}"
     if row.failed:
         state += f", {len(row.failed)} failed"
     if not row.finished and row.unfinished and n:

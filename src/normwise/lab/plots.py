@@ -11,21 +11,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from normwise.lab.contenders import CONTENDERS
 from normwise.lab.palette import STYLES, TOY_STYLES
-from normwise.lab.settings import Settings
 from normwise.lab.summary import curve
 from normwise.lab.toy import OPTIMUM, START, Trajectory
 
 __all__ = ["PLOTS", "draw_toy"]
 
-Records = Sequence[Mapping[str, Any]]
+Records = list[dict[str, Any]]
+Run = dict[str, Any]
 _INK, _MUTED = "#1b1e23", "#666d78"
 
 
-def _figure(panels: int, title: str, settings: Settings, status: str) -> tuple[Figure, list[Axes]]:
+def _figure(panels: int, title: str, run: Run) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(2.2 + 5.0 * panels, 4.4), dpi=160, layout="constrained")
-    mark = "" if status == "complete" else f" ({status})"
+    mark = "" if run["status"] == "complete" else f" ({run['status']})"
     figure.suptitle(title + mark, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for ax in axes:
@@ -35,15 +34,15 @@ def _figure(panels: int, title: str, settings: Settings, status: str) -> tuple[F
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.spines["bottom"].set_color("#b9bec7")
         ax.tick_params(which="both", colors=_MUTED, length=0)
-        for epoch in settings.drop_epochs():
+        for epoch in run["settings"]["drop_epochs"]:
             ax.axvline(epoch, color="#b9bec7", linewidth=0.8, linestyle=(0, (1, 3)))
     return figure, axes
 
 
-def _lines(ax: Axes, records: Records, settings: Settings, quantity: str) -> None:
+def _lines(ax: Axes, records: Records, run: Run, quantity: str) -> None:
     """Mean over seeds as a line, least to greatest as a band."""
-    for name in settings.optimizers:
-        data = curve(records, name, quantity, settings.epochs)
+    for name, label in ((method["name"], method["label"]) for method in run["methods"]):
+        data = curve(records, name, quantity, run["settings"]["epochs"])
         if not data.epochs:
             continue
         style = STYLES[name]
@@ -53,7 +52,7 @@ def _lines(ax: Axes, records: Records, settings: Settings, quantity: str) -> Non
             color=style.light,
             linestyle=(0, style.dash) if style.dash else "-",
             linewidth=2,
-            label=CONTENDERS[name].label,
+            label=label,
         )
         ax.fill_between(
             data.epochs, data.low, data.high, color=style.light, alpha=0.15, linewidth=0
@@ -79,33 +78,33 @@ def _png(figure: Figure, axes: Sequence[Axes]) -> bytes:
     return buffer.getvalue()
 
 
-def norms(records: Records, settings: Settings, status: str) -> bytes:
+def norms(run: Run, records: Records) -> bytes:
     """How the norms of the scale-invariant weights grew."""
-    figure, axes = _figure(1, "Norm of the scale-invariant weights", settings, status)
+    figure, axes = _figure(1, "Norm of the scale-invariant weights", run)
     _subtitle(axes[0], "norm ÷ its value at the start, mean and range over seeds")
-    _lines(axes[0], records, settings, "norm_growth")
+    _lines(axes[0], records, run, "norm_growth")
     return _png(figure, axes)
 
 
-def effective_lr(records: Records, settings: Settings, status: str) -> bytes:
+def effective_lr(run: Run, records: Records) -> bytes:
     """The effective learning rate, with the schedule and without."""
-    figure, axes = _figure(2, "Effective learning rate", settings, status)
+    figure, axes = _figure(2, "Effective learning rate", run)
     _subtitle(axes[0], "with the schedule: η/‖w‖² (SGD, SGDP), η/‖w‖ (AdamW, AdamP)")
-    _lines(axes[0], records, settings, "effective_lr")
+    _lines(axes[0], records, run, "effective_lr")
     if _has_lines(axes[0]):
         axes[0].set_yscale("log")
     _subtitle(axes[1], "norms' share alone: 1/‖w‖² or 1/‖w‖ ÷ its value at the start")
-    _lines(axes[1], records, settings, "relative_effective_lr")
+    _lines(axes[1], records, run, "relative_effective_lr")
     axes[1].set_ylim(bottom=0)
     return _png(figure, axes)
 
 
-def accuracy(records: Records, settings: Settings, status: str) -> bytes:
+def accuracy(run: Run, records: Records) -> bytes:
     """Test accuracy on an axis that is stretched towards 100%, where optimizers differ."""
-    figure, axes = _figure(1, "Test accuracy", settings, status)
+    figure, axes = _figure(1, "Test accuracy", run)
     _subtitle(axes[0], "percent, axis stretched towards 100; mean and range over seeds")
     ax = axes[0]
-    _lines(ax, records, settings, "test_accuracy")
+    _lines(ax, records, run, "test_accuracy")
     # Beyond 99.99% the stretch would never end; a perfect score is drawn there.
     ax.set_yscale(
         "function",
@@ -122,7 +121,7 @@ def accuracy(records: Records, settings: Settings, status: str) -> bytes:
     return _png(figure, axes)
 
 
-PLOTS: dict[str, Callable[[Records, Settings, str], bytes]] = {
+PLOTS: dict[str, Callable[[Run, Records], bytes]] = {
     "norms.png": norms,
     "effective_lr.png": effective_lr,
     "accuracy.png": accuracy,

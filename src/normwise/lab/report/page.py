@@ -9,14 +9,12 @@ from functools import partial
 from html import escape
 from importlib.resources import files
 from string import Template
-from types import MappingProxyType
+from types import SimpleNamespace
 from typing import Any
 
-from normwise.lab.contenders import CONTENDERS
 from normwise.lab.palette import STYLES, TOY_STYLES, Style
 from normwise.lab.report import charts, toy_picture
-from normwise.lab.settings import Settings
-from normwise.lab.summary import Row, Spread, curve, findings, headline, rows
+from normwise.lab.summary import Row, Spread, curve, rows
 from normwise.lab.toy import trajectories
 from normwise.monitor import Monitor
 
@@ -108,39 +106,40 @@ _CHARTS = (
 
 
 def render(
-    run: Mapping[str, Any],
-    records: Sequence[Record],
-    settings: Settings,
-    monitors: Mapping[str, Monitor] = MappingProxyType({}),
+    run: dict[str, Any],
+    records: list[dict[str, Any]],
+    summary: dict[str, Any],
+    layers: dict[str, Monitor],
 ) -> str:
     """The report as one HTML document.
 
     Args:
         run: the content of ``run.json``.
         records: the content of ``metrics.jsonl``.
-        settings: what was trained.
-        monitors: what was seen layer by layer, by optimizer (default: nothing).
+        summary: the content of ``summary.json``.
+        layers: what was seen layer by layer, by optimizer.
     """
-    table = rows(records, settings.optimizers, settings.epochs)
-    found = findings(records, settings.optimizers, settings.epochs, run["task"]["test_examples"])
+    labels = {method["name"]: method["label"] for method in run["methods"]}
+    settings = SimpleNamespace(**run["settings"], labels=labels)
+    table = rows(records, run["methods"], settings.epochs)
     courses = trajectories()
     tooltips: dict[str, Any] = {}
     figures = []
     for chart in _CHARTS:
         lines = [
-            charts.Line(name, CONTENDERS[name].label, data, STYLES[name].dash)
+            charts.Line(name, settings.labels[name], data, STYLES[name].dash)
             for name in settings.optimizers
             for data in [curve(records, name, chart.quantity, settings.epochs)]
         ]
         frame = charts.Frame(lines, chart.scale)
-        drawing = charts.svg(chart.title, frame, chart.axis, settings.drop_epochs())
+        drawing = charts.svg(chart.title, frame, chart.axis, settings.drop_epochs)
         tooltips[chart.quantity] = charts.tooltip(frame, chart.text)
         figures.append(
             f'<figure data-chart="{chart.quantity}"><h3>{escape(chart.title)}</h3>'
             f'<div class="plot">{drawing}</div><figcaption>{escape(chart.caption)}</figcaption>'
             "</figure>"
         )
-    title = headline(found, table)
+    title = summary["headline"]
     return Template(package_file("template.html")).substitute(
         title=escape(title),
         page_title=escape(f"{run['task']['title']}: {title}"),
@@ -151,27 +150,27 @@ def render(
         one_image=f"one image is {100 / run['task']['test_examples']:.2f} percentage points",
         subtitle=_subtitle(run, settings),
         notice=_notice(run, table),
-        findings="".join(f"<p>{escape(f.sentences())}</p>" for f in found),
+        findings="".join(f"<p>{escape(f['text'])}</p>" for f in summary["findings"]),
         toggles=_toggles(settings),
         table=_table(table, settings),
         figures="".join(figures),
-        layers="".join(_layers(name, monitor) for name, monitor in monitors.items()),
+        layers="".join(_layers(labels[name], monitor) for name, monitor in layers.items()),
         toy=toy_picture.picture(courses),
         toy_table=toy_picture.table(courses),
         settings=definitions(_settings_items(settings, run)),
         environment=definitions(_environment_items(run)),
-        command=escape(settings.command()),
+        command=escape(run["command"]),
     )
 
 
-def _layers(name: str, monitor: Monitor) -> str:
+def _layers(label: str, monitor: Monitor) -> str:
     """What a monitor has seen, folded away; nothing if that was nothing."""
     if not monitor.history:
         return ""
     alarms = "".join(f"<p>{escape(str(alarm))}</p>" for alarm in monitor.raised)
     count = len(monitor.raised)
     return (
-        f"<details><summary>{escape(CONTENDERS[name].label)}: {len(monitor.layers)} layers, "
+        f"<details><summary>{escape(label)}: {len(monitor.layers)} layers, "
         f"{count or 'no'} alarm{'s' * (count != 1)}</summary>{alarms}"
         f'<div class="panels">{"".join(monitor.panels().values())}</div></details>'
     )
@@ -206,8 +205,8 @@ def json_in_html(content: Any) -> str:
     return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _subtitle(run: Mapping[str, Any], settings: Settings) -> str:
-    labels = ", ".join(CONTENDERS[name].label for name in settings.optimizers)
+def _subtitle(run: Mapping[str, Any], settings: SimpleNamespace) -> str:
+    labels = ", ".join(settings.labels[name] for name in settings.optimizers)
     seeds = "1 seed" if settings.seeds == 1 else f"{settings.seeds} seeds"
     task = run["task"]
     return escape(
@@ -233,16 +232,16 @@ def _notice(run: Mapping[str, Any], table: Sequence[Row]) -> str:
     return "".join(f'<p class="notice" role="note">{escape(note)}</p>' for note in notes)
 
 
-def _toggles(settings: Settings) -> str:
+def _toggles(settings: SimpleNamespace) -> str:
     return "".join(
         f'<button type="button" class="toggle o-{name}" data-toggle="{name}" aria-pressed="true">'
         f'<span class="key{" dashed" if STYLES[name].dash else ""}"></span>'
-        f"{escape(CONTENDERS[name].label)}</button>"
+        f"{escape(settings.labels[name])}</button>"
         for name in settings.optimizers
     )
 
 
-def _table(table: Sequence[Row], settings: Settings) -> str:
+def _table(table: Sequence[Row], settings: SimpleNamespace) -> str:
     heads = (
         ("optimizer", ""),
         ("test accuracy", "%"),
@@ -259,7 +258,7 @@ def _table(table: Sequence[Row], settings: Settings) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _table_row(row: Row, settings: Settings) -> str:
+def _table_row(row: Row, settings: SimpleNamespace) -> str:
     n = row.numbers
     state = f"{len(row.finished)} of {settings.seeds}"
     if row.failed:
@@ -296,14 +295,14 @@ def definitions(items: Sequence[tuple[str, str]]) -> str:
     return "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in items)
 
 
-def _settings_items(s: Settings, run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    drops = ", ".join(str(epoch) for epoch in s.drop_epochs()) or "none"
+def _settings_items(s: SimpleNamespace, run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    drops = ", ".join(str(epoch) for epoch in s.drop_epochs) or "none"
     task = run["task"]
     return [
         ("data", task["source"]),
         ("split", f"{task['train_examples']} training, {task['test_examples']} test examples"),
         ("network", "four 3×3 convolutions, each with BatchNorm and ReLU; a linear classifier"),
-        ("scale-invariant", "each output channel of each convolution, known by construction"),
+        ("scale-invariant", "each output channel of each convolution, as normwise.analyze finds"),
         ("epochs, batch size", f"{s.epochs}, {s.batch_size}"),
         ("steps an epoch", str(task["steps_per_epoch"])),
         ("learning rate", f"SGD and SGDP {s.lr_sgd:g}, AdamW and AdamP {s.lr_adam:g}"),
