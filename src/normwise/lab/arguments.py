@@ -6,9 +6,9 @@ import argparse
 import math
 import re
 
-__all__ = ["MOST_SEEDS", "positive", "seconds", "seeds", "whole"]
+from normwise.lab.recipes.schema import MOST_SEEDS
 
-MOST_SEEDS = 10_000
+__all__ = ["positive", "seconds", "seeds", "whole"]
 
 
 def whole(text: str, most: int = 2**53) -> int:

@@ -347,6 +347,8 @@ def _train(
 
     result = run_cell(cell, folder / CELLS, data_root(), processes=processes, observe=observe)
     if result["status"] == "failed":
+        if cell.seed == 0:  # what is not finite cannot be drawn; it is in layers-….jsonl
+            monitors.pop(cell.method, None)
         keep({"status": "failed", **who, **{k: result[k] for k in ("epoch", "step", "error")}})
 
 

@@ -24,8 +24,11 @@ from normwise.lab.recipes import find
 from normwise.lab.recipes.schema import Training
 from normwise.lab.running import cell as module
 from normwise.lab.running.cell import DiskFull, run_cell
+from normwise.lab.running.events import Finished, Measured
 from normwise.lab.running.executors import run_cells
-from normwise.lab.store import read_metrics
+from normwise.lab.running.prepare import make_optimizer, normalize_weights
+from normwise.lab.running.trainer import Trainer
+from normwise.lab.store import locked, read_metrics
 
 ROOT = Path("no data is needed")
 FILES = ("metrics.jsonl", "result.json", "config.json")
@@ -154,7 +157,7 @@ def test_every_optimizer_goes_on_from_the_middle_of_an_epoch(
 ):
     cell = tiny(method, **training)
     run_cell(cell, tmp_path / "whole", ROOT)
-    take, steps = module._Trainer.take, []
+    take, steps = Trainer.take, []
 
     def stop(self, chosen):
         if len(steps) == 4:
@@ -162,10 +165,10 @@ def test_every_optimizer_goes_on_from_the_middle_of_an_epoch(
         steps.append(chosen)
         return take(self, chosen)
 
-    monkeypatch.setattr(module._Trainer, "take", stop)
+    monkeypatch.setattr(Trainer, "take", stop)
     with pytest.raises(KeyboardInterrupt):
         run_cell(cell, tmp_path / "cut", ROOT, checkpoint_seconds=0)
-    monkeypatch.setattr(module._Trainer, "take", take)
+    monkeypatch.setattr(Trainer, "take", take)
     run_cell(cell, tmp_path / "cut", ROOT)
     assert contents(tmp_path / "cut", cell) == contents(tmp_path / "whole", cell)
     assert (
@@ -178,7 +181,7 @@ def test_a_finished_cell_is_not_run_again(tmp_path, whole, monkeypatch):
     folder.mkdir(parents=True)
     for name, content in whole.items():
         (folder / name).write_bytes(content)
-    monkeypatch.setattr(module, "_train", None)
+    monkeypatch.setattr(module, "_Run", None)
     assert run_cell(tiny(), tmp_path, ROOT) == json.loads(whole["result.json"])
 
 
@@ -206,7 +209,7 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path, whole):
         run_cell(tiny(), tmp_path, ROOT)
     old = {**json.loads(whole["config.json"]), "schema": 0}
     (folder / "config.json").write_text(json.dumps(old))
-    with pytest.raises(UsageError, match=r"another version .schema 0, not 1"):
+    with pytest.raises(UsageError, match=r"another version .schema 0, not 2"):
         run_cell(tiny(), tmp_path, ROOT)
 
 
@@ -214,7 +217,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path, whole):
     folder = tmp_path / tiny().folder
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").write_bytes(b"PK\x03\x04 but no more")
-    with pytest.raises(UsageError, match=r"checkpoint\.pt cannot be read"):
+    with pytest.raises(UsageError, match=r"checkpoint\.pt is damaged"):
         run_cell(tiny(), tmp_path, ROOT)
 
 
@@ -223,7 +226,7 @@ def test_two_processes_do_not_run_the_same_cell(tmp_path):
     folder = tmp_path / tiny().folder
     folder.mkdir(parents=True)
     with (
-        module._locked(folder),
+        locked(folder / "lock"),
         pytest.raises(UsageError, match="another process is running"),
     ):
         run_cell(tiny(), tmp_path, ROOT)
@@ -275,8 +278,8 @@ def test_a_training_that_diverges_is_a_result_and_is_not_repeated(tmp_path):
 
 
 def prepared(network, training):
-    module._normalize(network, training)
-    return module._prepare(network, training)
+    normalize_weights(network, training)
+    return make_optimizer(network, training)
 
 
 def test_bare_division_fails_where_the_guarded_does_not(tmp_path):
@@ -285,7 +288,7 @@ def test_bare_division_fails_where_the_guarded_does_not(tmp_path):
     for guard in (None, 0.0):
         network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False))
         training = replace(tiny().training, normalization="WN", normalization_eps=guard)
-        module._normalize(network, training)
+        normalize_weights(network, training)
         with torch.no_grad():
             network[0].parametrizations.weight.original[0] = 0
         outcomes[guard] = network(torch.ones(1, 1, 1, 1)).isfinite().all().item()
@@ -357,13 +360,13 @@ def test_a_window_without_a_step_is_refused(tmp_path):
 
 
 def test_weights_decay_in_the_window_alone(tmp_path, monkeypatch):
-    take, seen = module._Trainer.take, []
+    take, seen = Trainer.take, []
 
     def look(self, chosen):
         seen.append([group["weight_decay"] for group in self.optimizer.param_groups])
         return take(self, chosen)
 
-    monkeypatch.setattr(module._Trainer, "take", look)
+    monkeypatch.setattr(Trainer, "take", look)
     cell = tiny(epsilon_shift=None, weight_decay=0.1, decay_window=(0.3, 0.7))
     run_cell(cell, tmp_path, ROOT)
     assert seen == [[on * 0.1, 0.0] for on in (0, 0, 1, 1, 0, 0)]
@@ -436,11 +439,12 @@ def test_processes_give_what_one_after_the_other_gives(tmp_path):
     cells = [tiny(m, epochs=1) for m in ("sgd", "adamp")]
     seen = []
     sequential = run_cells(cells, tmp_path / "a", ROOT)
-    parallel = run_cells(
-        cells, tmp_path / "b", ROOT, jobs=2, observe=lambda cell, result: seen.append(cell)
-    )
+    parallel = run_cells(cells, tmp_path / "b", ROOT, jobs=2, observe=seen.append)
     assert parallel == sequential
-    assert sorted(c.method for c in seen) == ["adamp", "sgd"]
+    ends = [event for event in seen if isinstance(event, Finished)]
+    assert sorted(e.cell.method for e in ends) == ["adamp", "sgd"]
+    epochs = [e.record for e in seen if isinstance(e, Measured) and e.cell.method == "sgd"]
+    assert epochs == read_metrics(tmp_path / "a" / cells[0].folder)
     for cell in cells:
         assert contents(tmp_path / "a", cell) == contents(tmp_path / "b", cell)
 
@@ -499,13 +503,13 @@ def test_without_a_ray_cluster_it_says_how_to_start_one(tmp_path, monkeypatch):
 
 
 def test_metrics_can_be_read_while_a_cell_runs(tmp_path, monkeypatch):
-    save, seen = module._Trainer.save, []
+    save, seen = Trainer.save, []
 
     def look(self):
         seen.append(len(read_metrics(self.folder)))
         save(self)
 
-    monkeypatch.setattr(module._Trainer, "save", look)
+    monkeypatch.setattr(Trainer, "save", look)
     run_cell(tiny(), tmp_path, ROOT, checkpoint_seconds=0)
     assert seen == [1, 1, 2, 2, 2, 3]
 

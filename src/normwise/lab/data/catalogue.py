@@ -258,13 +258,5 @@ CATALOGUE: dict[str, Source] = {
             ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
             "CC BY-SA 3.0; Merity et al. 2016",
         ),
-        Source(
-            "cue_conflict",
-            "Texture against shape, 64×64",
-            "cue_conflict",
-            (Archive(None, "cue_conflict_64.npz", None),),
-            ("cue_conflict_64.npz",),
-            "CC BY 4.0; made from github.com/rgeirhos/texture-vs-shape",
-        ),
     )
 }

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context, parent_process
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import ALONE, Processes
 from normwise.lab.recipes.schema import Cell
 from normwise.lab.running.cell import CHECKPOINT_SECONDS, check_device, config_of, run_cell
-from normwise.lab.running.events import Finished, Observer, ignore
+from normwise.lab.running.events import Event, Finished, Observer, Started, ignore
 from normwise.lab.trust import trusting
 
 __all__ = ["EXECUTORS", "check_parallel", "check_trust", "run_cells"]
@@ -85,9 +86,8 @@ def run_cells(
         executor: ``local``, or ``ray`` for an existing Ray cluster (default: local).
         device: where to compute (default: ``"cpu"``).
         checkpoint_seconds: the most time between checkpoints, in seconds (default: 60).
-        observe: called with what happens; with several jobs in the processes that train, so that it
-            must be a function or an object that can be pickled, and :class:`Finished` here; on Ray
-            with :class:`Finished` alone.
+        observe: called with what happens (default: nothing is); with several jobs not with
+            :class:`Started`, on Ray with :class:`Finished` alone.
         processes: those that train one cell after the other together, each of which calls this
             (default: one alone).
         trust: the modules of the user's whose code the cells may run (default: none).
@@ -106,9 +106,9 @@ def run_cells(
     where = out.absolute(), root.absolute(), device, checkpoint_seconds, tuple(trust)
     if executor == "ray":
         return _on_ray(cells, _Work(*where, ignore), observe)
-    work = _Work(*where, observe)
     if jobs > 1:
-        return _in_processes(cells, work, jobs)
+        return _in_processes(cells, _Work(*where, _relay), jobs, observe)
+    work = _Work(*where, observe)
     results = []
     for cell in cells:
         results.append(work(cell, processes))
@@ -135,10 +135,22 @@ def check_parallel(parallel: str | None, jobs: int, executor: str) -> None:
             )
 
 
-def _begin_worker() -> None:
+# In a worker: where its events go.
+_to_parent: SimpleQueue[Event] | None = None
+
+
+def _begin_worker(queue: SimpleQueue[Event]) -> None:
     """Leave Ctrl-C, which a terminal sends to every process, to the parent; end when it does."""
+    global _to_parent
+    _to_parent = queue
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _relay(event: Event) -> None:
+    """Tell the parent; a monitor stays where it is."""
+    if _to_parent is not None and not isinstance(event, Started):
+        _to_parent.put(event)
 
 
 def _end_with_parent() -> None:
@@ -148,19 +160,29 @@ def _end_with_parent() -> None:
         os._exit(1)  # nothing is lost: the cell goes on from its checkpoint
 
 
-def _in_processes(cells: Sequence[Cell], work: _Work, jobs: int) -> list[dict[str, Any]]:
+def _in_processes(
+    cells: Sequence[Cell], work: _Work, jobs: int, observe: Observer
+) -> list[dict[str, Any]]:
     # Fork would copy the state of torch's threads; a fresh process starts like any other run.
     context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker) as pool:
+    events = context.SimpleQueue()
+    begin = {"initializer": _begin_worker, "initargs": (events,)}
+
+    def show() -> None:
+        while not events.empty():
+            observe(events.get())
+
+    with ProcessPoolExecutor(jobs, mp_context=context, **begin) as pool:
         futures: dict[Future[dict[str, Any]], Cell] = {
             pool.submit(work, cell): cell for cell in cells
         }
         left = set(futures)
         try:
             while left:
-                done, left = wait(left, return_when=FIRST_COMPLETED)
+                done, left = wait(left, timeout=0.1, return_when=FIRST_COMPLETED)
+                show()
                 for future in done:
-                    work.observe(Finished(futures[future], future.result()))
+                    observe(Finished(futures[future], future.result()))
         except BrokenProcessPool:
             raise UsageError(
                 "a process that trained was killed (out of memory?): run the same command again to "
@@ -208,11 +230,15 @@ def _connect_to_ray() -> Any:
     return ray
 
 
+def _run(work: _Work, cell: Cell) -> dict[str, Any]:
+    return work(cell)
+
+
 def _on_ray(cells: Sequence[Cell], work: _Work, observe: Observer) -> list[dict[str, Any]]:
     ray = _connect_to_ray()
     gpus = 1 if work.device.startswith("cuda") else 0
-    remote = ray.remote(num_cpus=1, num_gpus=gpus)(work.__call__)
-    references = {remote.remote(cell): cell for cell in cells}
+    remote = ray.remote(num_cpus=1, num_gpus=gpus)(_run)
+    references = {remote.remote(work, cell): cell for cell in cells}
     left = list(references)
     results = {}
     while left:

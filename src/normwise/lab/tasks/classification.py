@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from normwise.lab.augment import GEOMETRIC, MIXING
+from normwise.lab.checks import within
 from normwise.lab.data.folders import MEAN, PART, STD, Decoder, Folder, image_folder
 from normwise.lab.data.images import Labelled, cifar10, cifar100, fashion_mnist, mnist
 from normwise.lab.data.sounds import esc10, speech_commands, spoken_digits
@@ -58,8 +59,9 @@ class Options:
     shrink: int = 1
 
     def __post_init__(self) -> None:
-        if self.shrink < 1:
-            raise UsageError(f"shrink {self.shrink} is not allowed: must be 1 or more")
+        for name in ("shrink", "width", "image_size", "train_examples", "test_examples"):
+            within(self, name, 1)
+        within(self, "label_smoothing", 0, 1)
         known = [*GEOMETRIC, *MIXING]
         for name in self.augment:
             if name not in known:

@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from normwise.lab.checks import within
 from normwise.lab.data.texts import Text, brown, tinyshakespeare, wikitext
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
@@ -44,6 +45,16 @@ class Options:
     dropout: float = 0.0
     train_tokens: int | None = None
     test_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("context", "layers", "width", "heads", "train_tokens", "test_tokens"):
+            within(self, name, 1)
+        within(self, "vocabulary", 2)
+        within(self, "dropout", 0, 1, below=True)
+        if self.width % self.heads:
+            raise UsageError(
+                f"width {self.width} is not allowed: must be a multiple of the {self.heads} heads"
+            )
 
 
 class _Block(nn.Module):
