@@ -8,9 +8,8 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from normwise.lab.settings import Settings
 
-from normwise.lab.report import render
+from normwise.lab.report import render as render_page
 from normwise.lab.report.charts import (
     Frame,
     Line,
@@ -20,9 +19,13 @@ from normwise.lab.report.charts import (
     stretched_to_one,
     svg,
 )
-from normwise.lab.summary import Curve
+from normwise.lab.summary import Curve, summarize
 
-SETTINGS = Settings("digits", ("sgd", "sgdp"), seeds=2, epochs=2, batch_size=64)
+
+def render(run, records):
+    return render_page(run, records, summarize(records, run["methods"], 2, 899), {})
+
+
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
@@ -65,19 +68,19 @@ def records(record):
 
 
 def test_the_page_is_well_formed_and_shows_everything(run, records):
-    page = Page(render(run, records, SETTINGS))
+    page = Page(render(run, records))
     assert page.open == []
     assert page.tags.count("figure") == 6
     assert page.tags.count("svg") == 7  # the toy is the seventh
     text = " ".join(page.words)
     assert "SGDP kept the norms smaller than SGD" in text
-    assert SETTINGS.command() in text
+    assert run["command"] in text
     for digits in ("3.7258", "1.3491", ".0010", "2.93"):
         assert f"paper {digits}" in text
 
 
 def test_the_page_loads_nothing(run, records):
-    html = render(run, records, SETTINGS)
+    html = render(run, records)
     page = Page(html)
     loading = {"src", "srcset", "href", "xlink:href", "action", "data", "poster"}
     assert [a for a in page.attributes if a[1] in loading] == []
@@ -88,13 +91,13 @@ def test_the_page_loads_nothing(run, records):
 def test_what_is_not_ours_is_escaped(run, records, failure):
     run["task"]["title"] = run["task"]["source"] = '</title><script>alert("x")</script>'
     bad = {**failure("sgd", 1), "error": "<img src=x onerror=alert(1)>"}
-    page = Page(render(run, [*records, bad], SETTINGS))
+    page = Page(render(run, [*records, bad]))
     assert page.tags.count("script") == 2
     assert "img" not in page.tags
 
 
 def test_the_data_of_the_tooltips_are_those_of_the_metrics(run, records):
-    html = render(run, records, SETTINGS)
+    html = render(run, records)
     (embedded,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html)
     lines = json.loads(embedded)["norm_growth"]["lines"]
     assert [line["name"] for line in lines] == ["sgd", "sgdp"]
@@ -104,18 +107,18 @@ def test_the_data_of_the_tooltips_are_those_of_the_metrics(run, records):
 
 @pytest.mark.parametrize("status", ["complete", "interrupted"])
 def test_an_interrupted_run_says_so(run, records, status):
-    html = render({**run, "status": status}, records, SETTINGS)
+    html = render({**run, "status": status}, records)
     assert ('class="notice"' in html) == (status == "interrupted")
 
 
 def test_a_run_without_records_still_makes_a_page(run):
-    page = Page(render({**run, "status": "interrupted"}, [], SETTINGS))
+    page = Page(render({**run, "status": "interrupted"}, []))
     assert page.open == []
     assert " ".join(page.words).count("No finished epoch to draw") == 6
 
 
 def test_both_modes_give_every_optimizer_a_colour(run, records):
-    html = render(run, records, SETTINGS)
+    html = render(run, records)
     for name in ("sgd", "sgdp", "adamw", "adamp"):
         assert len(set(re.findall(rf"\.o-{name}{{--c:(#\w+)}}", html))) == 2
 
