@@ -173,7 +173,8 @@ def _paper_run(arguments: argparse.Namespace) -> int:
         [cell.training.batch_size for cell in cells],
         device=arguments.device,
     ) as together:
-        check_device(arguments.device)
+        if arguments.executor == "local":
+            check_device(arguments.device)
         if together.rank > 0:
             run_cells(
                 cells,

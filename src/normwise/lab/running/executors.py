@@ -101,7 +101,8 @@ def run_cells(
             when the same is run again.
     """
     check_parallel(processes.kind, jobs, executor)
-    check_device(device)
+    if executor == "local":
+        check_device(device)
     check_trust(cells, trust)
     where = out.absolute(), root.absolute(), device, checkpoint_seconds, tuple(trust)
     if executor == "ray":
@@ -166,13 +167,14 @@ def _in_processes(
     # Fork would copy the state of torch's threads; a fresh process starts like any other run.
     context = get_context("spawn")
     events = context.SimpleQueue()
-    begin = {"initializer": _begin_worker, "initargs": (events,)}
 
     def show() -> None:
         while not events.empty():
             observe(events.get())
 
-    with ProcessPoolExecutor(jobs, mp_context=context, **begin) as pool:
+    with ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_begin_worker, initargs=(events,)
+    ) as pool:
         futures: dict[Future[dict[str, Any]], Cell] = {
             pool.submit(work, cell): cell for cell in cells
         }

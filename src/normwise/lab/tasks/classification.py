@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch.nn import functional as F
 
 from normwise.lab.augment import GEOMETRIC, MIXING
 from normwise.lab.checks import within
+from normwise.lab.data.catalogue import CATALOGUE
 from normwise.lab.data.folders import MEAN, PART, STD, Decoder, Folder, image_folder
-from normwise.lab.data.images import Labelled, cifar10, cifar100, fashion_mnist, mnist
-from normwise.lab.data.sounds import esc10, speech_commands, spoken_digits
+from normwise.lab.data.images import Labelled
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks import build
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
@@ -86,14 +87,15 @@ def _digits(root: Path) -> Labelled:
     return Labelled("digits", shaped(x), y, shaped(test), test_y, tuple(map(str, range(10))))
 
 
+def _read(reader: str, root: Path) -> Labelled:
+    """What a reader of the catalogue, ``MODULE:FUNCTION``, makes of the files below ``root``."""
+    module, _, function = reader.partition(":")
+    data: Labelled = getattr(import_module(f"normwise.lab.data.{module}"), function)(root)
+    return data
+
+
 DATA: dict[str, Callable[[Path], Labelled]] = {
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "mnist": mnist,
-    "fashion-mnist": fashion_mnist,
-    "fsdd": spoken_digits,
-    "speech-commands": speech_commands,
-    "esc10": esc10,
+    **{s.name: partial(_read, s.labelled) for s in CATALOGUE.values() if s.labelled},
     "digits": _digits,
 }
 
