@@ -198,12 +198,14 @@ def _compare(arguments: argparse.Namespace) -> int:
         if together.rank > 0:
             assist(choice, together)
             return 0
-        with progress(choice, arguments.quiet) as observe:
+        labels = {name: choice.recipe.methods[name].label for name in choice.names}
+        epochs = choice.cells[0].training.epochs
+        with progress(labels, choice.seeds, epochs, arguments.quiet) as observe:
             outcome = compare(choice, arguments.out, observe, together)
     if arguments.json:
         print(json.dumps({"folder": str(outcome.folder), **outcome.summary}, allow_nan=False))
     else:
-        print_outcome(outcome)
+        print_outcome(outcome.folder, outcome.run, outcome.records, outcome.summary)
     if outcome.interrupted:
         _complain(f"interrupted; what was finished is in {str(outcome.folder)!r}", 130)
         return 130
@@ -231,23 +233,23 @@ def _toy(arguments: argparse.Namespace) -> int:
     formats = (".png", ".svg", ".pdf")
     if picture is not None and picture.suffix.lower() not in formats:
         raise UsageError(f"--out {str(picture)!r} is not allowed: must end in {', '.join(formats)}")
-    found = trajectories()
+    paths = trajectories()
     if picture is not None:
         from normwise.lab.plots import draw_toy
 
-        write_new(picture, draw_toy(found, picture.suffix.lower()[1:]))
+        write_new(picture, draw_toy(paths, picture.suffix.lower()[1:]))
     if arguments.json:
         numbers = [
             {
                 **asdict(p),
-                "ours": p.ours(found[p.method]),
-                "rounded": p.rounded(found[p.method]),
+                "ours": p.ours(paths[p.method]),
+                "rounded": p.rounded(paths[p.method]),
             }
             for p in PRINTED
         ]
         print(json.dumps({"numbers": numbers, "picture": str(picture) if picture else None}))
         return 0
-    print_toy(found)
+    print_toy(paths)
     if picture is not None:
         print(picture)
     return 0

@@ -172,8 +172,8 @@ def test_layers_are_watched_with_the_first_seed(outcome):
         for r in epochs[1:]:
             logs = [n * math.log(measured[r["step"]][layer]) for layer, n in slices.items()]
             assert math.exp(sum(logs) / sum(slices.values())) == pytest.approx(r["norm"])
-        assert ": 4 layers, no alarms" in page
-    assert page.count('<div class="panels">') == len(outcome.run["settings"]["optimizers"])
+        assert "</b>: 4 layers, no alarms" in page
+    assert page.count('<div class="charts panels">') == len(outcome.run["settings"]["optimizers"])
 
 
 def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path):

@@ -163,7 +163,6 @@ def test_the_prediction_is_that_of_the_theory(make_training):
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
         lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1),  # L2, not decoupled
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1.0),  # beyond the limit
-        lambda p: normwise.AdamP(p, lr=0.1, weight_decay=0.1),
     ],
 )
 def test_nothing_is_predicted_where_no_closed_form_holds(make_training, make):
@@ -237,7 +236,8 @@ def test_pictures(training, tmp_path):
     monitor.plot(tmp_path / "norms.png")
     assert (tmp_path / "norms.png").read_bytes()[:4] == b"\x89PNG"
     panels = monitor.panels()
-    assert panels.keys() == {"norms", "effective_lrs", "angles", "equilibrium"}
+    # The equilibrium is not predicted for an optimizer without decay, and has no empty panel.
+    assert panels.keys() == {"norms", "effective_lrs", "angles"}
     assert all(
         svg.startswith("<svg") and svg.rstrip().endswith("</svg>") for svg in panels.values()
     )

@@ -11,9 +11,10 @@ and acts beside the step.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
@@ -384,7 +385,9 @@ class AttachedPolicy:
         self._hooks = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
+            optimizer.register_state_dict_post_hook(self._save),
         )
+        _after_failure(optimizer, self._restore)
         attached_to(optimizer).append(self)
 
     @property
@@ -394,6 +397,7 @@ class AttachedPolicy:
 
     def remove(self) -> None:
         """End it. The groups keep their ``weight_decay``, which is the optimizer's own again."""
+        self._restore()
         for hook in self._hooks:
             hook.remove()
         optimizer = self._optimizer()
@@ -444,7 +448,7 @@ class AttachedPolicy:
 
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._restore()  # what a step that raised has left
+        self._restore()  # of a step that has raised past the guard
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is self
         for _, group in self.groups():
             kept: dict[str, Any] = {key: group[key] for key in _SWAPPED if key in group}
@@ -458,10 +462,44 @@ class AttachedPolicy:
             self.policy._after_step(optimizer, memo)
         self._restore()
 
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Put the groups' own options into a state dict that is made in the middle of a step."""
+        pairs = list(zip(optimizer.param_groups, state_dict["param_groups"], strict=True))
+        for group, kept, _ in self._in_step:
+            for current, saved in pairs:
+                if current is group:
+                    saved.update(kept)
+
     def _restore(self) -> None:
         for group, kept, _ in self._in_step:
             group.update(kept)
         self._in_step.clear()
+
+
+def _after_failure(optimizer: Optimizer, restore: Callable[[], None]) -> None:
+    """Have ``optimizer.step`` call ``restore`` when it raises, for torch has no hook for that.
+
+    As torch's learning-rate schedulers do, it replaces the method of this one optimizer, and holds
+    no reference to it. They look for ``__func__``.
+    """
+    # A method's function, or the function that a scheduler has put in its place.
+    inner = getattr(optimizer.step, "__func__", optimizer.step)
+    is_method = inner is not optimizer.step
+    reference = weakref.ref(optimizer)
+
+    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return inner(self, *args, **kwargs) if is_method else inner(*args, **kwargs)
+        except BaseException:
+            restore()
+            raise
+
+    @functools.wraps(inner)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        return step(cast(Optimizer, reference()), *args, **kwargs)
+
+    bound.__func__ = step  # type: ignore[attr-defined]
+    optimizer.step = bound  # type: ignore[method-assign]
 
 
 def _checked_peak(lr: Number) -> Number:

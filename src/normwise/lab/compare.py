@@ -230,6 +230,7 @@ def compare(
         "task": {
             "title": choice.recipe.title,
             "source": scale.note,
+            "network": "four 3×3 convolutions, each with BatchNorm and ReLU; a linear classifier",
             "train_examples": problem.facts["train_examples"],
             "test_examples": problem.facts["test_examples"],
             "steps_per_epoch": problem.examples // choice.cells[0].training.batch_size,

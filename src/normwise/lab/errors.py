@@ -10,7 +10,7 @@ from pathlib import Path
 __all__ = ["Damaged", "Unavailable", "UsageError", "nearest", "require_lab"]
 
 # Import names.
-_LAB = ("filelock", "matplotlib", "numpy", "rich", "scipy", "sklearn", "yaml")
+_LAB = ("filelock", "jinja2", "matplotlib", "numpy", "rich", "scipy", "sklearn", "yaml")
 _PACKAGES = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 

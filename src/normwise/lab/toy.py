@@ -29,9 +29,9 @@ OPTIMUM = (0.0, -1.0)
 
 METHODS: dict[str, tuple[str, Callable[[list[Tensor]], Optimizer]]] = {
     "gd": ("gradient descent", lambda p: torch.optim.SGD(p, lr=LR)),
-    "momentum": ("momentum 0.9", lambda p: torch.optim.SGD(p, lr=LR, momentum=MOMENTUM)),
+    "momentum": ("momentum", lambda p: torch.optim.SGD(p, lr=LR, momentum=MOMENTUM)),
     "projected": (
-        "momentum 0.9, projected (SGDP)",
+        "SGDP",
         lambda p: SGDP(p, lr=LR, momentum=MOMENTUM, weight_decay=0, view=View.layer()),
     ),
 }

@@ -19,7 +19,7 @@ class History:
 
     Attributes:
         layers: the names of the weights that are watched.
-        names: of what is known of a layer: the quantities, and the predicted equilibrium.
+        names: of what is known of a layer: the quantities, and the predictions.
         measurements: in the order of their steps.
         update: what sets the length of an update, and so which effective learning rate counts.
     """

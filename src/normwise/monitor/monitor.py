@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normwise.geometry import View
-from normwise.monitor.alarms import Alarm, AlarmError, Rule, standard_rules
+from normwise.monitor.alarms import Alarm, AlarmError, AlarmRule, standard_rules
 from normwise.monitor.history import History
-from normwise.monitor.layout import Bucket, Layer, Layout
-from normwise.monitor.measurement import Measurement, aggregate
-from normwise.monitor.quantities import STANDARD, Quantity, Slices
-from normwise.monitor.schedules import Schedule, every
-from normwise.theory import equilibrium_of
+from normwise.monitor.measurement import PREDICTIONS, Measurement, aggregate
+from normwise.monitor.quantities import STANDARD, Norm, Quantity, Slices
+from normwise.monitor.triggers import Trigger, at_least_one, every
+from normwise.monitor.watched import Bucket, Layer, WatchedWeights
+from normwise.theory import equilibrium_of, time_to_equilibrium
 from normwise.updates import Update, UpdateRule, describe, rule_of
 
 if TYPE_CHECKING:
@@ -76,31 +76,36 @@ class Monitor:
             or a mapping from parameter names to views. By default every weight of two dimensions
             or more that the optimizer trains, in the view of its parameter group or by output
             channel, embeddings as a whole; then it is for you to know which are scale-invariant.
-        every: when to measure: the first step and every so many, or a schedule (default: 100).
+        every: when to measure: the first step and every so many, or a trigger (default: 100).
         quantities: what to measure (default: :data:`normwise.monitor.STANDARD`).
         writers: where measurements go: any callables, such as those of
             :mod:`normwise.monitor.writers`. One that has ``close()`` is closed with the monitor.
+            One that fails is dropped, with one warning of the logger ``normwise.monitor``.
         alarms: ``"log"`` (the default: a warning of the logger ``normwise.monitor``), ``"raise"``
             (:class:`AlarmError`, out of ``optimizer.step()``), or a function of an :class:`Alarm`.
         rules: what raises alarms (default: :func:`normwise.monitor.standard_rules`).
         fetch_every: measurements a batch; alarms come by so much later (default: 4).
-        check_finite: a schedule, such as ``every(1)``, of steps after which every slice is looked
+        check_finite: a trigger, such as ``every(1)``, of steps after which every slice is looked
             at, to know exactly which went first to be not finite. Each costs about as much as
             copying the weights (default: only at measured steps).
         update: what sets the length of an update, for an optimizer that
             :func:`normwise.describe` does not know (default: what that says).
+        keep: the most measurements that ``history`` holds (default: 2000). When it is full, every
+            second one is dropped, so that what is left spans the run.
 
     Attributes:
         step: how many steps the optimizer has taken.
-        history: a measurement for each measured step that has been fetched; all but the latest
-            without the values of single slices.
+        history: measurements that have been fetched, ``keep`` at most; all but the latest without
+            the values of single slices.
         raised: the alarms so far.
         update: as given, or found.
         writers: as given; more may be appended.
 
     Raises:
-        ValueError: if nothing is left to watch, a view does not fit, a name is unknown, or a rule
-            needs a quantity that is not measured.
+        TypeError: for an argument of another type.
+        ValueError: if nothing is left to watch, a view does not fit, a name is unknown, a number is
+            out of its range, or a rule needs a quantity that is not measured.
+        RuntimeError: out of ``optimizer.step()``, if a watched weight has changed its shape.
     """
 
     def __init__(
@@ -109,23 +114,32 @@ class Monitor:
         optimizer: Optimizer,
         report: Report | Mapping[str, View | str] | None = None,
         *,
-        every: int | Schedule = 100,
+        every: int | Trigger = 100,
         quantities: Sequence[Quantity] = STANDARD,
         writers: Sequence[Writer] = (),
         alarms: OnAlarm = "log",
-        rules: Sequence[Rule] | None = None,
+        rules: Sequence[AlarmRule] | None = None,
         fetch_every: int = 4,
-        check_finite: Schedule | None = None,
+        check_finite: Trigger | None = None,
         update: Update | None = None,
+        keep: int = 2000,
     ) -> None:
         if not (alarms in ("log", "raise") or callable(alarms)):
             raise ValueError(f"Invalid alarms: {alarms!r}; must be 'log', 'raise' or a function")
-        if fetch_every < 1:
-            raise ValueError(f"Invalid fetch_every: {fetch_every}; must be 1 or more")
+        at_least_one("fetch_every", fetch_every)
+        at_least_one("keep", keep)
+        _check_types("model", [model], nn.Module, "a module")
+        _check_types("optimizer", [optimizer], Optimizer, "a torch optimizer")
+        _check_types("quantity", quantities, Quantity, "a Quantity, such as Norm()")
+        _check_types("writer", writers, Callable, "a function of a Measurement")
+        _check_types("rule", rules or (), AlarmRule, "an AlarmRule, such as NotFinite()")
+        _check_types("check_finite", [check_finite], Trigger | None, "a trigger, such as every(1)")
+        _check_types("update", [update], Update | None, "a normwise.updates.Update")
         self._optimizer = optimizer
         self.update = update or describe(optimizer)[0].update
-        self._schedule = every if isinstance(every, Schedule) else _interval(every)
+        self._trigger = every if isinstance(every, Trigger) else _interval(every)
         self._check_finite = check_finite
+        self._keep = keep
         self._quantities = tuple(quantities)
         self._names = tuple(q.name for q in self._quantities)
         self._rules = tuple(standard_rules() if rules is None else rules)
@@ -137,7 +151,7 @@ class Monitor:
         names = {p: name for name, p in model.named_parameters()}
         groups = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
         views = _views(model, optimizer, report, names, groups)
-        self._layout = Layout(views, names, groups)
+        self._layout = WatchedWeights(views, names, groups)
         self._results: list[Tensor] | None = None
         self._first_bad: list[Tensor] | None = None
         self._before: list[Tensor] | None = None
@@ -162,7 +176,7 @@ class Monitor:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of what is known of a layer: the quantities, and the predicted equilibrium."""
-        return (*self._names, "predicted_norm", "predicted_angular_update")
+        return (*self._names, *PREDICTIONS)
 
     def series(self, name: str) -> tuple[list[int], Tensor]:
         """The steps measured so far, and a quantity of each layer at them.
@@ -226,10 +240,9 @@ class Monitor:
         try:
             self.fetch()
         finally:
-            for writer in self.writers:
-                close = getattr(writer, "close", None)
-                if close is not None:
-                    close()
+            for writer in list(self.writers):
+                if hasattr(writer, "close"):
+                    self._try(writer, writer.close)
 
     def __enter__(self) -> Monitor:
         return self
@@ -243,6 +256,20 @@ class Monitor:
         if error is not None and self._on_alarm == "raise":
             self._on_alarm = "log"  # An error is on its way already; this must not hide it.
         self.close()
+
+    def __str__(self) -> str:
+        """What a person wants to know: what is watched, where the norms are, and what is wrong."""
+        count = sum(len(layer) for layer in self._layout.layers)
+        lines = [
+            f"{len(self.layers)} weights, {count:,} slices; {len(self.history)} measurements in "
+            f"{self.step:,} steps"
+        ]
+        if self.history:
+            m = self.history[-1]
+            lines += [f"step {m.step:,}: {line}" for line in _ranges(m)]
+            lines += _settling(m)
+        lines += [f"alarm: {alarm}" for alarm in self.raised]
+        return "\n".join(lines)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps, and which alarms have been raised, for a run that goes on."""
@@ -259,7 +286,8 @@ class Monitor:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         while self._under_way and self._under_way[0].arrived():
             self._receive(self._under_way.pop(0))
-        if self._schedule(self.step + 1):
+        if self._trigger(self.step + 1):
+            self._check_shapes()
             self._before = [bucket.gather(bucket.params) for bucket in self._layout.buckets]
 
     @torch.no_grad()
@@ -269,6 +297,7 @@ class Monitor:
         looked_at = self._check_finite is not None and self._check_finite(self.step)
         if not (measured or looked_at):
             return
+        self._check_shapes()
         after = [bucket.read(bucket.params) for bucket in self._layout.buckets]
         if looked_at:
             self._look_for_bad(after)
@@ -279,6 +308,14 @@ class Monitor:
                 self._send()
                 if not self._under_way[0].events:
                     self._receive(self._under_way.pop(0))
+
+    def _check_shapes(self) -> None:
+        for layer, p in zip(self._layout.layers, self._layout.params, strict=True):
+            if p.shape != layer.shape:
+                raise RuntimeError(
+                    f"{layer.name} had shape {layer.shape} when the Monitor was made, and has "
+                    f"{tuple(p.shape)}; close this Monitor and make a new one"
+                )
 
     def _measure(self, before: list[Tensor], after: list[Tensor]) -> None:
         rules = self._update_rules()
@@ -360,7 +397,10 @@ class Monitor:
         first_bad = torch.cat(batch.first_bad) if batch.first_bad else None
         for taken, slices in zip(batch.taken, values, strict=True):
             layers = self._layout.layers
-            rules = tuple(rule.converted(float) for rule in taken.rules)
+            rules = tuple(
+                self._gated(rule.converted(float), layer, slices)
+                for rule, layer in zip(taken.rules, layers, strict=True)
+            )
             lrs = tuple(float(rule.lr) for rule in rules)
             measured = aggregate(slices, self._quantities, layers)
             predicted = self._predict(slices, rules)
@@ -373,18 +413,42 @@ class Monitor:
                 lrs,
                 None if first_bad is None else torch.where(first_bad <= taken.step, first_bad, 0),
             )
-            if self.history:
-                self.history[-1] = _without_slices(self.history[-1])
-            self.history.append(m)
-            for writer in self.writers:
-                writer(m)
+            self._remember(m)
+            for writer in list(self.writers):
+                self._try(writer, writer, m)
             for rule in self._rules:
                 for alarm in rule(m, rules):
                     self._raise(alarm)
 
+    def _remember(self, m: Measurement) -> None:
+        if self.history:
+            self.history[-1] = _without_slices(self.history[-1])
+        if len(self.history) >= self._keep:
+            del self.history[::2]
+        self.history.append(m)
+
+    def _try(self, writer: Writer, action: Callable[..., object], *args: object) -> None:
+        """Call a writer, or its ``close``; drop one that fails, since the training goes on."""
+        try:
+            action(*args)
+        except Exception:
+            self.writers = [other for other in self.writers if other is not writer]
+            _LOG.warning(
+                "the writer %r failed and is dropped; the training goes on", writer, exc_info=True
+            )
+
+    def _gated(self, rule: UpdateRule, layer: Layer, slices: Tensor) -> UpdateRule:
+        """A rule with a gate as this step's cosines let it stand: open if it is for every slice."""
+        if rule.is_projected is not None or "gradient_cosine" not in self._names:
+            return rule
+        cosines = slices[self._names.index("gradient_cosine")][layer.slices]
+        return rule.with_gate(bool(cosines.max() < rule.delta / math.sqrt(layer.entries)))
+
     def _predict(self, slices: Tensor, rules: tuple[UpdateRule, ...]) -> Tensor:
         """The equilibrium of each layer; E‖g̃‖² is the mean over the last ten or so measurements."""
-        predicted = torch.full((2, len(rules)), math.nan, dtype=torch.float64)
+        predicted = torch.full((len(PREDICTIONS), len(rules)), math.nan, dtype=torch.float64)
+        norm = Norm.name
+        now = slices[self._names.index(norm)].double().log() if norm in self._names else None
         if "scaled_gradient" in self._names:
             squares = slices[self._names.index("scaled_gradient")].square()
             old = self._gradient_squares
@@ -394,7 +458,8 @@ class Monitor:
             if self._gradient_squares is not None:
                 alive = self._gradient_squares[layer.slices]
                 mean = float(alive[alive > 0].log().mean().exp())
-            predicted[:, i] = torch.tensor(_prediction(rule, mean, layer))
+            present = math.nan if now is None else float(now[layer.slices].mean().exp())
+            predicted[:, i] = torch.tensor(_prediction(rule, mean, layer, present))
         return predicted
 
     def _raise(self, alarm: Alarm) -> None:
@@ -422,8 +487,14 @@ class Monitor:
                 )
 
 
-def _prediction(rule: UpdateRule, square: float, layer: Layer) -> tuple[float, float]:
-    """The norm and the RMS angle per step at equilibrium; NaN where there is none."""
+def _prediction(
+    rule: UpdateRule, square: float, layer: Layer, present: float
+) -> tuple[float, float, float]:
+    """The norm and the RMS angle per step at equilibrium, and the steps there from a norm.
+
+    NaN where there is none, or none that is known.
+    """
+    time = math.nan
     try:
         found = equilibrium_of(
             rule,
@@ -431,14 +502,49 @@ def _prediction(rule: UpdateRule, square: float, layer: Layer) -> tuple[float, f
             entries=layer.entries,
             shape=layer.shape,
         )
+        if 0 < found.norm < math.inf and 0 < present < math.inf:
+            time = time_to_equilibrium(rule, present / found.norm)
     except ValueError:  # beyond where one exists
-        return math.nan, math.nan
-    return (
-        (found.norm, found.angle) if math.isfinite(found.norm) or found.angle else (math.nan,) * 2
+        return math.nan, math.nan, math.nan
+    if not found.angle > 0:  # without decay
+        return math.nan, math.nan, math.nan
+    return found.norm, found.angle, time
+
+
+def _ranges(m: Measurement) -> Iterator[str]:
+    for name, what in (("norm", "norms"), ("angular_update", "angles per step, in radians")):
+        values = [v for v in m[name].values() if math.isfinite(v)] if name in m.names else []
+        if values:
+            yield f"{what}, from {min(values):.3g} to {max(values):.3g}"
+
+
+def _settling(m: Measurement) -> Iterator[str]:
+    """How many weights are at the predicted equilibrium, and how long the others would take."""
+    times = {name: time for name, time in m["steps_to_equilibrium"].items() if time >= 0}
+    if not times:
+        yield "no equilibrium of the norms is known for this optimizer, or without decay"
+        return
+    away = {name: time for name, time in times.items() if time > 0}
+    yield (
+        f"{len(times) - len(away)} of {len(times)} weights are within 10% of the norm at which "
+        "they would settle"
     )
+    if away:
+        slowest = max(away, key=lambda name: away[name])
+        yield (
+            f"not settled: {len(away)}, which would take up to {math.ceil(away[slowest]):,} more "
+            f"steps at the present learning rate ({slowest}); until then the predicted norms and "
+            "angles are not theirs"
+        )
 
 
-def _interval(steps: int) -> Schedule:
+def _check_types(name: str, values: Iterable[object], kind: Any, wanted: str) -> None:
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"Invalid {name}: {value!r}; must be {wanted}")
+
+
+def _interval(steps: int) -> Trigger:
     return every(steps)
 
 

@@ -158,7 +158,7 @@ def angle_at(
     if rule.is_projected is None:
         return math.nan
     growth = _growth(rule, gradient_square, entries, shape, 0.0)
-    added = _added(rule, growth / norm ** _power(rule))
+    added = _added(growth / norm ** _power(rule), _turning(rule))
     return math.sqrt(added if rule.is_projected else added / _correlation(rule, shape))
 
 
@@ -193,22 +193,27 @@ def norm_trajectory(
     peak = max(rates, default=0.0)
     _check_decay(replace(rule, lr=peak, decay_per_step=peak * _number(rule.weight_decay)))
     growth = _growth(replace(rule, lr=1.0), gradient_square, entries, shape, 0.0)
-    half = rule.update.exponent
+    half, turning = rule.update.exponent, _turning(rule)
     squares = [start**2]
     for lr in rates:
         square = squares[-1]
-        added = _added(rule, lr**2 * growth / square**half)
+        added = _added(lr**2 * growth / square**half, turning)
         squares.append(((1 - lr * decay) ** 2 + added) * square)
     return [math.sqrt(square) for square in squares]
 
 
-def _added(rule: UpdateRule, ratio: float) -> float:
-    """What a step adds to ‖w‖², over ‖w‖², where it is ``ratio`` if w stands still."""
-    if not rule.is_projected:
-        return ratio
-    # It is θ² with θ²(1 + κ²) = ratio, κ = cθ.
-    c = _number(rule.momentum) / (1 - _number(rule.momentum))
-    return 2 * ratio / (1 + math.sqrt(1 + 4 * c**2 * ratio))
+def _turning(rule: UpdateRule) -> float:
+    """κ/θ, of what a buffer loses as the weight turns away from it: 0 without projection."""
+    mu = _number(rule.momentum)
+    return mu / (1 - mu) if rule.is_projected else 0.0
+
+
+def _added(ratio: float, turning: float) -> float:
+    """What a step adds to ‖w‖², over ‖w‖², if it is ``ratio`` where the weight stands still.
+
+    Projected it is θ² with θ²(1 + κ²) = ratio.
+    """
+    return 2 * ratio / (1 + math.sqrt(1 + 4 * turning**2 * ratio)) if turning else ratio
 
 
 def _power(rule: UpdateRule) -> int:
@@ -252,7 +257,7 @@ def _growth(
     else:
         return math.nan
     if rule.is_projected:
-        kappa = mu / (1 - mu) * math.sqrt(squared_angle)
+        kappa = _turning(rule) * math.sqrt(squared_angle)
         size /= _correlation(rule, shape) * (1 + kappa**2)
     return unit**2 * size
 

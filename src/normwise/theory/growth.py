@@ -67,7 +67,7 @@ def momentum_norms(
         ‖w_t‖ before each step and after the last, in float64, shape ``(steps + 1, ...)``.
 
     Raises:
-        ValueError: for a momentum not in [0, 1), or learning rates that are not one a step.
+        ValueError: for a momentum not in [0, 1), or learning rates that are not one per step.
     """
     check_below_one(momentum=momentum)
     squares = torch.as_tensor(
@@ -76,7 +76,9 @@ def momentum_norms(
     )
     lrs = [lr] * len(squares) if isinstance(lr, int | float) else list(lr)
     if len(lrs) != len(squares):
-        raise ValueError(f"{len(lrs)} learning rates for {len(squares)} steps; must be one a step")
+        raise ValueError(
+            f"{len(lrs)} learning rates for {len(squares)} steps; must be one per step"
+        )
     square = torch.as_tensor(start, dtype=torch.float64) ** 2
     past = torch.zeros_like(squares[0]) if len(squares) else square  # Σ_{k<t} η_k β^{t−k}‖p_k‖²
     trajectory = [square]

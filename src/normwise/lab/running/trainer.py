@@ -30,7 +30,7 @@ from normwise.lab.running.invariant import invariant_views
 from normwise.lab.running.prepare import decay_within_window, make_optimizer, normalize_weights
 from normwise.lab.store import METRICS, append, named, read_sealed, seal, write_atomically
 from normwise.lab.tasks.kinds import kind
-from normwise.monitor import Measurement, Monitor, Schedule
+from normwise.monitor import Measurement, Monitor, Trigger
 from normwise.updates import describe
 
 __all__ = ["CHECKPOINT", "Diverged", "Trainer", "digest"]
@@ -47,7 +47,7 @@ class Diverged(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class _WithinEpochs(Schedule):
+class _WithinEpochs(Trigger):
     """The last step of each epoch, and every so many before it."""
 
     steps: int

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normwise.geometry import View, computing_dtype
 
-__all__ = ["Bucket", "Layer", "Layout"]
+__all__ = ["Bucket", "Layer", "WatchedWeights"]
 
 # Entries; a MiB in float32, of which a measurement holds a few at a time.
 _CACHED = 2**18
@@ -126,7 +126,7 @@ class Bucket:
         ]
 
 
-class Layout:
+class WatchedWeights:
     """All weights that are watched, in buckets.
 
     Args:
