@@ -11,7 +11,6 @@ from scipy import stats
 from normwise.lab.summary import (
     Spread,
     Verdict,
-    curve,
     example_half_width,
     findings,
     headline,
@@ -87,7 +86,6 @@ def test_a_failed_seed_counts_in_no_mean(record, failure):
     (row,) = rows(records, [SGD], epochs=1)
     assert row.numbers["test_accuracy"].values == (0.8,)
     assert row.failed == {1: "the training loss became nan"}
-    assert curve(records, "sgd", "test_accuracy", 1).mean == (0.8,)
 
 
 def test_nothing_but_failures_is_nothing_to_show(record, failure):
@@ -95,30 +93,12 @@ def test_nothing_but_failures_is_nothing_to_show(record, failure):
     (row,) = rows(records, [SGD], epochs=1)
     assert row.numbers == {}
     assert row.unfinished == ()
-    assert curve(records, "sgd", "norm_growth", 1).epochs == ()
     assert headline([], [row]) == "No run came far enough to say anything"
 
 
 def test_an_optimizer_that_was_not_reached_is_an_empty_row(record):
     row = rows([record("sgd")], PAIR, epochs=1)[1]
     assert (row.label, row.numbers, row.step_ms) == ("SGDP", {}, None)
-
-
-def test_a_curve_has_the_mean_and_the_range_over_seeds(record):
-    growths = {0: (1.0, 2.0), 1: (1.0, 4.0), 2: (1.0, 3.0)}
-    records = [
-        record("sgd", seed, epoch, norm_growth=g)
-        for seed, values in growths.items()
-        for epoch, g in enumerate(values)
-    ]
-    found = curve(records, "sgd", "norm_growth", 1)
-    assert (found.epochs, found.mean) == ((0, 1), (1.0, 3.0))
-    assert (found.low, found.high, found.seeds) == ((1.0, 2.0), (1.0, 4.0), 3)
-
-
-def test_a_quantity_without_a_value_at_the_start_begins_later(record):
-    records = [record("sgd", 0, epoch) for epoch in range(3)]
-    assert curve(records, "sgd", "train_loss", 2).epochs == (1, 2)
 
 
 def pair(record, with_projection, without, growth=(1.1, 2.0)):

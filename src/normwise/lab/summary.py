@@ -13,12 +13,10 @@ from typing import Any
 from scipy.stats import t as student_t
 
 __all__ = [
-    "Curve",
     "Finding",
     "Row",
     "Spread",
     "Verdict",
-    "curve",
     "example_half_width",
     "findings",
     "headline",
@@ -132,36 +130,6 @@ def _shown(own: Sequence[Record], epochs: int) -> list[int]:
     failed = {r["seed"] for r in own if r["status"] == "failed"}
     finished = {r["seed"] for r in own if r["status"] == "ok" and r["epoch"] == epochs}
     return sorted(finished or {r["seed"] for r in own} - failed)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A quantity over the epochs: the mean over seeds, with the least and the greatest value."""
-
-    epochs: tuple[int, ...]
-    mean: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    seeds: int
-
-
-def curve(records: Sequence[Record], name: str, quantity: str, epochs: int) -> Curve:
-    """The curve of ``quantity`` under one optimizer, over the seeds that count in its row."""
-    own = [r for r in records if r["optimizer"] == name]
-    seeds = _shown(own, epochs)
-    by_epoch: dict[int, list[float]] = {}
-    for r in own:
-        if r["seed"] in seeds and r["status"] == "ok" and r[quantity] is not None:
-            by_epoch.setdefault(r["epoch"], []).append(r[quantity])
-    # An epoch that not every seed has reached would make the mean jump.
-    reached = sorted(epoch for epoch, values in by_epoch.items() if len(values) == len(seeds))
-    return Curve(
-        epochs=tuple(reached),
-        mean=tuple(fmean(by_epoch[e]) for e in reached),
-        low=tuple(min(by_epoch[e]) for e in reached),
-        high=tuple(max(by_epoch[e]) for e in reached),
-        seeds=len(seeds),
-    )
 
 
 class Verdict(Enum):
