@@ -48,7 +48,7 @@ class Diverged(ArithmeticError):
 
 @dataclass(frozen=True)
 class _WithinEpochs(Trigger):
-    """The last step of each epoch, and every so many before it."""
+    """The last step of each epoch, and every few steps before it."""
 
     steps: int
     every: int

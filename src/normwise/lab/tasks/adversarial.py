@@ -142,7 +142,7 @@ class Adversarial(Classification):
         return x, y, self._start(x, draw)
 
     def _start(self, x: Tensor, draw: Generator) -> Tensor:
-        """Uniform in the cube; on the sphere, where a ball of so many dimensions has its volume."""
+        """Uniform in the cube; on the sphere, where a ball of many dimensions has its volume."""
         if self.options.ball == "linf":
             return (2 * torch.rand(x.shape, generator=draw) - 1).to(x.device)
         start = torch.randn(x.shape, generator=draw)

@@ -49,8 +49,8 @@ class Options:
         width: channels of both networks' first convolution, doubled by each of the next three
             (default: 16).
         shrink: the factor by which images get smaller, a divisor of 28 (default: 1).
-        train_examples: only so many (default: all 60,000).
-        test_examples: only so many (default: all 10,000).
+        train_examples: how many are used (default: all 60,000).
+        test_examples: the same for testing (default: all 10,000).
     """
 
     correlation: float = 0.99

@@ -42,8 +42,8 @@ class Options:
         augment: any of crop, flip, cutout, mixup, cutmix, in the order in which they act; of mixup
             and cutmix one (default: none).
         label_smoothing: share of each target that is spread over all classes (default: 0).
-        train_examples: only so many, drawn once and for all (default: all).
-        test_examples: only so many (default: all).
+        train_examples: how many are used, drawn once and for all (default: all).
+        test_examples: the same for testing (default: all).
         image_size: pixels a side, of folders (default: 224).
         shrink: side of the squares of pixels that are averaged, a divisor of the images' (default:
             1).
@@ -117,7 +117,7 @@ def subset(count: int, of: int) -> Tensor:
     """``count`` numbers below ``of``, always the same ones, in order.
 
     Raises:
-        UsageError: if there are not so many.
+        UsageError: if there are fewer.
     """
     if not 1 <= count <= of:
         raise UsageError(f"{count} examples are not allowed: there are {of}")

@@ -32,8 +32,8 @@ class Options:
         context: tokens a window, each predicted from those before it in the window (default: 64).
         layers, width, heads: of the transformer (default: 2, 128, 4).
         dropout: after each block (default: 0).
-        train_tokens: only the first so many (default: all).
-        test_tokens: only the first so many (default: all).
+        train_tokens: how many are used, from the first on (default: all).
+        test_tokens: the same for testing (default: all).
     """
 
     data: str

@@ -44,8 +44,8 @@ class Options:
         width: channels of the network's first stage (default: 16).
         embedding: numbers an image becomes (default: 64).
         images_per_class: in a batch (default: 4).
-        train_classes: only so many (default: all).
-        test_classes: only so many (default: all).
+        train_classes: how many are used (default: all).
+        test_classes: the same for testing (default: all).
         image_size: pixels a side, of the four sets that are split as published (default: 224).
     """
 
