@@ -1,11 +1,12 @@
 """See and control the norms of neural-network weights."""
 
-from normwise import decay, theory
+from normwise import decay, init, reparam, theory
 from normwise.decay import EpsilonShiftedL2
 from normwise.geometry import View
-from normwise.invariance import JointSet, ParameterReport, Report, analyze
+from normwise.invariance import ParameterReport, Report, Symmetry, Term, analyze
 from normwise.monitor import Monitor
 from normwise.optim import SGDP, SGDW, AdamP, LearnedNorm, RadialBrake, sphere, tangential
+from normwise.perturb import AWP, RWP
 from normwise.reparam import (
     add_gains,
     center_weight_normalize,
@@ -18,11 +19,12 @@ from normwise.updates import UpdateRule, describe
 __version__ = "0.1.0"
 
 __all__ = [
+    "AWP",
+    "RWP",
     "SGDP",
     "SGDW",
     "AdamP",
     "EpsilonShiftedL2",
-    "JointSet",
     "LearnedNorm",
     "Monitor",
     "ParameterReport",
@@ -37,6 +39,8 @@ __all__ = [
     "decay",
     "describe",
     "fold",
+    "init",
+    "reparam",
     "sphere",
     "tangential",
     "theory",

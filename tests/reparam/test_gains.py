@@ -111,6 +111,17 @@ def test_a_ledger_says_where_gains_are_needed_and_a_report_has_one():
     assert len(normwise.add_gains(network(), ledger)) == 0
 
 
+def test_the_ledger_of_a_network_is_one():
+    """Of two matrices with SiLU between, both norms matter; with ReLU one gain gives back both."""
+    x = torch.randn(7, 6)
+    for activation, lost in ((nn.SiLU(), 2), (nn.ReLU(), 1)):
+        model = nn.Sequential(nn.Linear(6, 8, bias=False), activation, nn.Linear(8, 3, bias=False))
+        report = normwise.analyze(model, x)
+        assert report.freedom().lost == lost
+        gains = normwise.add_gains(model, report)
+        assert [kind for _, kind in gains.of.values()] == ["scalar"] * lost
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
