@@ -199,10 +199,9 @@ class _Search:
             indices = torch.tensor(channels).view(-1, length)
             slices = Slices.fitted((dim,), indices)
             if slices is not None:
-                shape = tuple(self.evidence[name].shape)
                 self._claim([(self.strips[name, (dim,)], slices, 1.0)])
         for strip in self.strips.values():
-            if len(strip.dims) == 1 and strip.dims[0] < 2 or self.findings[strip.name].view:
+            if (len(strip.dims) == 1 and strip.dims[0] < 2) or self.findings[strip.name].view:
                 continue
             indices = (~strip.open & strip.live).nonzero()
             one_entry = len(indices) and math.prod(strip.shape) == strip.size
@@ -252,10 +251,12 @@ class _Search:
 
     def _column(self, strips: tuple[Strip, ...], slices: Slices) -> Column:
         indices = slices.indices()
-        products = sum((self.draws.of(strip)[:, indices].sum(2) for strip in strips), torch.zeros(()))
+        products = sum(
+            (self.draws.of(strip)[:, indices].sum(2) for strip in strips), torch.zeros(())
+        )
         return Column(strips, slices, products)
 
-    def _null_space(self, places: list[tuple[tuple[Strip, ...], Slices]], units: int) -> None:
+    def _null_space(self, places: Sequence[tuple[tuple[Strip, ...], Slices]], units: int) -> None:
         """Claim the families of these slices, of which each has as many units."""
         if len(places) < 2:
             return
@@ -357,7 +358,7 @@ class _Search:
             if ".parametrizations." not in strip.name:
                 owner = strip.name.rpartition(".")[0] + "."
             owners[owner].append(strip)
-        pairs = []
+        pairs: list[tuple[Strip, ...]] = []
         for strips in owners.values():
             for b in strips:
                 if math.prod(b.shape) != b.size:
@@ -412,7 +413,7 @@ class _Search:
                 self._claim(parts)
 
     def whole_parameters(self) -> list[Symmetry]:
-        """Symmetries of one unit: whole parameters, or the parts that the families cut them into."""
+        """Symmetries of one unit: whole parameters, or parts that the families cut."""
         pieces = self._pieces()
         known = self._known(pieces)
         shapes = {name: tuple(self.evidence[name].shape) for name in self.names}
@@ -492,12 +493,10 @@ class _Search:
                 if (name, dims) not in self.strips:
                     continue
                 labels = self._labels(name, dims)
-                values = labels.unique()
+                values = sorted(set(labels.tolist()))
                 if len(values) < 2:
                     continue
-                cut = [
-                    Slices.fitted(dims, (labels == v).nonzero().view(1, -1)) for v in values.tolist()
-                ]
+                cut = [Slices.fitted(dims, (labels == v).nonzero().view(1, -1)) for v in values]
                 if all(slices is not None for slices in cut):
                     parts = [slices for slices in cut if slices is not None]
                     break
@@ -730,7 +729,8 @@ class _Vectors:
             rounded = round(1000 * exponent)
             if abs(1000 * exponent - rounded) > 1e-4:
                 continue
-            found[(*key_a[:3], *key_b[:3], rounded)].append((key_a[3], key_b[3]))
+            kinds = (*key_a[:3], *key_b[:3], rounded)
+            found[kinds].append((key_a[3], key_b[3]))
 
     def _finest(self, cluster: list[int], meta: Tensor) -> list[int]:
         """Of slices that share an index the smallest: the sum of two alike is like both."""
@@ -773,9 +773,7 @@ def _fitting(pairs: Tensor) -> list[Tensor]:
     if not len(pairs):
         return []
     zero = torch.zeros(len(pairs), 1, dtype=torch.long)
-    if all(
-        Slices.fitted((0,), pairs[:, k : k + 1] + zero) is not None for k in (0, 1)
-    ):
+    if all(Slices.fitted((0,), pairs[:, k : k + 1] + zero) is not None for k in (0, 1)):
         return [pairs]
     steps = pairs.diff(dim=0)
     parts, start = [], 0
@@ -791,7 +789,9 @@ def _is_one_dimension(strips: tuple[Strip, ...], count: int, apart: int) -> bool
     for strip in strips:
         if len(strip.dims) > 1:
             last, first = strip.shape[strip.dims[-1]], strip.shape[strip.dims[0]]
-            if (apart == 1 and count % last == 0) or (count == first and apart * first == strip.size):
+            if (apart == 1 and count % last == 0) or (
+                count == first and apart * first == strip.size
+            ):
                 return True
     return False
 
