@@ -47,9 +47,9 @@ class Evidence:
     """What the draws said about one parameter: sums over indices, never the gradients.
 
     For each of its index ``sets`` (see :func:`index_sets`), ``sums[dims]`` and ``sizes[dims]``
-    collect a draw's Σ w·g and Σ |w·g| at every index, and ``noise[dims]`` the rounding of Σ |w·g|: its change
-    when the upstream gradient is multiplied by a number that is no power of 2 and the gradient
-    divided by it again.
+    collect a draw's Σ w·g and Σ |w·g| at every index, and ``noise[dims]`` the rounding of
+    Σ |w·g|: its change when the upstream gradient is multiplied by a number that is no power of 2
+    and the gradient divided by it again.
     """
 
     shape: torch.Size
