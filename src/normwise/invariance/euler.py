@@ -122,6 +122,15 @@ class Evidence:
         size = self.sizes[dims][0]
         return (size > 0) & (self.noise[dims] <= TOLERANCE * size)
 
+    def noisy(self, dims: tuple[int, ...]) -> Tensor:
+        """The indices whose gradient is nothing but rounding."""
+        size = self.sizes[dims][0]
+        return (size > 0) & (self.noise[dims] > TOLERANCE * size)
+
+    def seen(self, dims: tuple[int, ...]) -> Tensor:
+        """The indices that had a gradient in any draw: an activation may open at one point only."""
+        return (torch.stack(self.sizes[dims]) > 0).any(0) & ~self.noisy(dims)
+
     def _residuals(self, dim: int, count: int, live: Tensor) -> Tensor:
         """For each of ``count`` blocks the largest |Σ w·g| / Σ |w·g|; −1 without a live channel."""
         sums = torch.stack(self.sums[(dim,)]) * live

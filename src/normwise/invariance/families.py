@@ -19,7 +19,7 @@ The search goes from the finest slices to the coarsest, and passes over what is 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -97,7 +97,7 @@ class Draws:
     ) -> None:
         self._replica = replica
         self._names = names
-        self._sets = {name: evidence[name].sets for name in names}
+        self._evidence = evidence
         self._rows: dict[Key, list[Tensor]] = {
             (name, dims): list(evidence[name].sums[dims])
             for name in names
@@ -114,13 +114,14 @@ class Draws:
                 if g is None:
                     g = torch.zeros_like(self._replica.params[name])
                 products = euler_products(self._replica.params[name], g)
-                for dims in self._sets[name]:
+                for dims in self._evidence[name].sets:
                     self._rows[name, dims].append(by_index(products, dims).cpu())
             self.count += 1
 
     def of(self, strip: Strip) -> Tensor:
-        """The products of a strip, shape ``(draws, indices)``; 0 where there is no gradient."""
-        return torch.stack(self._rows[strip.name, strip.dims]) * strip.live
+        """The products of a strip, shape ``(draws, indices)``; 0 where they are rounding."""
+        noisy = self._evidence[strip.name].noisy(strip.dims)
+        return torch.stack(self._rows[strip.name, strip.dims]) * ~noisy
 
     def _drawn(self) -> Iterator[Sequence[Tensor | None]]:
         while True:
@@ -177,7 +178,7 @@ class _Search:
         for name in names:
             shape = tuple(evidence[name].shape)
             for dims in self.evidence[name].sets:
-                live = evidence[name].live(dims)
+                live = evidence[name].seen(dims)
                 if len(live) == 1 and len(shape) > 1 and dims != (0,):
                     continue
                 strip = Strip(name, shape, dims, live, torch.ones_like(live))
@@ -664,14 +665,18 @@ class _Vectors:
         order = keys.argsort()
         near = (keys[order].diff() <= _NEAR).tolist()
         found: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
-        start = 0
-        for i in (i for i, is_near in enumerate(near) if is_near):
-            if i > start and not near[i - 1]:
-                start = i
-            if i + 1 == len(near) or not near[i + 1]:
-                cluster = order[start : i + 2].tolist()
-                self._pair(cluster, meta, units, norms, signs, found)
-                start = i + 2
+        clusters = [c for near in _chains(near, order) for c in self._close(near, units, signs)]
+        # Where an index has no gradient, sums with it and without are alike: then the pattern that
+        # most units have is meant.
+        often: Counter[tuple[int, ...]] = Counter()
+        for cluster in clusters:
+            kinds = {tuple(kind) for kind in meta[cluster, :3].tolist()}
+            if len({kind[0] for kind in kinds}) > 1:
+                often.update(kinds)
+        for cluster in clusters:
+            chosen = self._disjoint(cluster, meta, often)
+            if len(chosen) > 1:
+                self._pair(chosen, meta, norms, signs, found)
         finest_first = sorted(found, key=lambda key: sorted((key[1], key[4]), reverse=True))
         for key in finest_first:
             a, count_a, apart_a, b, count_b, apart_b, ratio = key
@@ -694,21 +699,11 @@ class _Vectors:
         self,
         cluster: list[int],
         meta: Tensor,
-        units: Tensor,
         norms: Tensor,
         signs: Tensor,
         found: dict[tuple[int, ...], list[tuple[int, int]]],
     ) -> None:
         """Pair all of a cluster with the one that most others grow against."""
-        directions = units[cluster] * signs[cluster].unsqueeze(1)
-        close = (directions - directions[0]).abs().amax(1) <= 100 * _NEAR
-        if not close.all():
-            apart = [at for at, same in zip(cluster, close.tolist(), strict=True) if not same]
-            self._pair(apart, meta, units, norms, signs, found)
-        cluster = [at for at, same in zip(cluster, close.tolist(), strict=True) if same]
-        cluster = self._finest(cluster, meta)
-        if len(cluster) < 2:
-            return
         opposite = [sum(bool(signs[i] != signs[j]) for j in cluster) for i in cluster]
         anchor = max(range(len(cluster)), key=lambda i: (opposite[i], i))
         b = cluster[anchor]
@@ -732,11 +727,30 @@ class _Vectors:
             kinds = (*key_a[:3], *key_b[:3], rounded)
             found[kinds].append((key_a[3], key_b[3]))
 
-    def _finest(self, cluster: list[int], meta: Tensor) -> list[int]:
-        """Of slices that share an index the smallest: the sum of two alike is like both."""
+    def _close(self, chain: list[int], units: Tensor, signs: Tensor) -> list[list[int]]:
+        """The slices of a chain of near keys whose directions are near too, cluster by cluster."""
+        clusters = []
+        while len(chain) > 1:
+            directions = units[chain] * signs[chain].unsqueeze(1)
+            near = ((directions - directions[0]).abs().amax(1) <= 100 * _NEAR).tolist()
+            cluster = [at for at, is_near in zip(chain, near, strict=True) if is_near]
+            if len(cluster) > 1:
+                clusters.append(cluster)
+            chain = [at for at, is_near in zip(chain, near, strict=True) if not is_near]
+        return clusters
+
+    def _disjoint(
+        self, cluster: list[int], meta: Tensor, often: Mapping[tuple[int, ...], int]
+    ) -> list[int]:
+        """Of slices that share an index one, in the pattern that is found most often."""
+
+        def rank(at: int) -> tuple[int, list[int]]:
+            kind = meta[at].tolist()
+            return -often.get(tuple(kind[:3]), 0), [kind[1], *kind]
+
         kept: list[int] = []
         covered: set[tuple[str, tuple[int, ...], int]] = set()
-        for at in sorted(cluster, key=lambda at: (int(meta[at, 1]), meta[at].tolist())):
+        for at in sorted(cluster, key=rank):
             group, count, apart, first = meta[at].tolist()
             mine = {
                 (strip.name, strip.dims, first + apart * k)
@@ -782,6 +796,17 @@ def _fitting(pairs: Tensor) -> list[Tensor]:
             parts.append(pairs[start:i])
             start = i
     return [*parts, pairs[start:]]
+
+
+def _chains(near: list[bool], order: Tensor) -> Iterator[list[int]]:
+    """Runs of ``order`` of which each is near the next."""
+    start = 0
+    for i in (i for i, is_near in enumerate(near) if is_near):
+        if i > start and not near[i - 1]:
+            start = i
+        if i + 1 == len(near) or not near[i + 1]:
+            yield order[start : i + 2].tolist()
+            start = i + 2
 
 
 def _is_one_dimension(strips: tuple[Strip, ...], count: int, apart: int) -> bool:
