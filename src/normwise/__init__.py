@@ -23,6 +23,8 @@ __all__ = [
     "ParameterReport",
     "Report",
     "UpdateRule",
+    "Symmetry",
+    "Term",
     "View",
     "__version__",
     "analyze",
