@@ -91,11 +91,15 @@ def test_a_step_is_the_reference_to_rounding(dtypes, seed):
 
 
 @pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}], ids=["fused", "foreach"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "tensor_lr"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)],
+    ids=["float32", "float32, tensor lr", "bfloat16, tensor lr"],
+)
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_no_step_waits_for_the_device(name, options, dtype, how):
+def test_no_step_waits_for_the_device(name, options, dtype, tensor_lr, how):
     params = weights(dtype)
-    lr = torch.tensor(1e-2, device="cuda")
+    lr = torch.tensor(1e-2, device="cuda") if tensor_lr else 1e-2
     optimizer = MAKERS[name](params, lr=lr, **options, **how)
     for step in range(3):
         set_gradients(params, step)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import (
 import normwise
 from normwise import View
 from normwise.geometry import norms
-from normwise.optim._base import round_stochastically
+from normwise.optim.step import round_stochastically
 
 MAKERS = {
     "adamp": lambda p, **o: normwise.AdamP(p, **{"lr": 1e-2, "weight_decay": 0.1, **o}),

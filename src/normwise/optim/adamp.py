@@ -2,29 +2,125 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from normwise.optim._base import (
-    NormwiseOptimizer,
-    by_device_and_dtype,
-    check_number,
-    new_moment,
-    new_step,
-    scalar_dtype,
-    take_step_,
-    use_foreach,
-    working,
-)
-from normwise.optim.kernels import AdamRule, Fused, Later, Step, use_fused
+from normwise.optim._base import NormwiseOptimizer, new_moment, new_step
 from normwise.optim.projection import ViewOption
+from normwise.optim.state_dicts import StateForm
+from normwise.optim.step import (
+    AT_ONCE,
+    AdamRule,
+    Ending,
+    Step,
+    by_device_and_dtype,
+    for_computing,
+    scalar_dtype,
+)
 
 __all__ = ["AdamP", "adamp"]
+
+
+def adamp(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    step: Step,
+    *,
+    foreach: bool,
+    ending: Ending = AT_ONCE,
+) -> None:
+    """Functional form of one step of :class:`AdamP`, in place on parameters and state.
+
+    Args:
+        params, grads: weights and gradients.
+        exp_avgs, exp_avg_sqs, state_steps: the moments, and how many steps they are of.
+        step: the options, with an :class:`AdamRule`.
+        foreach: whether to take the multi-tensor step.
+        ending: what ends the step (default: at once).
+    """
+    function = _multi_tensor_adamp if foreach else _single_tensor_adamp
+    function(params, grads, exp_avgs, exp_avg_sqs, state_steps, step, ending)
+
+
+def _single_tensor_adamp(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    step: Step,
+    ending: Ending,
+) -> None:
+    rule = step.rule
+    assert isinstance(rule, AdamRule)
+    for param, raw_grad, exp_avg, exp_avg_sq, step_t in zip(
+        params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True
+    ):
+        weight, grad = for_computing(param), for_computing(raw_grad)
+        m, v = for_computing(exp_avg), for_computing(exp_avg_sq)
+        if step.maximize:
+            grad = -grad
+
+        step_t += 1
+        t = step_t.to(scalar_dtype(step_t.device))
+        bias_correction1 = 1 - rule.beta1**t
+        bias_correction2 = 1 - rule.beta2**t
+
+        m.lerp_(grad, 1 - rule.beta1)
+        v.mul_(rule.beta2).addcmul_(grad, grad, value=1 - rule.beta2)
+        denom = (v.sqrt() / bias_correction2.sqrt()).add_(step.eps)
+        # Autograd is given a copy: it must not see the moment change in the next step.
+        direction = m.clone() if torch.is_grad_enabled() else m
+        update = (m.lerp(grad, 1 - rule.beta1) if rule.nesterov else direction) / denom
+
+        step_size = step.lr / bias_correction1
+        ending.end_([param], [weight], [update], [grad], [step_size], step, foreach=False)
+
+
+def _multi_tensor_adamp(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    step: Step,
+    ending: Ending,
+) -> None:
+    rule = step.rule
+    assert isinstance(rule, AdamRule)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
+    for group in by_device_and_dtype(*lists):
+        weights, gs, ms, vs = ([for_computing(t) for t in tensors] for tensors in group[:4])
+        steps = group[4]
+        if step.maximize:
+            gs = list(torch._foreach_neg(gs))
+
+        torch._foreach_add_(steps, 1)
+        t = torch.stack(steps)
+        if isinstance(step.lr, Tensor) and t.device.type == "cpu":
+            t = t.to(step.lr.device, non_blocking=True)
+        t = t.to(scalar_dtype(t.device))
+        bias_correction1 = 1 - rule.beta1**t
+        bias_correction2 = 1 - rule.beta2**t
+
+        torch._foreach_lerp_(ms, gs, 1 - rule.beta1)
+        torch._foreach_mul_(vs, rule.beta2)
+        torch._foreach_addcmul_(vs, gs, gs, 1 - rule.beta2)
+        denoms = torch._foreach_sqrt(vs)
+        torch._foreach_div_(denoms, bias_correction2.sqrt().unbind())
+        torch._foreach_add_(denoms, step.eps)
+        directions = torch._foreach_lerp(ms, gs, 1 - rule.beta1) if rule.nesterov else ms
+        updates = torch._foreach_div(directions, denoms)
+        del denoms, directions
+
+        step_sizes = (step.lr / bias_correction1).unbind()
+        ending.end_(group[0], weights, updates, gs, step_sizes, step, foreach=True)
 
 
 class AdamP(NormwiseOptimizer):
@@ -76,8 +172,8 @@ class AdamP(NormwiseOptimizer):
         RuntimeError: in :meth:`step`, for a sparse gradient.
     """
 
-    _state_keys = ("step", "exp_avg", "exp_avg_sq")
-    _torch_decay_is_decoupled = True
+    _form = StateForm("AdamP", ("exp_avg", "exp_avg_sq", "step"), torch_decay_is_decoupled=True)
+    _functional = staticmethod(adamp)
 
     def __init__(
         self,
@@ -118,10 +214,9 @@ class AdamP(NormwiseOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        for i, beta in enumerate(group["betas"]):
-            check_number(f"beta parameter at index {i}", beta, below=1)
+    def _rule(self, group: dict[str, Any]) -> tuple[AdamRule, float]:
+        beta1, beta2 = group["betas"]
+        return AdamRule(beta1, beta2, group["nesterov"]), 1.0
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {
@@ -129,263 +224,3 @@ class AdamP(NormwiseOptimizer):
             "exp_avg": new_moment(p),
             "exp_avg_sq": new_moment(p),
         }
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Tensor]],
-        finish: Callable[..., None] = take_step_,
-    ) -> None:
-        adamp(
-            params,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
-            foreach=use_foreach(group, params),
-            fused=self._fused(group) if use_fused(group, params) else None,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            delta=group["delta"],
-            wd_ratio=group["wd_ratio"],
-            nesterov=group["nesterov"],
-            view=group["view"],
-            norm=group["norm"],
-            stochastic_rounding=group["stochastic_rounding"],
-            maximize=group["maximize"],
-            finish=finish,
-        )
-
-
-def adamp(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: list[Tensor],
-    *,
-    foreach: bool,
-    fused: Fused | None = None,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float | Tensor,
-    delta: float,
-    wd_ratio: float,
-    nesterov: bool,
-    view: ViewOption,
-    norm: str = "free",
-    stochastic_rounding: bool = False,
-    maximize: bool = False,
-    finish: Callable[..., None] = take_step_,
-) -> None:
-    """Functional form of one step of :class:`AdamP`, in place on parameters and state.
-
-    With ``fused``, which remembers the plans of these parameters, the fused step is taken;
-    otherwise ``finish`` ends the step once the moments and the updates are made.
-    """
-    step = functools.partial(
-        _multi_tensor_adamp if foreach else _single_tensor_adamp, finish=finish
-    )
-    if fused is not None:
-        step = functools.partial(_fused_adamp, fused, finish=finish)
-    step(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        state_steps,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        delta=delta,
-        wd_ratio=wd_ratio,
-        nesterov=nesterov,
-        view=view,
-        norm=norm,
-        stochastic_rounding=stochastic_rounding,
-        maximize=maximize,
-    )
-
-
-def _single_tensor_adamp(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: list[Tensor],
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float | Tensor,
-    delta: float,
-    wd_ratio: float,
-    nesterov: bool,
-    view: ViewOption,
-    norm: str = "free",
-    stochastic_rounding: bool = False,
-    maximize: bool = False,
-    finish: Callable[..., None] = take_step_,
-) -> None:
-    for param, raw_grad, exp_avg, exp_avg_sq, step_t in zip(
-        params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True
-    ):
-        weight, grad = working(param), working(raw_grad)
-        m, v = working(exp_avg), working(exp_avg_sq)
-        if maximize:
-            grad = -grad
-
-        step_t += 1
-        step = step_t.to(scalar_dtype(step_t.device))
-        bias_correction1 = 1 - beta1**step
-        bias_correction2 = 1 - beta2**step
-
-        m.lerp_(grad, 1 - beta1)
-        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denom = (v.sqrt() / bias_correction2.sqrt()).add_(eps)
-        # Autograd is given a copy: it must not see the moment change in the next step.
-        direction = m.clone() if torch.is_grad_enabled() else m
-        update = (m.lerp(grad, 1 - beta1) if nesterov else direction) / denom
-
-        finish(
-            [param],
-            [weight],
-            [update],
-            [grad],
-            [lr / bias_correction1],
-            view=view,
-            delta=delta,
-            eps=eps,
-            decay_lr=lr,
-            weight_decay=weight_decay,
-            wd_ratio=wd_ratio,
-            norm=norm,
-            stochastic_rounding=stochastic_rounding,
-            foreach=False,
-        )
-
-
-def _multi_tensor_adamp(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: list[Tensor],
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float | Tensor,
-    delta: float,
-    wd_ratio: float,
-    nesterov: bool,
-    view: ViewOption,
-    norm: str = "free",
-    stochastic_rounding: bool = False,
-    maximize: bool = False,
-    finish: Callable[..., None] = take_step_,
-) -> None:
-    lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
-    for group in by_device_and_dtype(*lists):
-        weights, gs, ms, vs = ([working(t) for t in tensors] for tensors in group[:4])
-        steps = group[4]
-        if maximize:
-            gs = list(torch._foreach_neg(gs))
-
-        torch._foreach_add_(steps, 1)
-        step = torch.stack(steps)
-        step = step.to(scalar_dtype(step.device))
-        bias_correction1 = 1 - beta1**step
-        bias_correction2 = 1 - beta2**step
-
-        torch._foreach_lerp_(ms, gs, 1 - beta1)
-        torch._foreach_mul_(vs, beta2)
-        torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
-        denoms = torch._foreach_sqrt(vs)
-        torch._foreach_div_(denoms, bias_correction2.sqrt().unbind())
-        torch._foreach_add_(denoms, eps)
-        directions = torch._foreach_lerp(ms, gs, 1 - beta1) if nesterov else ms
-        updates = torch._foreach_div(directions, denoms)
-        del denoms, directions
-
-        finish(
-            group[0],
-            weights,
-            updates,
-            gs,
-            (lr / bias_correction1).unbind(),
-            view=view,
-            delta=delta,
-            eps=eps,
-            decay_lr=lr,
-            weight_decay=weight_decay,
-            wd_ratio=wd_ratio,
-            norm=norm,
-            stochastic_rounding=stochastic_rounding,
-            foreach=True,
-        )
-
-
-def _fused_adamp(
-    fused: Fused,
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: list[Tensor],
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float | Tensor,
-    delta: float,
-    wd_ratio: float,
-    nesterov: bool,
-    view: ViewOption,
-    norm: str = "free",
-    stochastic_rounding: bool = False,
-    maximize: bool = False,
-    finish: Callable[..., None] = take_step_,
-) -> None:
-    lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
-    step = Step(
-        AdamRule(beta1, beta2, nesterov),
-        lr,
-        weight_decay,
-        wd_ratio=wd_ratio if norm == "free" else 0.0,
-        eps=eps,
-        delta=delta,
-        maximize=maximize,
-        stochastic_rounding=stochastic_rounding,
-    )
-    if left := fused.step_(
-        *lists, step, view=view, norm=norm, later=finish if isinstance(finish, Later) else None
-    ):
-        _multi_tensor_adamp(
-            *([tensors[i] for i in left] for tensors in lists),
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            delta=delta,
-            wd_ratio=wd_ratio,
-            nesterov=nesterov,
-            view=view,
-            norm=norm,
-            stochastic_rounding=stochastic_rounding,
-            maximize=maximize,
-            finish=finish,
-        )

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from normwise.optim._base import (
-    NormwiseOptimizer,
-    by_device_and_dtype,
-    check_momentum,
-    new_moment,
-    sgd_updates,
-    take_step_,
-    use_foreach,
-    working,
-)
-from normwise.optim.kernels import Fused, Later, SGDRule, Step, use_fused
 from normwise.optim.projection import ViewOption
+from normwise.optim.sgd import MomentumOptimizer
+from normwise.optim.state_dicts import StateForm
+from normwise.optim.step import SGDRule
 
-__all__ = ["SGDP", "sgdp"]
+__all__ = ["SGDP"]
 
 
-class SGDP(NormwiseOptimizer):
+class SGDP(MomentumOptimizer):
     r"""SGD with momentum, without the growth of the norm of scale-invariant weights.
 
     With p the momentum buffer, μ the momentum and ŵ the slices' directions, a step is
@@ -75,9 +64,12 @@ class SGDP(NormwiseOptimizer):
         RuntimeError: in :meth:`step`, for a sparse gradient.
     """
 
-    _state_keys = ("momentum_buffer",)
-    _state_aliases = {"momentum": "momentum_buffer"}  # noqa: RUF012 -- never written to
-    _torch_decay_is_decoupled = False
+    _form = StateForm(
+        "SGDP",
+        ("momentum_buffer",),
+        torch_decay_is_decoupled=False,
+        aliases={"momentum": "momentum_buffer"},  # the official code's
+    )
 
     def __init__(
         self,
@@ -118,251 +110,7 @@ class SGDP(NormwiseOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_momentum(group)
-
-    def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {"momentum_buffer": new_moment(p)} if group["momentum"] != 0 else {}
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Tensor]],
-        finish: Callable[..., None] = take_step_,
-    ) -> None:
-        sgdp(
-            params,
-            grads,
-            [state["momentum_buffer"] if group["momentum"] else None for state in states],
-            foreach=use_foreach(group, params),
-            fused=self._fused(group) if use_fused(group, params) else None,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            eps=group["eps"],
-            delta=group["delta"],
-            wd_ratio=group["wd_ratio"],
-            view=group["view"],
-            norm=group["norm"],
-            stochastic_rounding=group["stochastic_rounding"],
-            maximize=group["maximize"],
-            finish=finish,
-        )
-
-
-def sgdp(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor | None],
-    *,
-    foreach: bool,
-    fused: Fused | None = None,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float | Tensor,
-    nesterov: bool,
-    eps: float,
-    delta: float,
-    wd_ratio: float,
-    view: ViewOption,
-    norm: str = "free",
-    stochastic_rounding: bool = False,
-    maximize: bool = False,
-    finish: Callable[..., None] = take_step_,
-) -> None:
-    """Functional form of one step of :class:`SGDP`, in place on parameters and buffers.
-
-    A buffer of ``None`` stands for a momentum of 0. With ``fused``, which remembers the plans of
-    these parameters, the fused step is taken;
-    otherwise ``finish`` ends the step once the buffers and the updates are made.
-    """
-    step = functools.partial(_multi_tensor_sgdp if foreach else _single_tensor_sgdp, finish=finish)
-    if fused is not None:
-        step = functools.partial(_fused_sgdp, fused, finish=finish)
-    step(
-        params,
-        grads,
-        momentum_buffers,
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        eps=eps,
-        delta=delta,
-        wd_ratio=wd_ratio,
-        view=view,
-        norm=norm,
-        stochastic_rounding=stochastic_rounding,
-        maximize=maximize,
-    )
-
-
-def _single_tensor_sgdp(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor | None],
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float | Tensor,
-    nesterov: bool,
-    eps: float,
-    delta: float,
-    wd_ratio: float,
-    view: ViewOption,
-    norm: str = "free",
-    stochastic_rounding: bool = False,
-    maximize: bool = False,
-    finish: Callable[..., None] = take_step_,
-) -> None:
-    for param, raw_grad, momentum_buffer in zip(params, grads, momentum_buffers, strict=True):
-        weight, grad = working(param), working(raw_grad)
-        if maximize:
-            grad = -grad
-
-        updates = sgd_updates(
-            [grad],
-            None if momentum_buffer is None else [working(momentum_buffer)],
-            momentum=momentum,
-            dampening=dampening,
-            nesterov=nesterov,
-            foreach=False,
-        )
-        finish(
-            [param],
-            [weight],
-            updates,
-            [grad],
-            [lr],
-            view=view,
-            delta=delta,
-            eps=eps,
-            decay_lr=lr / (1 - momentum),
-            weight_decay=weight_decay,
-            wd_ratio=wd_ratio,
-            norm=norm,
-            stochastic_rounding=stochastic_rounding,
-            foreach=False,
-        )
-
-
-def _multi_tensor_sgdp(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor | None],
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float | Tensor,
-    nesterov: bool,
-    eps: float,
-    delta: float,
-    wd_ratio: float,
-    view: ViewOption,
-    norm: str = "free",
-    stochastic_rounding: bool = False,
-    maximize: bool = False,
-    finish: Callable[..., None] = take_step_,
-) -> None:
-    buffered = [buffer for buffer in momentum_buffers if buffer is not None]
-    for group in by_device_and_dtype(params, grads, *([buffered] if buffered else [])):
-        weights, gs, *buffers = ([working(t) for t in tensors] for tensors in group)
-        if maximize:
-            gs = list(torch._foreach_neg(gs))
-
-        updates = sgd_updates(
-            gs,
-            buffers[0] if buffers else None,
-            momentum=momentum,
-            dampening=dampening,
-            nesterov=nesterov,
-            foreach=True,
-        )
-        finish(
-            group[0],
-            weights,
-            updates,
-            gs,
-            [lr] * len(updates),
-            view=view,
-            delta=delta,
-            eps=eps,
-            decay_lr=lr / (1 - momentum),
-            weight_decay=weight_decay,
-            wd_ratio=wd_ratio,
-            norm=norm,
-            stochastic_rounding=stochastic_rounding,
-            foreach=True,
-        )
-
-
-def _fused_sgdp(
-    fused: Fused,
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor | None],
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float | Tensor,
-    nesterov: bool,
-    eps: float,
-    delta: float,
-    wd_ratio: float,
-    view: ViewOption,
-    norm: str = "free",
-    stochastic_rounding: bool = False,
-    maximize: bool = False,
-    finish: Callable[..., None] = take_step_,
-) -> None:
-    buffered = [buffer for buffer in momentum_buffers if buffer is not None]
-    step = Step(
-        SGDRule(momentum, dampening, nesterov),
-        lr,
-        weight_decay,
-        decay_scale=1 / (1 - momentum),
-        wd_ratio=wd_ratio if norm == "free" else 0.0,
-        eps=eps,
-        delta=delta,
-        maximize=maximize,
-        stochastic_rounding=stochastic_rounding,
-    )
-    if left := fused.step_(
-        params,
-        grads,
-        buffered or None,
-        None,
-        None,
-        step,
-        view=view,
-        norm=norm,
-        later=finish if isinstance(finish, Later) else None,
-    ):
-        _multi_tensor_sgdp(
-            [params[i] for i in left],
-            [grads[i] for i in left],
-            [momentum_buffers[i] for i in left],
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            eps=eps,
-            delta=delta,
-            wd_ratio=wd_ratio,
-            view=view,
-            norm=norm,
-            stochastic_rounding=stochastic_rounding,
-            maximize=maximize,
-            finish=finish,
-        )
+    def _rule(self, group: dict[str, Any]) -> tuple[SGDRule, float]:
+        momentum = group["momentum"]
+        rule = SGDRule(momentum, group["dampening"], group["nesterov"])
+        return rule, 1 / (1 - momentum)

@@ -10,17 +10,25 @@ is removed is a multiple of the weight, ``u -= coefficient * w``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from normwise.geometry import View, computing_dtype
-from normwise.optim._base import Tensors, descend_, round_back_, scalar_dtype, take_step_
-from normwise.optim.kernels import Later, use_fused
 from normwise.optim.projection import BATCHED_ENTRIES, ViewOption, batch, is_alias, unbatch_
+from normwise.optim.step import (
+    AT_ONCE,
+    Ending,
+    Part,
+    Step,
+    Tensors,
+    descend_,
+    round_back_,
+    scalar_dtype,
+)
 from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
 
 if TYPE_CHECKING:
@@ -35,10 +43,6 @@ UU = GG
 _CHANNEL, _LAYER = View.channel(), View.layer()
 # Sums are taken of pieces of this many entries, whose copies in float64 stay in a CPU's cache.
 _SUMMED_ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 24}
-
-Part = tuple[
-    dict[str, Any], list[Tensor], list[Tensor], list[dict[str, Tensor]], Callable[..., None]
-]
 
 
 @dataclass
@@ -81,18 +85,14 @@ class _DeferredPlan:
 
 @dataclass
 class _Deferred:
-    """The arguments of a :func:`take_step_` that was put off, and the sums that it needs."""
+    """The arguments of an ``end_`` that was put off, and the sums that it needs."""
 
     params: Tensors
     weights: Tensors
     updates: Tensors
     step_sizes: Sequence[float | Tensor]
-    view: ViewOption
-    delta: float
-    eps: float
-    norm: str
-    stochastic_rounding: bool
-    options: dict[str, Any]
+    step: Step
+    foreach: bool
     batches: list[_Batch]
 
 
@@ -109,38 +109,31 @@ class Exchange:
         self._deferred: list[_Deferred] = []
         self._plans: list[_DeferredPlan] = []
 
-    def parts(
-        self,
-        group: dict[str, Any],
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]],
-    ) -> Iterator[Part]:
-        """Split a group into parts that are updated one after the other, as local tensors.
+    def parts(self, part: Part, grads: Sequence[Tensor]) -> Iterator[Part]:
+        """Split a part into parts of local tensors, to be updated one after the other.
 
-        Yields:
-            The group's options, with a view that is the shards'; parameters, gradients and states;
-            and what ends the step: :func:`take_step_` or :meth:`defer_`.
+        Args:
+            part: of a group, with DTensors.
+            grads: its gradients, placed as their parameters are.
         """
-        views = [group.get("view")] * len(params)
-        for members, shards, view, finish in self.located(params, views):
-            options = {**group, "params": [params[i] for i in members]}
-            if "view" in group:
-                options["view"] = view
-            if isinstance(finish, _Later):
-                options["view"] = finish.view_of_pieces
-                options["fused"] = finish.may_be_fused and use_fused(options, shards)
-            yield (
-                options,
+        views = [part.step.view] * len(part.params)
+        for members, shards, view, ending in self.located(part.params, views):
+            if isinstance(ending, _AfterExchange):
+                view = ending.view_of_pieces
+            yield Part(
                 shards,
                 [local(grads[i]) for i in members],
-                [{key: local(value) for key, value in states[i].items()} for i in members],
-                finish,
+                tuple(
+                    [None if s[i] is None else local(s[i]) for i in members] for s in part.states
+                ),
+                replace(part.step, view=view),
+                part.group,
+                ending,
             )
 
     def located(
         self, params: Sequence[Tensor], views: Sequence[ViewOption]
-    ) -> Iterator[tuple[list[int], list[Tensor], ViewOption, Callable[..., None]]]:
+    ) -> Iterator[tuple[list[int], list[Tensor], ViewOption, Ending]]:
         """Split parameters by the view of their shards, and by whether slices are on other ranks.
 
         Yields:
@@ -162,8 +155,10 @@ class Exchange:
             parts.setdefault((split, empty, split and of_layers, view), []).append(i)
         for (split, _, _, view), members in parts.items():
             ours = [shards[i] for i in members]
-            finish = _Later(self, {p: layouts[p] for p in ours}, view) if split else take_step_
-            yield members, ours, view, finish
+            ending: Ending = AT_ONCE
+            if split:
+                ending = _AfterExchange(self, {p: layouts[p] for p in ours}, view)
+            yield members, ours, view, ending
 
     def _layout(self, p: Tensor, view: ViewOption) -> Layout | None:
         """Where the slices of a weight live; None for one of which nothing need be known."""
@@ -182,15 +177,11 @@ class Exchange:
         updates: Tensors,
         grads: Tensors,
         step_sizes: Sequence[float | Tensor],
+        step: Step,
         *,
-        view: ViewOption,
-        delta: float,
-        eps: float,
-        norm: str,
-        stochastic_rounding: bool,
-        **options: Any,
+        foreach: bool,
     ) -> None:
-        """Put off a :func:`take_step_`, whose arguments these are, until :meth:`finish_`."""
+        """Put off an ``end_``, whose arguments these are, until :meth:`finish_`."""
         buckets: dict[tuple[Layout, int], list[int]] = {}
         for i, (p, w) in enumerate(zip(params, weights, strict=True)):
             alone = i if w.numel() > BATCHED_ENTRIES else -1
@@ -200,18 +191,16 @@ class Exchange:
             u, w, g = (
                 batch(tensors, members, layout.channels) for tensors in (updates, weights, grads)
             )
-            sums = _channel_sums(u, w, g if view == "auto" else u if norm == "fixed" else None)
+            other = g if step.view == "auto" else u if step.norm == "fixed" else None
+            sums = _channel_sums(u, w, other)
             exchanged = layout.by_slice(sums)
             entries = layout.entries * (2 if params[members[0]].is_complex() else 1)
-            if view == "auto" and layout.view == _LAYER:
-                shut = _shut(sums, entries, w.dtype, delta, eps)
+            if step.view == "auto" and layout.view == _LAYER:
+                shut = _shut(sums, entries, w.dtype, step.delta, step.eps)
                 exchanged = torch.cat([exchanged, shut[None, :, None].to(sums.dtype)], 2)
             batches.append(_Batch(layout, members, entries, sums, list(exchanged.unbind(1))))
-        if norm == "fixed":
-            options["wd_ratio"] = 0.0
-        how = (view, delta, eps, norm, stochastic_rounding)
         self._deferred.append(
-            _Deferred(params, weights, updates, step_sizes, *how, options, batches)
+            _Deferred(params, weights, updates, step_sizes, step, foreach, batches)
         )
 
     def defer_plan_(
@@ -250,17 +239,17 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class _Later(Later):
-    """Ends a step of shards when sums have been exchanged; stands in for :func:`take_step_`."""
+class _AfterExchange:
+    """Ends a step of shards when sums have been exchanged."""
 
     exchange: Exchange
     layouts: Mapping[Tensor, Layout]
     view: ViewOption
 
-    def __call__(self, *tensors: Any, **options: Any) -> None:
-        self.exchange.defer_(self.layouts, *tensors, **options)
+    def end_(self, *tensors: Any, foreach: bool) -> None:
+        self.exchange.defer_(self.layouts, *tensors, foreach=foreach)
 
-    def defer_(self, plan: Plan, params: Sequence[Tensor]) -> None:
+    def end_plan_(self, plan: Plan, params: Sequence[Tensor]) -> None:
         self.exchange.defer_plan_(self.layouts, plan, params)
 
     @property
@@ -275,10 +264,9 @@ class _Later(Later):
         view = self.view
         return View.channel(view.dim) if isinstance(view, View) and view.kind == "blocks" else view
 
-    @property
-    def may_be_fused(self) -> bool:
+    def may_be_fused(self, params: Sequence[Tensor]) -> bool:
         """Whether it is the CPU's kernel that takes it, if one does."""
-        return all(p.numel() > 0 and p.device.type == "cpu" for p in self.layouts)
+        return all(p.numel() > 0 and p.device.type == "cpu" for p in params)
 
 
 def _lay_out(p: Any, view: ViewOption) -> Layout:
@@ -327,11 +315,12 @@ def _replace_gate_(step: _DeferredPlan) -> None:
     plan.replace_gate(coefficients, torch.stack(opened))
 
 
-def _finish_(step: _Deferred) -> None:
-    projected: list[Tensor | bool] = [True] * len(step.params)
-    for b in step.batches:
+def _finish_(deferred: _Deferred) -> None:
+    step = deferred.step
+    projected: list[Tensor | bool] = [True] * len(deferred.params)
+    for b in deferred.batches:
         view = b.layout.channels
-        u, w = (batch(tensors, b.members, view) for tensors in (step.updates, step.weights))
+        u, w = (batch(tensors, b.members, view) for tensors in (deferred.updates, deferred.weights))
         sums = torch.stack(b.sums, 1)
         if step.view == "auto":
             coefficients, open_ = _gated_coefficients(b, sums, w.dtype, step.delta, step.eps)
@@ -343,15 +332,22 @@ def _finish_(step: _Deferred) -> None:
         if is_alias(b.members):
             u.addcmul_(w, coefficients, value=-1)
         else:
-            unbatch_(step.updates, b.members, view, u - w * coefficients)
-    descend_(step.weights, step.updates, projected, step.step_sizes, **step.options)
+            unbatch_(deferred.updates, b.members, view, u - w * coefficients)
+    descend_(
+        deferred.weights,
+        deferred.updates,
+        projected,
+        deferred.step_sizes,
+        step,
+        foreach=deferred.foreach,
+    )
     if step.norm == "fixed":
-        for b in step.batches:
+        for b in deferred.batches:
             for i, sums in zip(b.members, b.sums, strict=True):
-                factors = b.layout.by_channel(_retraction(sums, step.step_sizes[i]))
-                slices = b.layout.channels.slices(step.weights[i])
+                factors = b.layout.by_channel(_retraction(sums, deferred.step_sizes[i]))
+                slices = b.layout.channels.slices(deferred.weights[i])
                 slices.mul_(factors.to(slices.dtype).view(-1, *(1 for _ in slices.shape[1:])))
-    round_back_(step.params, step.weights, step.stochastic_rounding)
+    round_back_(deferred.params, deferred.weights, step.stochastic_rounding)
 
 
 def _channel_sums(u: Tensor, w: Tensor, other: Tensor | None) -> Tensor:

@@ -11,16 +11,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View
-from normwise.optim._base import (
+from normwise.optim.groups import (
     as_view_option,
-    by_device_and_dtype,
     check_norm_option,
     check_not_flattened,
     check_number,
-    working,
 )
 from normwise.optim.projection import ViewOption
 from normwise.optim.sharded import Exchange
+from normwise.optim.step import Ending, SGDRule, Step, by_device_and_dtype, for_computing
 from normwise.sharding import local
 
 __all__ = ["Tangential", "tangential"]
@@ -107,39 +106,32 @@ class Tangential(Optimizer):
             for group in self.param_groups:
                 params = [p for p in group["params"] if p in before and p.grad is not None]
                 views = [self._views[p] for p in params]
-                for members, shards, view, finish in exchange.located(params, views):
+                for members, shards, view, ending in exchange.located(params, views):
                     olds = [local(before[params[i]]) for i in members]
-                    self._remove_radial_part_(group, shards, olds, view, finish)
+                    self._remove_radial_part_(self._options(group, view), shards, olds, ending)
             exchange.finish_()
         return loss
 
+    def _options(self, group: dict[str, Any], view: ViewOption) -> Step:
+        return Step(
+            SGDRule(momentum=0.0, dampening=0.0, nesterov=False),
+            self._decay_lr(group),
+            group.get("weight_decay", 0.0),
+            wd_ratio=0.0 if self._norm == "fixed" else self._wd_ratio,
+            view=view,
+            norm=self._norm,
+        )
+
     def _remove_radial_part_(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        before: list[Tensor],
-        view: ViewOption,
-        finish: Callable[..., None],
+        self, step: Step, params: list[Tensor], before: list[Tensor], ending: Ending
     ) -> None:
         for ps, olds in by_device_and_dtype(params, before):
-            steps = torch._foreach_sub([working(w) for w in olds], [working(p) for p in ps])
-            torch._foreach_copy_(ps, olds)
-            finish(
-                ps,
-                [working(p) for p in ps],
-                steps,
-                steps,
-                [1.0] * len(ps),
-                view=view,
-                delta=0.0,
-                eps=0.0,
-                decay_lr=self._decay_lr(group),
-                weight_decay=group.get("weight_decay", 0.0),
-                wd_ratio=self._wd_ratio,
-                norm=self._norm,
-                stochastic_rounding=False,
-                foreach=True,
+            moves = torch._foreach_sub(
+                [for_computing(w) for w in olds], [for_computing(p) for p in ps]
             )
+            torch._foreach_copy_(ps, olds)
+            weights = [for_computing(p) for p in ps]
+            ending.end_(ps, weights, moves, moves, [1.0] * len(ps), step, foreach=True)
 
     def _decay_lr(self, group: dict[str, Any]) -> float | Tensor:
         """What λ is multiplied by: η, or for SGD the η/(1 − μ) that L2 through its buffer is."""

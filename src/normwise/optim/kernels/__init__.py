@@ -10,27 +10,21 @@ import functools
 import importlib
 import importlib.util
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normwise.geometry import computing_dtype
 from normwise.optim.kernels._layout import memory_layout, slicing
-from normwise.optim.projection import ViewOption
-
-if TYPE_CHECKING:
-    from normwise.optim.kernels import cpu, cuda
-
-    Plan = cpu.Plan | cuda.Plan
+from normwise.optim.step import AT_ONCE, AdamRule, Part, SGDRule, Step
 
 __all__ = [
     "AdamRule",
-    "Fused",
-    "Later",
+    "FusedPlans",
     "SGDRule",
     "Step",
     "check_available",
@@ -54,12 +48,21 @@ class Backend:
     stochastic_rounding: bool
     # Whether they divide gradients by a GradScaler's scale, and skip steps, so that none waits.
     takes_scaler: bool
+    # Whether one plan takes the weights of several groups, each with options of its own.
+    takes_groups: bool
 
 
 _WIDE = (torch.float32, torch.float64, torch.bfloat16)
 _BACKENDS = {
     "cpu": Backend(
-        "cpu", "numba", "cpu", _WIDE, 1 << 10, stochastic_rounding=False, takes_scaler=False
+        "cpu",
+        "numba",
+        "cpu",
+        _WIDE,
+        1 << 10,
+        stochastic_rounding=False,
+        takes_scaler=False,
+        takes_groups=True,
     ),
     "cuda": Backend(
         "cuda",
@@ -69,73 +72,13 @@ _BACKENDS = {
         0,
         stochastic_rounding=True,
         takes_scaler=True,
+        takes_groups=False,
     ),
 }
-
-
-@dataclass(frozen=True)
-class AdamRule:
-    """The direction m̂/(√v̂ + eps); the step size is lr/(1 − β1^t)."""
-
-    beta1: float
-    beta2: float
-    nesterov: bool
-
-
-@dataclass(frozen=True)
-class SGDRule:
-    """The direction p, or g + μp for Nesterov, with the buffer p ← μp + (1 − dampening)g.
-
-    With ``lr_in_buffer`` gradients enter it times the learning rate, and the step size is 1.
-    """
-
-    momentum: float
-    dampening: float
-    nesterov: bool
-    lr_in_buffer: bool = False
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step does.
-
-    Args:
-        rule: how directions are made of gradients and moments.
-        lr, weight_decay: numbers or 0-dim tensors.
-        decay_scale: a weight decays by 1 − decay_scale·lr·weight_decay (default: 1).
-        wd_ratio: a factor on the decay of projected weights (default: 1).
-        eps: added to Adam's denominator; the guard of the gate (default: 0).
-        delta: the threshold of the gate (default: 0).
-        maximize: ascend instead of descend (default: False).
-        stochastic_rounding: of half-precision weights (default: False).
-        grad_scale: what the gradients are to be divided by first (default: None, for 1).
-        found_inf: nonzero if the step is to be skipped (default: None, for 0).
-    """
-
-    rule: AdamRule | SGDRule
-    lr: float | Tensor
-    weight_decay: float | Tensor
-    decay_scale: float = 1.0
-    wd_ratio: float = 1.0
-    eps: float = 0.0
-    delta: float = 0.0
-    maximize: bool = False
-    stochastic_rounding: bool = False
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-
-
-class Later(ABC):
-    """Ends the step of shards, on the CPU, when ranks have exchanged their sums."""
-
-    @property
-    @abstractmethod
-    def split(self) -> bool:
-        """Whether the slices of a :class:`View` are pieces of slices that lie on several ranks."""
-
-    @abstractmethod
-    def defer_(self, plan: cpu.Plan, params: Sequence[Tensor]) -> None:
-        """Called when the sums of this rank are there: :meth:`cpu.Plan.finish_` will follow."""
+# Plans of so many sets of weights are kept, for what alternates, such as frozen and thawed layers.
+KEPT_PLANS = 8
+# Memory that is there lies above, nearly always: below, a tensor's storage may be gone.
+LOWEST_ADDRESS = 1 << 32
 
 
 def check_available(params: Sequence[Tensor], *, stochastic_rounding: bool = False) -> None:
@@ -164,8 +107,16 @@ def check_available(params: Sequence[Tensor], *, stochastic_rounding: bool = Fal
             )
 
 
-def use_fused(group: dict[str, Any], params: Sequence[Tensor]) -> bool:
-    """Whether to take the fused step: as asked for, else where it fits and pays."""
+def use_fused(
+    group: Mapping[str, Any], params: Sequence[Tensor], others: Sequence[Tensor] = ()
+) -> bool:
+    """Whether to take the fused step: as asked for, else where it fits and pays.
+
+    Args:
+        group: the options.
+        params: the weights that take the step.
+        others: what is stepped with them, for whether it pays (default: none).
+    """
     if torch.compiler.is_compiling():
         return False  # inductor fuses the multi-tensor step itself
     if group["fused"] is not None:
@@ -176,11 +127,12 @@ def use_fused(group: dict[str, Any], params: Sequence[Tensor]) -> bool:
     backend = _BACKENDS.get(device)
     if backend is None or (group["stochastic_rounding"] and not backend.stochastic_rounding):
         return False
-    if sum(p.numel() for p in params) < backend.worthwhile_entries:
+    if not _have_entries((*params, *others), backend.worthwhile_entries):
         return False
-    if not all(_is_plain(p) and p.device.type == device for p in params):
-        return False
-    if not all(p.dtype in backend.dtypes for p in params):
+    if not all(
+        type(p) in _PLAIN_TYPES and p.dtype in backend.dtypes and p.device.type == device
+        for p in params
+    ):
         return False
     if not _is_installed(backend.compiler):
         _say_once(
@@ -189,6 +141,15 @@ def use_fused(group: dict[str, Any], params: Sequence[Tensor]) -> bool:
         )
         return False
     return True
+
+
+def _have_entries(params: Sequence[Tensor], least: int) -> bool:
+    total = 0
+    for p in params:
+        total += p.numel()
+        if total >= least:
+            return True
+    return total >= least
 
 
 def takes_scaler(p: Tensor) -> bool:
@@ -207,161 +168,225 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+
+
 def _is_plain(t: Tensor) -> bool:
     """Whether a tensor is what it seems: strided memory, no subclass, no fake."""
     return (
-        type(t) in (Tensor, torch.nn.Parameter)
-        and t.layout == torch.strided
-        and not t.is_conj()
-        and not t.is_neg()
+        type(t) in _PLAIN_TYPES and t.layout == torch.strided and not t.is_conj() and not t.is_neg()
     )
 
 
-class Fused:
-    """The plans of one list of parameters: made in the first step, kept while they fit.
+class FusedPlans:
+    """The plans of one set of weights: made in the first step, kept while they fit.
 
-    A plan holds a work list, a few sums for each slice, and the last decisions of the gate. Nothing
-    of it belongs into a state dict.
+    A plan holds a work list, a few sums for each slice, and the last decisions of the gate; no
+    tensor of the optimizer's. Nothing of it belongs into a state dict.
     """
 
     def __init__(self) -> None:
-        # What a GradScaler leaves to the step.
-        self.grad_scale: Tensor | None = None
-        self.found_inf: Tensor | None = None
-        self._key: object = None
         self._seen: object = None
-        self._parts: list[tuple[Plan | None, list[int]]] = []
+        self._planned: list[_Planned] = []
+        self._known: dict[object, list[_Planned]] = {}
 
-    def step_(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        firsts: Sequence[Tensor] | None,
-        seconds: Sequence[Tensor] | None,
-        counts: Sequence[Tensor] | None,
-        step: Step,
-        *,
-        view: ViewOption,
-        norm: str,
-        later: Later | None = None,
-    ) -> list[int]:
+    def step_(self, parts: Sequence[Part]) -> list[tuple[Part, list[int]]]:
         """Take the step of all tensors that the kernels can take, in place.
 
         Args:
-            params, grads: weights and gradients.
-            firsts: first moments or momentum buffers; None for a momentum of 0.
-            seconds, counts: second moments and step counts; None for SGD.
-            step: what kind of step to take.
-            view, norm: options of the group.
-            later: what ends the step of shards on the CPU (default: None, for the kernel itself).
+            parts: weights of one optimizer, all with the same ending.
 
         Returns:
-            The indices of those that are left: not dense, a gradient in another memory format,
+            What is left, and which of each part: not dense, a gradient in another memory format,
             another dtype, a subclass of Tensor.
+
+        Raises:
+            RuntimeError: if the memory of a tensor is gone.
         """
-        others = [[] if tensors is None else tensors for tensors in (firsts, seconds, counts)]
-        self._look(params, grads, others, view, norm, later is not None and later.split)
-        if self.found_inf is not None:
-            step = replace(step, grad_scale=self.grad_scale, found_inf=self.found_inf)
-        left: list[int] = []
-        for plan, members in self._parts:
-            if plan is None:
-                left = members
+        params, grads, *states = (
+            list(chain.from_iterable(lists))
+            for lists in zip(*(p.tensors for p in parts), strict=True)
+        )
+        self._look(parts, params, grads, states)
+        ending = parts[0].ending
+        left: list[tuple[Part, list[int]]] = []
+        for planned in self._planned:
+            if planned.plan is None:
+                left.append((parts[planned.parts[0]], planned.within))
                 continue
-            options: dict[str, Any] = {} if later is None else {"later": later}
-            plan.step_(
-                [params[i] for i in members],
-                [grads[i] for i in members],
-                None if firsts is None else [firsts[i] for i in members],
-                None if seconds is None else [seconds[i] for i in members],
-                None if counts is None else [counts[i] for i in members],
-                step,
+            members = planned.members
+            tensors = [
+                lists if len(members) == len(params) else [lists[i] for i in members]
+                for lists in (params, grads, *states)
+            ]
+            # A momentum of 0 has no buffers.
+            moments = [lists if _any_of(lists) else None for lists in tensors[2:]]
+            options: dict[str, Any] = {} if ending is AT_ONCE else {"ending": ending}
+            planned.plan.step_(
+                *tensors[:2],
+                *moments,
+                *(None for _ in range(3 - len(moments))),
+                [parts[i].step for i in planned.parts]
+                if planned.takes_groups
+                else parts[planned.parts[0]].step,
                 **options,
             )
-        if left and self.found_inf is not None:
-            if self.found_inf.item():  # these few wait for the device
-                return []
-            if self.grad_scale is not None:
-                torch._foreach_div_([grads[i] for i in left], self.grad_scale)
-        return left
+        return [(part, members) for part, members in left if _unscaled_(part, members)]
 
     def _look(
         self,
+        parts: Sequence[Part],
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        others: Sequence[Sequence[Tensor]],
-        view: ViewOption,
-        norm: str,
-        split: bool,
+        states: Sequence[Sequence[Tensor | None]],
     ) -> None:
-        """Remake the plans unless the tensors are as they were."""
-        # What changes from step to step, looked at cheaply: about 0.5 µs a parameter.
-        types = set(map(type, params)) | set(map(type, grads))
+        """Remake the plans unless the tensors are as they were.
+
+        What may change from step to step is looked at in every step: about 2 µs a weight.
+        """
+        kept = [t for tensors in (params, *states) for t in tensors if t is not None]
+        every = [*kept, *grads]
         seen = None
-        if types <= {Tensor, torch.nn.Parameter}:
-            forms = [(g.shape, g.stride(), g.dtype) for g in grads]
-            shapes = [p.shape for p in params]
-            addresses = [t.data_ptr() for tensors in (params, *others) for t in tensors]
-            seen = (view, norm, split, forms, shapes, addresses)
-            if seen == self._seen:
-                return
-        self._seen = seen
-
-        by_kind: dict[tuple[torch.device, torch.dtype] | None, list[int]] = {}
-        for i, p in enumerate(params):
-            first, second, count = (tensors[i] if tensors else None for tensors in others)
-            takes = _takes(p, grads[i], first, second, count, view)
-            # An empty weight has nothing but a step count.
-            if not takes or (p.numel() == 0 and others[-1]):
-                by_kind.setdefault(None, []).append(i)
-            elif p.numel() > 0:
-                by_kind.setdefault((p.device, p.dtype), []).append(i)
-        key = (view, norm, split, [(p.shape, p.stride()) for p in params], by_kind)
-        if key == self._key:
-            return
-        self._key = key
-        self._parts = [
-            (
-                None
-                if kind is None
-                else _new_plan([params[i] for i in members], view, norm, split),
-                members,
+        if _PLAIN_TYPES.issuperset(map(type, every)):
+            forms = [(len(p.params), p.step.view, p.step.norm, p.ending.split) for p in parts]
+            seen = (
+                forms,
+                list(map(Tensor.data_ptr, kept)),
+                list(map(Tensor.stride, every)),
+                list(map(Tensor.size, every)),
+                [t.dtype for t in every],
+                list(map(Tensor.is_neg, every)),
             )
-            for kind, members in by_kind.items()
-        ]
-        left = sum(params[i].numel() > 0 for i in by_kind.get(None, ()))
-        if left:
-            _say_once(f"{left} of {len(params)} weights do not fit the fused step")
+            there = min(map(Tensor.data_ptr, grads), default=LOWEST_ADDRESS) >= LOWEST_ADDRESS
+            if seen == self._seen and there:
+                return
+        self._seen = None
+        for t in every:
+            _check_memory(t)
+
+        by_kind: dict[Any, list[tuple[int, int, int]]] = {}
+        place = 0
+        for number, part in enumerate(parts):
+            for i, (p, grad, *moments) in enumerate(zip(*part.tensors, strict=True)):
+                takes = _takes(p, grad, moments, part)
+                backend = _BACKENDS.get(p.device.type)
+                if not takes or (p.numel() == 0 and len(moments) == 3):
+                    # An empty weight has nothing but a step count.
+                    by_kind.setdefault((None, number), []).append((place, number, i))
+                elif p.numel() > 0:
+                    assert backend is not None
+                    group = None if backend.takes_groups else number
+                    kind = (p.device, p.dtype, group)
+                    by_kind.setdefault(kind, []).append((place, number, i))
+                place += 1
+        key = (
+            tuple((p.step.view, p.step.norm, p.ending.split) for p in parts),
+            tuple((p.shape, p.stride()) for p in params),
+            tuple((kind, tuple(members)) for kind, members in by_kind.items()),
+        )
+        if key not in self._known:
+            if len(self._known) >= KEPT_PLANS:
+                del self._known[next(iter(self._known))]
+            self._known[key] = [
+                _plan(kind, members, parts, params) for kind, members in by_kind.items()
+            ]
+            left = sum(
+                params[place].numel() > 0
+                for kind, members in by_kind.items()
+                for place, _, _ in members
+                if kind[0] is None
+            )
+            if left:
+                _say_once(f"{left} of {len(params)} weights do not fit the fused step")
+        self._planned = self._known[key]
+        # A step count that was brought to its weight's device lies elsewhere from now on.
+        self._seen = None if seen is None else (seen[0], [t.data_ptr() for t in kept], *seen[2:])
 
 
-def _new_plan(params: Sequence[Tensor], view: ViewOption, norm: str, split: bool) -> Plan:
-    backend = _BACKENDS[params[0].device.type]
+@dataclass(frozen=True)
+class _Planned:
+    """Weights for one plan, or for none.
+
+    Attributes:
+        plan: what steps them; None for what the kernels do not take.
+        members: which of all weights they are.
+        within: which of their part, if there is but one.
+        parts: the parts that they are of.
+        takes_groups: whether the plan takes a step for each of these.
+    """
+
+    plan: Any
+    members: list[int]
+    within: list[int]
+    parts: list[int]
+    takes_groups: bool
+
+
+def _plan(
+    kind: Any,
+    members: Sequence[tuple[int, int, int]],
+    parts: Sequence[Part],
+    params: Sequence[Tensor],
+) -> _Planned:
+    places, numbers, within = (list(column) for column in zip(*members, strict=True))
+    of_parts = list(dict.fromkeys(numbers))
+    if kind[0] is None:
+        return _Planned(None, places, within, of_parts, takes_groups=False)
+    weights = [params[i] for i in places]
+    backend = _BACKENDS[weights[0].device.type]
     module: Any = importlib.import_module(f"{__name__}.{backend.module}")
-    options: dict[str, Any] = {"split": True} if split else {}
-    plan: Plan = module.Plan(params, view, norm, **options)
-    return plan
+    if backend.takes_groups:
+        groups = [of_parts.index(number) for number in numbers]
+        steps = [parts[i].step for i in of_parts]
+        plan = module.Plan(weights, steps, groups, split=parts[0].ending.split)
+    else:
+        step = parts[of_parts[0]].step
+        plan = module.Plan(weights, step.view, step.norm)
+    return _Planned(plan, places, within, of_parts, backend.takes_groups)
 
 
-def _takes(
-    p: Tensor,
-    grad: Tensor,
-    first: Tensor | None,
-    second: Tensor | None,
-    count: Tensor | None,
-    view: ViewOption,
-) -> bool:
+def _any_of(tensors: Sequence[Tensor | None]) -> bool:
+    return any(t is not None for t in tensors)
+
+
+def _unscaled_(part: Part, members: Sequence[int]) -> bool:
+    """Do for weights that are left what a GradScaler asks for; return whether to step them."""
+    if part.step.found_inf is not None:
+        if part.step.found_inf.item():  # these few wait for the device
+            return False
+        if part.step.grad_scale is not None:
+            torch._foreach_div_([part.grads[i] for i in members], part.step.grad_scale)
+    return True
+
+
+def _check_memory(t: Tensor) -> None:
+    """Raise RuntimeError for a tensor of which nothing is in memory, as torch's fused steps do."""
+    if type(t) not in _PLAIN_TYPES or t.layout != torch.strided or t.numel() == 0:
+        return
+    if t.device.type in _BACKENDS and t.untyped_storage().data_ptr() == 0:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(t.shape)} that a fused step needs has no memory: its "
+            "storage was resized to 0, or it is an immutable ZeroTensor; give it its memory back, "
+            "or a clone in its place"
+        )
+
+
+def _takes(p: Tensor, grad: Tensor, states: Sequence[Tensor | None], part: Part) -> bool:
     """Whether the kernels can take a weight. Its step count is brought to its device."""
-    moments = [m for m in (first, second) if m is not None]
     backend = _BACKENDS.get(p.device.type)
     if backend is None or p.dtype not in backend.dtypes:
         return False
+    moments = [m for m in states[:2] if m is not None]
     if not all(_is_plain(t) and t.device == p.device for t in (p, grad, *moments)):
         return False
-    if count is not None:
-        if not _is_plain(count) or count.dtype != torch.float32:
+    if len(states) == 3:
+        count = states[2]
+        if count is None or not _is_plain(count) or count.dtype != torch.float32:
             return False
         if count.device != p.device:
             count.data = count.data.to(p.device)  # once: in place, as Module.to does it
     alike = all(t.stride() == p.stride() and t.shape == p.shape for t in (grad, *moments))
     dtypes = grad.dtype == p.dtype and all(m.dtype == computing_dtype(p.dtype) for m in moments)
-    return p.numel() == 0 or (alike and dtypes and memory_layout(p, slicing(p, view)) is not None)
+    if p.numel() == 0:
+        return True
+    return alike and dtypes and memory_layout(p, slicing(p, part.step.view)) is not None

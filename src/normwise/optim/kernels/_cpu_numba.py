@@ -23,9 +23,12 @@ written on a guess. A right guess, which is nearly every one, costs no second lo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -51,13 +54,31 @@ PARALLEL_ENTRIES = 1 << 15
 ADAM, SGD = 0, 1
 # Modes: what a weight's slices are for.
 FREE, EXPLICIT, FIXED, AUTO = 0, 1, 2, 3
-# Decisions of the gate.
-SHUT, BY_CHANNEL, BY_LAYER = 0, 1, 2
+# Decisions of the gate; NONE before the first.
+NONE, SHUT, BY_CHANNEL, BY_LAYER = -1, 0, 1, 2
 
 # Columns of the table of tensors.
-W, G, M, V, OUTER, SLICES, INNER, MODE, FIRST, LAST, TOTALS, WHOLE, GUESS, DECISION, REVISIT = (
-    range(15)
-)
+(
+    W,
+    G,
+    M,
+    V,
+    COUNT,
+    OUTER,
+    SLICES,
+    INNER,
+    MODE,
+    FIRST,
+    LAST,
+    TOTALS,
+    WHOLE,
+    GROUP,
+    GUESS,
+    DECISION,
+    DECISION_BEFORE,
+    REVISIT,
+) = range(18)
+TENSOR_COLUMNS = 20
 # Columns of the table of chunks; and of their sums, which follow the columns of the slices' sums.
 TENSOR, OUTER_0, OUTER_1, SLICE_0, SLICE_1, INNER_0, INNER_1, SLOT = range(8)
 # Sums of a slice: ⟨w, u⟩, ‖w‖²; in "auto" also ⟨w, g⟩, ‖g‖², else ⟨w, u⟩, ‖u‖² in their place.
@@ -68,8 +89,23 @@ OPEN, SAFE = 4, 5
 # Factors of a tensor: the step σ, 1/√(1 − β2^t), the decay of a weight that is not or is projected,
 # and the coefficient of the layer view.
 STEP, DENOMINATOR, DECAY, DECAY_PROJECTED, BY_LAYER_COEFFICIENT = range(5)
-# Options of a step.
-GRAD, M_KEEP, M_ADD, V_KEEP, V_ADD, LOOK_AHEAD, EPS, GATE, GUARD = range(9)
+# Options of a group's step: what kernels use entry by entry, then what makes the factors.
+(
+    GRAD,
+    M_KEEP,
+    M_ADD,
+    V_KEEP,
+    V_ADD,
+    LOOK_AHEAD,
+    EPS,
+    GATE,
+    GUARD,
+    LR,
+    BETA1,
+    BETA2,
+    DECAY_BY,
+    WD_RATIO,
+) = range(14)
 # Entries of the argument block.
 (
     TENSORS,
@@ -95,29 +131,39 @@ _OPTIONS: dict[str, Any] = {
 logger = logging.getLogger(__name__)
 
 
-def _nothing() -> None:
-    pass
-
-
-def _finds_cache() -> bool:
-    """Whether there is a directory where Numba can keep what it compiles."""
-    try:
-        numba.njit(cache=True)(_nothing)
-    except (RuntimeError, OSError) as error:
-        logger.info("compiling fused steps anew in each process (%s); set NUMBA_CACHE_DIR", error)
-        return False
-    return True
-
-
-_OPTIONS["cache"] = _finds_cache()
-_UNCACHED = {**_OPTIONS, "cache": False}
-# Numba's own types do not say what its decorators return.
-_compiled: Any = functools.partial(numba.njit, **_OPTIONS)
-# What is only called from other kernels is kept with them.
-_inlined: Any = functools.partial(numba.njit, **_UNCACHED)
+# What is only called from other kernels is kept with them. Numba's own types do not say what its
+# decorators return.
+_inlined: Any = functools.partial(numba.njit, **_OPTIONS)
+# Products that must stay grouped as they are written.
+_as_written: Any = functools.partial(numba.njit, **{**_OPTIONS, "fastmath": {"contract"}})
 _intrinsic: Any = numba.extending.intrinsic
-_cfunc: Any = numba.cfunc
 _carray: Any = numba.carray
+
+
+def compile_with_cache(compiler: Callable[..., Any], signature: Any, function: Any) -> Any:
+    """Compile a function, or load it from Numba's cache; no fault of the cache is an error.
+
+    Where there is no directory to write to, the disk is full, or a file is damaged, it is compiled
+    anew, and a damaged index is emptied.
+
+    Args:
+        compiler: ``numba.njit`` or ``numba.cfunc``.
+        signature: the types of the function, for which it is compiled at once.
+        function: what to compile.
+    """
+    try:
+        return compiler(signature, cache=True, **_OPTIONS)(function)
+    except Exception as error:  # of reading: whatever a damaged pickle or machine code brings
+        logger.warning(
+            "Numba's cache cannot be used (%s: %s): compiling %s anew in this process; free its "
+            "disk or set NUMBA_CACHE_DIR",
+            type(error).__name__,
+            str(error).partition("\n")[0],
+            function.__name__.strip("_"),
+        )
+    with contextlib.suppress(Exception):
+        numba.njit(cache=True)(function)._cache.flush()
+    return compiler(signature, cache=False, **_OPTIONS)(function)
 
 
 @_intrinsic
@@ -201,6 +247,12 @@ def _array(address, length, like):
     return _carray(_pointer(address, like), length)
 
 
+@_as_written
+def _second_moment(v, gradient, keep, add):
+    """keep·v + add·g², where g² alone may be beyond float32."""
+    return keep * v + add * gradient * gradient
+
+
 @_inlined
 def _adam_directions(g, m, v, u, options, denominator, update):
     """u = m̂/(√v̂ + eps), with m̂ one step ahead for Nesterov; the step size has 1/(1 − β1^t)."""
@@ -212,7 +264,7 @@ def _adam_directions(g, m, v, u, options, denominator, update):
         for i in range(len(u)):
             gradient = grad * _widened(g[i])
             first = m[i] + m_add * (gradient - m[i])
-            second = v_keep * v[i] + v_add * gradient * gradient
+            second = _second_moment(v[i], gradient, v_keep, v_add)
             m[i] = first
             v[i] = second
             u[i] = (first + look_ahead * (gradient - first)) / (math.sqrt(second) * scale + eps)
@@ -272,7 +324,7 @@ def _adam_sums(w, g, m, v, u, options, denominator, gated):
     for i in range(len(u)):
         gradient = grad * _widened(g[i])
         first = m[i] + m_add * (gradient - m[i])
-        second = v_keep * v[i] + v_add * gradient * gradient
+        second = _second_moment(v[i], gradient, v_keep, v_add)
         direction = (first + look_ahead * (gradient - first)) / (math.sqrt(second) * scale + eps)
         m[i] = first
         v[i] = second
@@ -330,7 +382,7 @@ def _adam_free(w, g, m, v, options, denominator, keep, add):
     for i in range(len(m)):
         gradient = grad * _widened(g[i])
         first = m[i] + m_add * (gradient - m[i])
-        second = v_keep * v[i] + v_add * gradient * gradient
+        second = _second_moment(v[i], gradient, v_keep, v_add)
         m[i] = first
         v[i] = second
         ahead = first + look_ahead * (gradient - first)
@@ -428,8 +480,7 @@ def _explicit_factors(sums, factors, mode):
     return keep, step
 
 
-@_inlined
-def _work(pointer):
+def _take_chunks(pointer):
     """Take chunks until there are none left. The type of the pointer is that of the weights."""
     like = _carray(pointer, 1)[0]
     block = _array(_address(pointer), 16, np.int64(0))
@@ -452,7 +503,9 @@ def _work(pointer):
 @_inlined
 def _chunk(block, number, scratch, like):
     chunk = _array(block[CHUNKS] + number * 8 * 8, 8, np.int64(0))
-    tensor = _array(block[TENSORS] + chunk[TENSOR] * 16 * 8, 16, np.int64(0))
+    tensor = _array(
+        block[TENSORS] + chunk[TENSOR] * TENSOR_COLUMNS * 8, TENSOR_COLUMNS, np.int64(0)
+    )
     first_pass = block[PASS] == 1
     if not first_pass and tensor[REVISIT] == 0:
         return
@@ -461,7 +514,7 @@ def _chunk(block, number, scratch, like):
     if not first_pass and whole != 0 and decision == guess and chunk_sums[SAFE] != 0:
         return
     factors = _array(block[FACTORS] + chunk[TENSOR] * 8 * 8, 8, np.float64(0))
-    options = _array(block[OPTIONS], 16, np.float64(0))
+    options = _array(block[OPTIONS] + tensor[GROUP] * 16 * 8, 16, np.float64(0))
 
     size = np.int64(_size_of(like))
     compute = _widened(like)
@@ -607,8 +660,30 @@ def _size_of(context: Any, value: Any) -> Any:
     return types.int64(value), generate
 
 
-@_compiled
-def decide(tensors, chunks, factors, sums, chunk_sums, options):
+def _prepare(tensors, factors, options, is_adam):
+    """Count the steps, make the factors of weights, and expect of the gate what it did before.
+
+    The last decision is expected if it was made twice or is the first: a random gradient passes the
+    layer gate now and then, and that says nothing of the next.
+    """
+    for t in range(len(tensors)):
+        tensor, own = tensors[t], options[tensors[t, GROUP]]
+        factors[t, STEP] = own[LR]
+        if is_adam:
+            count = _array(tensor[COUNT], 1, np.float32(0))
+            count[0] += np.float32(1)
+            steps = np.float64(count[0])
+            factors[t, STEP] = own[LR] / (1 - own[BETA1] ** steps)
+            factors[t, DENOMINATOR] = 1 / math.sqrt(1 - own[BETA2] ** steps)
+        factors[t, DECAY] = 1 - own[DECAY_BY]
+        factors[t, DECAY_PROJECTED] = 1 - own[DECAY_BY] * own[WD_RATIO]
+        if tensor[DECISION] != NONE:
+            if tensor[DECISION_BEFORE] in (NONE, tensor[DECISION]):
+                tensor[GUESS] = tensor[DECISION]
+            tensor[DECISION_BEFORE] = tensor[DECISION]
+
+
+def _decide(tensors, chunks, factors, sums, chunk_sums, all_options):
     """Add up what the first pass found of each weight; decide its gate; say if a second is needed.
 
     The decision is that of projection.gated_radial.
@@ -617,6 +692,7 @@ def decide(tensors, chunks, factors, sums, chunk_sums, options):
     for t in range(len(tensors)):
         tensor = tensors[t]
         tensor[REVISIT] = 0
+        options = all_options[tensor[GROUP]]
         if tensor[MODE] == FREE:
             continue
         if tensor[WHOLE] == 0:
@@ -664,28 +740,45 @@ def _add_up(tensor, chunks, sums, chunk_sums):
                 totals[s, column] += sums[chunks[chunk, SLOT] + s - first, column]
 
 
-def _task(pointer):
-    _work(pointer)
-
-
 _TYPES = {
     torch.float32: types.float32,
     torch.float64: types.float64,
     torch.bfloat16: types.uint16,
 }
+_INT_TABLE, _TABLE = types.int64[:, ::1], types.float64[:, ::1]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What is compiled, in this order of a step: prepare, take chunks, decide, take chunks again.
+
+    Attributes:
+        prepare: of tensors, factors, options, and whether the rule is Adam's.
+        take_chunks: the address of a function that takes the argument block's.
+        decide: of tensors, chunks, factors, sums, sums of chunks, options; says whether a second
+            pass is needed.
+    """
+
+    prepare: Callable[..., None]
+    take_chunks: int
+    decide: Callable[..., bool]
+    _owner: Any
 
 
 @functools.cache
-def entry(dtype: torch.dtype) -> Any:
-    """The compiled task for weights of a dtype. The compiler is only now asked to work."""
-    signature = types.void(types.CPointer(_TYPES[dtype]))
-    return _cfunc(signature, **_OPTIONS)(_task)
+def kernels(dtype: torch.dtype) -> Kernels:
+    """The kernels for weights of a dtype. The compiler is only now asked to work."""
+    prepare, decide = _for_all_dtypes()
+    task = compile_with_cache(numba.cfunc, types.void(types.CPointer(_TYPES[dtype])), _take_chunks)
+    return Kernels(prepare, task.address, decide, task)
 
 
-@_compiled
-def count_steps(addresses, steps):
-    """Add 1 to the float32 step counts at some addresses, and copy them out."""
-    for i in range(len(addresses)):
-        step = _array(addresses[i], 1, np.float32(0))
-        step[0] += np.float32(1)
-        steps[i] = step[0]
+@functools.cache
+def _for_all_dtypes() -> tuple[Any, Any]:
+    tables = (_INT_TABLE, _INT_TABLE, _TABLE, _TABLE, _TABLE, _TABLE)
+    return (
+        compile_with_cache(
+            numba.njit, types.void(_INT_TABLE, _TABLE, _TABLE, types.boolean), _prepare
+        ),
+        compile_with_cache(numba.njit, types.boolean(*tables), _decide),
+    )

@@ -6,20 +6,16 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from normwise.geometry import computing_dtype
-from normwise.optim.kernels import AdamRule, Step
 from normwise.optim.kernels import _cpu_numba as k
 from normwise.optim.kernels._layout import memory_layout, mode, slicing
-from normwise.optim.projection import ViewOption
-
-if TYPE_CHECKING:
-    from normwise.optim.kernels import Later
+from normwise.optim.step import AT_ONCE, AdamRule, Ending, SGDRule, Step
 
 Table = np.ndarray[Any, Any]
 
@@ -47,12 +43,11 @@ def _openmp() -> Callable[..., None] | None:
 _DIRECTLY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def _run(dtype: torch.dtype, block: Table, threads: int) -> None:
-    task, start = k.entry(dtype), _openmp()
-    if threads > 1 and start is not None:
-        start(task.address, block.ctypes.data, threads, 0)
-    else:
-        _DIRECTLY(task.address)(block.ctypes.data)
+@functools.cache
+def _kernels(dtype: torch.dtype) -> tuple[k.Kernels, Callable[[int], None]]:
+    """What is compiled for a dtype, and how one thread calls it."""
+    compiled = k.kernels(dtype)
+    return compiled, _DIRECTLY(compiled.take_chunks)
 
 
 _MODES = {"free": k.FREE, "explicit": k.EXPLICIT, "fixed": k.FIXED, "auto": k.AUTO}
@@ -89,21 +84,28 @@ class Plan:
 
     Args:
         params: dense CPU tensors of one dtype, none empty.
-        view: as in :func:`normwise.optim.projection.project_`.
-        norm: ``"free"`` or ``"fixed"``.
-        split: whether the slices are pieces of slices that lie on several ranks (default: False).
+        steps: the options of some groups; of them only the views and norms matter here.
+        groups: for each tensor, which of these are its.
+        split: whether the slices are pieces of slices that lie on several ranks; then there is but
+            one group (default: False).
     """
 
     def __init__(
-        self, params: Sequence[Tensor], view: ViewOption, norm: str, *, split: bool = False
+        self,
+        params: Sequence[Tensor],
+        steps: Sequence[Step],
+        groups: Sequence[int],
+        *,
+        split: bool = False,
     ) -> None:
         self.dtype = params[0].dtype
-        self.split, self.gated = split, view == "auto"
-        self.tensors = np.zeros((len(params), 16), np.int64)
+        self.split, self.gated = split, steps[0].view == "auto"
+        self.tensors = np.zeros((len(params), k.TENSOR_COLUMNS), np.int64)
         self.factors = np.zeros((len(params), 8))
         tables = []
         slots = n_chunks = 0
-        for t, p in enumerate(params):
+        for t, (p, group) in enumerate(zip(params, groups, strict=True)):
+            view, norm = steps[group].view, steps[group].norm
             kind = _MODES[mode(p, view, norm)]
             layout = memory_layout(p, slicing(p, view))
             assert layout is not None
@@ -119,7 +121,7 @@ class Plan:
                 widths = table[:, k.SLICE_1] - table[:, k.SLICE_0]
                 table[:, k.SLOT] = slots + np.cumsum(widths) - widths
                 slots += int(widths.sum())
-            self.tensors[t, k.OUTER :] = (
+            self.tensors[t, k.OUTER : k.REVISIT] = (
                 outer,
                 slices,
                 inner,
@@ -128,10 +130,10 @@ class Plan:
                 n_chunks + len(table),
                 totals,
                 whole,
+                group,
                 k.SHUT,
-                k.SHUT,
-                0,
-                0,
+                k.NONE,
+                k.NONE,
             )
             n_chunks += len(table)
             tables.append(table)
@@ -139,7 +141,7 @@ class Plan:
         self.chunks = np.concatenate(tables)
         self.sums = np.zeros((slots, 4))
         self.chunk_sums = np.zeros((n_chunks, 8))
-        self.options = np.zeros(16)
+        self.options = np.zeros((len(steps), 16))
         self.counter = np.zeros(0, np.int64)
         self.scratch = np.zeros(0)
         self.block = np.zeros(16, np.int64)
@@ -151,16 +153,17 @@ class Plan:
             k.CHUNK_SUMS: self.chunk_sums,
             k.OPTIONS: self.options,
         }
+        self._kernels, self._directly = _kernels(self.dtype)
         for entry, array in pointed_to.items():
             self.block[entry] = array.ctypes.data
         self.block[k.N_CHUNKS] = n_chunks
+        self._block_at = self.block.ctypes.data
         self._pieces: list[Tensor] = []
         if split:
-            all_four = self.gated or norm == "fixed"
+            all_four = self.gated or steps[0].norm == "fixed"
             exchanged = torch.from_numpy(self.sums[:, : (k.GG if all_four else k.WW) + 1])
             for first, slices in self.tensors[:, [k.TOTALS, k.SLICES]].tolist():
                 self._pieces.append(exchanged.narrow(0, first, slices))
-        self._last: Table | None = None
         self._may_revisit = bool(
             (
                 (self.tensors[:, k.MODE] == k.AUTO)
@@ -172,48 +175,29 @@ class Plan:
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        firsts: Sequence[Tensor] | None,
-        seconds: Sequence[Tensor] | None,
-        counts: Sequence[Tensor] | None,
-        step: Step,
-        later: Later | None = None,
+        exp_avgs: Sequence[Tensor | None] | None,
+        exp_avg_sqs: Sequence[Tensor] | None,
+        state_steps: Sequence[Tensor] | None,
+        steps: Sequence[Step],
+        ending: Ending = AT_ONCE,
     ) -> None:
         """Update moments, step counts and weights, in place.
 
         Args:
             params, grads: of the forms that the plan was made for.
-            firsts: first moments or momentum buffers; None for a momentum of 0.
-            seconds, counts: second moments and step counts; None for SGD.
-            step: what kind of step to take.
-            later: if the weights are shards, what is told when the sums of this rank are there; the
-                step ends with :meth:`finish_`, until when the tensors must be kept.
+            exp_avgs: first moments or momentum buffers; None for a momentum of 0.
+            exp_avg_sqs, state_steps: second moments and step counts; None for SGD.
+            steps: what kind of step each group takes.
+            ending: what is told when the sums of this rank are there; the step ends with
+                :meth:`finish_`, until when the tensors must be kept.
         """
-        for column, tensors in ((k.W, params), (k.G, grads), (k.M, firsts), (k.V, seconds)):
-            self.tensors[:, column] = 0 if tensors is None else list(map(Tensor.data_ptr, tensors))
-        lr, weight_decay = float(step.lr), float(step.weight_decay)  # no wait: on the CPU
-        decay = lr * step.decay_scale * weight_decay
-        self.factors[:, k.DECAY] = 1 - decay
-        self.factors[:, k.DECAY_PROJECTED] = 1 - decay * step.wd_ratio
-        options, rule = self.options, step.rule
-        options[k.GRAD] = -1 if step.maximize else 1
-        options[k.EPS], options[k.GATE] = step.eps, step.delta
-        options[k.GUARD] = max(step.eps, torch.finfo(computing_dtype(self.dtype)).tiny)
-        if isinstance(rule, AdamRule):
-            assert counts is not None
-            t = np.empty(len(counts))
-            k.count_steps(np.array(list(map(Tensor.data_ptr, counts))), t)
-            self.factors[:, k.STEP] = lr / (1 - rule.beta1**t)
-            self.factors[:, k.DENOMINATOR] = 1 / np.sqrt(1 - rule.beta2**t)
-            options[k.M_ADD] = 1 - rule.beta1
-            options[k.V_KEEP], options[k.V_ADD] = rule.beta2, 1 - rule.beta2
-            options[k.LOOK_AHEAD] = (1 - rule.beta1) * rule.nesterov
-        else:
-            self.factors[:, k.STEP] = 1 if rule.lr_in_buffer else lr
-            if rule.lr_in_buffer:
-                options[k.GRAD] *= lr
-            options[k.M_KEEP], options[k.M_ADD] = rule.momentum, 1 - rule.dampening
-            options[k.LOOK_AHEAD] = rule.nesterov
-        self.block[k.RULE] = k.SGD if seconds is None else k.ADAM
+        for column, tensors in enumerate((params, grads, exp_avgs, exp_avg_sqs, state_steps)):
+            if tensors is not None:
+                self.tensors[:, column] = [0 if t is None else t.data_ptr() for t in tensors]
+        self.options[:] = [_options(step, self.dtype) for step in steps]
+        is_adam = exp_avg_sqs is not None
+        self._kernels.prepare(self.tensors, self.factors, self.options, is_adam)
+        self.block[k.RULE] = k.ADAM if is_adam else k.SGD
         threads = torch.get_num_threads() if self.entries > k.PARALLEL_ENTRIES else 1
         if len(self.scratch) < threads * k.LONGEST:
             self.scratch = np.empty(threads * k.LONGEST)
@@ -223,10 +207,7 @@ class Plan:
         if self.split and self.gated:
             self.tensors[:, k.MODE] = k.AUTO  # in the first pass
         self._pass(1, threads)
-        if later is None:
-            self.finish_(params)
-        else:
-            later.defer_(self, params)
+        ending.end_plan_(self, params)
 
     def sum_pieces(self) -> list[Tensor]:
         """Of each weight whose slices are split ⟨w, u⟩, ‖w‖² of the pieces here, in ``"auto"`` also
@@ -240,7 +221,7 @@ class Plan:
     @property
     def gate(self) -> tuple[float, float]:
         """The step's ``delta`` and ``eps``."""
-        return float(self.options[k.GATE]), float(self.options[k.EPS])
+        return float(self.options[0, k.GATE]), float(self.options[0, k.EPS])
 
     def replace_gate(self, coefficients: Sequence[Tensor], opened: Tensor) -> None:
         """Let what was decided in ``"auto"`` end the step of weights whose slices are split.
@@ -276,33 +257,44 @@ class Plan:
 
     def finish_(self, params: Sequence[Tensor]) -> None:
         """Decide, and take the second pass over what needs it."""
-        if self._may_revisit:
-            if self.split or self._decide():
-                self._pass(2, int(self.block[k.THREADS]))
-            self._guess()
+        if self._may_revisit and (self.split or self._decide()):
+            self._pass(2, int(self.block[k.THREADS]))
         torch.autograd.graph.increment_version(params)
 
     def _decide(self) -> bool:
-        again: bool = k.decide(
+        return self._kernels.decide(
             self.tensors, self.chunks, self.factors, self.sums, self.chunk_sums, self.options
         )
-        return again
-
-    def _guess(self) -> None:
-        """Expect the last decision in the next step, if it was made twice or is the first.
-
-        A random gradient passes the layer gate now and then; that says nothing of the next.
-        """
-        decisions = self.tensors[:, k.DECISION]
-        expected = (
-            decisions
-            if self._last is None
-            else np.where(decisions == self._last, decisions, self.tensors[:, k.GUESS])
-        )
-        self.tensors[:, k.GUESS] = expected
-        self._last = decisions.copy()
 
     def _pass(self, number: int, threads: int) -> None:
         self.block[k.PASS], self.block[k.THREADS] = number, threads
         self.counter[:] = 0
-        _run(self.dtype, self.block, threads)
+        start = _openmp() if threads > 1 else None
+        if start is None:
+            self._directly(self._block_at)
+        else:
+            start(self._kernels.take_chunks, self._block_at, threads, 0)
+
+
+def _options(step: Step, dtype: torch.dtype) -> list[float]:
+    """A row of the table of options."""
+    lr, weight_decay = float(step.lr), float(step.weight_decay)  # no wait: on the CPU
+    row = [0.0] * 16
+    row[k.GRAD] = -1.0 if step.maximize else 1.0
+    row[k.EPS], row[k.GATE] = step.eps, step.delta
+    row[k.GUARD] = max(step.eps, torch.finfo(computing_dtype(dtype)).tiny)
+    row[k.LR], row[k.DECAY_BY] = lr, lr * step.decay_scale * weight_decay
+    row[k.WD_RATIO] = step.wd_ratio
+    rule = step.rule
+    if isinstance(rule, AdamRule):
+        row[k.BETA1], row[k.BETA2] = rule.beta1, rule.beta2
+        row[k.M_ADD] = 1 - rule.beta1
+        row[k.V_KEEP], row[k.V_ADD] = rule.beta2, 1 - rule.beta2
+        row[k.LOOK_AHEAD] = (1 - rule.beta1) * rule.nesterov
+    elif isinstance(rule, SGDRule):
+        if rule.lr_in_buffer:
+            row[k.LR] = 1.0
+            row[k.GRAD] *= lr
+        row[k.M_KEEP], row[k.M_ADD] = rule.momentum, 1 - rule.dampening
+        row[k.LOOK_AHEAD] = rule.nesterov
+    return row

@@ -178,23 +178,23 @@ class Plan:
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        firsts: Sequence[Tensor] | None,
-        seconds: Sequence[Tensor] | None,
-        counts: Sequence[Tensor] | None,
+        exp_avgs: Sequence[Tensor] | None,
+        exp_avg_sqs: Sequence[Tensor] | None,
+        state_steps: Sequence[Tensor] | None,
         step: Step,
     ) -> None:
         """Update moments, step counts and weights, in place; nothing waits for the device.
 
         Args:
             params, grads: of the forms that the plan was made for.
-            firsts: first moments or momentum buffers; None for a momentum of 0.
-            seconds, counts: second moments and step counts; None for SGD.
+            exp_avgs: first moments or momentum buffers; None for a momentum of 0.
+            exp_avg_sqs, state_steps: second moments and step counts; None for SGD.
             step: what kind of step to take.
         """
         nowhere = [0] * len(params)
         columns = [
             nowhere if tensors is None else list(map(Tensor.data_ptr, tensors))
-            for tensors in (params, grads, firsts, seconds, counts)
+            for tensors in (params, grads, exp_avgs, exp_avg_sqs, state_steps)
         ]
         lr, weight_decay, scale, found_inf = (
             self._on_device(x)
@@ -205,7 +205,7 @@ class Plan:
         flags = {
             k.ADAM: isinstance(step.rule, AdamRule),
             k.NESTEROV: step.rule.nesterov,
-            k.BUFFERED: firsts is not None,
+            k.BUFFERED: exp_avgs is not None,
             k.LR_IN_BUFFER: isinstance(step.rule, SGDRule) and step.rule.lr_in_buffer,
             k.SCALED: found_inf is not None,
             k.STOCHASTIC: step.stochastic_rounding and self.dtype in _HALF,
