@@ -1,18 +1,52 @@
 """What the site does to a page before it is rendered."""
 
+import argparse
+import os
 import posixpath
 import re
+from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
+INCLUDE = re.compile(r"^<!-- include: ([\w.]+) -->$", re.MULTILINE)
+HELP = re.compile(r"^<!-- help: ([a-z ]+) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown, page, **_):
-    """Keep the words alone of a link that leads out of ``docs/``, to a file the site lacks."""
+    """Include files of the repository, show commands' help, and keep links within the site."""
+    markdown = INCLUDE.sub(include, markdown)
+    return HELP.sub(show_help, keep_links_inside(markdown, page.file.src_uri))
 
-    def keep_inside(match):
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), match[2]))
-        if target.startswith("../docs/"):  # a page of the repository that is shown here
-            return f"[{match[1]}]({target.removeprefix('../docs/')}{match[3] or ''})"
+
+def include(match):
+    """The text of a file beside ``docs/``, its links as seen from within."""
+    text = (ROOT / match[1]).read_text(encoding="utf-8")
+    return LINK.sub(
+        lambda link: f"[{link[1]}]({posixpath.relpath(link[2], 'docs')}{link[3] or ''})", text
+    )
+
+
+def keep_links_inside(markdown, page):
+    """Keep the words alone of a link out of ``docs/``, to a file that the site does not have."""
+
+    def keep(match):
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(page), match[2]))
         return match[1] if target.startswith("../") else match[0]
 
-    return LINK.sub(keep_inside, markdown)
+    return LINK.sub(keep, markdown)
+
+
+def show_help(match):
+    from normwise.cli import _parser
+
+    parser = _parser()
+    for name in match[1].split():
+        (subcommands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        parser = subcommands.choices[name]
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "88"  # argparse breaks its lines by it
+    try:
+        text = parser.format_help()
+    finally:
+        os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
+    return f"```text\n{text}```"
