@@ -1,24 +1,34 @@
-"""Sphinx's roles in docstrings, as links of the reference."""
+"""What docstrings have of Sphinx, roles and mathematics, as HTML of the reference."""
 
+import inspect
 import re
 
 import griffe
+from latex2mathml.converter import convert
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):`~?([\w.]+)`")
+INLINE = re.compile(r":math:`([^`]+)`")
+DISPLAYED = re.compile(r"^( *)\.\. math::\n\n?((?:\1 +.*\n?)+)", re.MULTILINE)
 
 
 class Roles(griffe.Extension):
-    """Turn ``:func:`normwise.analyze``` into a link, where the reference has that name."""
+    """Turn ``:func:`normwise.analyze``` into a link where the reference has that name, and LaTeX
+    into MathML, which browsers draw without a script."""
 
     def on_object(self, *, obj, **_):
-        if obj.docstring is None:
-            return
+        if obj.docstring is not None:
+            obj.docstring.value = html(inspect.cleandoc(obj.docstring.value), obj)
 
-        def link(match):
-            name = match[1]
-            for target in (name, f"{obj.path}.{name}", f"{obj.parent.path}.{name}"):
-                if target.startswith("normwise"):
-                    break
-            return f'<autoref identifier="{target}" optional><code>{name}</code></autoref>'
 
-        obj.docstring.value = ROLE.sub(link, obj.docstring.value)
+def html(text, obj):
+    def link(match):
+        name = match[1]
+        target = name if name.startswith("normwise") else f"{obj.parent.path}.{name}"
+        return f'<autoref identifier="{target}" optional><code>{name}</code></autoref>'
+
+    text = DISPLAYED.sub(lambda m: f"{m[1]}{convert(join(m[2]), display='block')}\n", text)
+    return ROLE.sub(link, INLINE.sub(lambda m: convert(join(m[1])), text))
+
+
+def join(lines):
+    return " ".join(lines.split())
