@@ -74,7 +74,7 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     return F.pad(x, (4, 4, 4, 4))[:, :, top : top + 32, left : left + 32]
 
 
-def when(condition: str, steps: int) -> decay.When | None:
+def when(condition: str, steps: int) -> decay.Schedule | None:
     """A third of the run is early, the other two thirds are late."""
     edge = steps // 3
     whens = {"early": decay.early(edge), "late": decay.late(edge), "never": 0 * decay.late(0)}

@@ -1,11 +1,12 @@
 """Measured against predicted equilibrium of a ResNet with batch norm on CIFAR images.
 
-Trains a ResNet-8 at a constant learning rate under SGD with momentum or AdamW, with a
+Trains a ResNet-8 at a constant learning rate under SGD with momentum, SGDP, AdamW or AdamP, with a
 ``normwise.Monitor``. After the time that the theory gives for the norms to settle, it compares
 each convolution's norms and angles with the closed forms, and prints a table.
 
     python benchmarks/equilibrium.py DATA --optimizer sgd
-    python benchmarks/equilibrium.py DATA --optimizer adamw --json adamw.json --plot adamw.png
+    python benchmarks/equilibrium.py DATA --optimizer adamp --json adamp.json --plot adamp.png
+    python benchmarks/equilibrium.py DATA --optimizer adamp --wd-ratio 0.1
 
 DATA is the folder of CIFAR-100's binary version (``train.bin``).
 """
@@ -23,15 +24,12 @@ from torch import Tensor, nn
 
 import normwise
 from normwise.monitor import Measurement, Monitor
-from normwise.theory import (
-    adamw_equilibrium,
-    adamw_time_to_equilibrium,
-    sgd_equilibrium,
-    sgd_time_to_equilibrium,
-)
+from normwise.theory import equilibrium_of, time_to_equilibrium
+from normwise.updates import rule_of
 
 MOMENTUM = 0.9
-SETTINGS = {"sgd": (0.1, 2e-3), "adamw": (2e-3, 0.5)}  # η and λ
+# η and λ
+SETTINGS = {"sgd": (0.1, 2e-3), "sgdp": (0.1, 2e-3), "adamw": (2e-3, 0.5), "adamp": (2e-3, 1.0)}
 
 
 class Block(nn.Module):
@@ -101,6 +99,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--optimizer", choices=SETTINGS, required=True)
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--wd-ratio", type=float, default=1.0, help="of SGDP and AdamP")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -114,10 +113,12 @@ def main() -> None:
     model = resnet8(100)
     report = normwise.analyze(model, pixels[:16], joint=False)
     groups = report.param_groups(weight_decay=decay, lr=lr)
-    if args.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=MOMENTUM)
-    else:
-        optimizer = torch.optim.AdamW(groups)
+    optimizer: torch.optim.Optimizer = {
+        "sgd": lambda: torch.optim.SGD(groups, momentum=MOMENTUM),
+        "sgdp": lambda: normwise.SGDP(groups, momentum=MOMENTUM, wd_ratio=args.wd_ratio),
+        "adamw": lambda: torch.optim.AdamW(groups),
+        "adamp": lambda: normwise.AdamP(groups, wd_ratio=args.wd_ratio),
+    }[args.optimizer]()
 
     generator = torch.Generator().manual_seed(args.seed)
     losses = []
@@ -152,23 +153,20 @@ def main() -> None:
     for layer in kept[0].layers:
         s = layer.slices
         start = float(kept[0].of_slices("norm", layer.name).double().log().mean().exp())
-        if args.optimizer == "sgd":
-            of_slices = [
-                sgd_equilibrium(lr, decay, float(g), MOMENTUM) for g in means["gradient^2"][s]
-            ]
-            norms = means["norm^4"][s] ** 0.25
-        else:
-            of_slices = [adamw_equilibrium(lr, decay, layer.entries)] * len(layer)
-            norms = means["norm^2"][s] ** 0.5
+        rule = rule_of(
+            optimizer, optimizer.param_groups[layer.group], model.get_parameter(layer.name)
+        )
+        of_slices = [
+            equilibrium_of(rule, gradient_square=float(g), entries=layer.entries)
+            for g in means["gradient^2"][s]
+        ]
+        power = 2 * rule.update.exponent
+        norms = means[f"norm^{power}"][s] ** (1 / power)
         predicted = torch.tensor([e.norm for e in of_slices])
         norm_ratio = float((norms / predicted).log().mean().exp())
         angle = float(means["angle^2"][s].mean().sqrt())
         end = float(predicted.log().mean().exp())
-        time = (
-            sgd_time_to_equilibrium(lr, decay, start / end, MOMENTUM)
-            if args.optimizer == "sgd"
-            else adamw_time_to_equilibrium(lr, decay, start / end)
-        )
+        time = time_to_equilibrium(rule, start / end)
         rows.append(
             {
                 "layer": layer.name,
@@ -183,7 +181,8 @@ def main() -> None:
         )
     late = [row for row in rows if row["steps to equilibrium"] > settle]
     print(
-        f"{args.optimizer}, lr {lr}, weight decay {decay}, batch {args.batch}, seed {args.seed}, "
+        f"{args.optimizer}, lr {lr}, weight decay {decay}, wd_ratio {rule.wd_ratio:g}, "
+        f"batch {args.batch}, seed {args.seed}, "
         f"{args.steps} steps; means over the steps after {settle}; torch {torch.__version__}"
     )
     print(

@@ -18,12 +18,12 @@ import time
 import torch
 from torch import Tensor, nn
 
-from normwise.monitor import Monitor, Schedule
+from normwise.monitor import Monitor, Trigger
 
 INTERVAL = 100
 
 
-class Turns(Schedule):
+class Turns(Trigger):
     """True at the steps that the benchmark says."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import normwise
-from normwise import View
+from normwise import SGDP, AdamP, View, describe, tangential
 from normwise.geometry import cosine
 from normwise.reparam import weight_normalize, weight_standardize
 from normwise.theory import (
@@ -22,13 +22,16 @@ from normwise.theory import (
     adamw_time_to_equilibrium,
     adamw_with_decay,
     adamw_without_decay,
+    angle_at,
     effective_lr,
     epsilon_shifted_equilibrium,
+    equilibrium_of,
     gradient_cosine,
     growth_ratio,
     lion_equilibrium_angle,
     momentum_norms,
     norm_range,
+    norm_trajectory,
     scaled_fisher_trace,
     scaled_gradient_norm,
     sgd_angle,
@@ -40,7 +43,10 @@ from normwise.theory import (
     sgd_with_decay,
     sgd_without_decay,
     steps_to_norm,
+    time_to_equilibrium,
 )
+from normwise.theory.orthogonalized import mean_square_singular_value, summed_overlaps
+from normwise.updates import Coupling, UpdateRule, register, rule_of
 
 STEPS = 150
 
@@ -581,13 +587,180 @@ class KnownMoments(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
                 m = self.state[p].setdefault("m", torch.zeros_like(p))
                 size = 1 / p.norm(dim=1, keepdim=True)
                 m.lerp_(p.grad / size, 0.1)
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * m)
+
+
+# Projected and orthogonalized updates: what they settle at follows from the rule of a step.
+
+PROJECTED = {
+    "SGDP, a view": lambda w, rho: SGDP(
+        [w], lr=0.01, momentum=0.9, weight_decay=0.03 / rho, wd_ratio=rho, view="channel"
+    ),
+    "SGDP, gate": lambda w, rho: SGDP(
+        [w], lr=0.01, momentum=0.9, weight_decay=0.03 / rho, wd_ratio=rho, delta=1.0
+    ),
+    "AdamP, a view": lambda w, rho: AdamP(
+        [w], lr=0.005, weight_decay=0.2 / rho, wd_ratio=rho, view="channel", eps=1e-30
+    ),
+    "AdamP, gate": lambda w, rho: AdamP(
+        [w], lr=0.005, weight_decay=0.2 / rho, wd_ratio=rho, delta=1.0, eps=1e-30
+    ),
+    "tangential SGD": lambda w, rho: tangential(
+        torch.optim.SGD([w], lr=0.01, momentum=0.9, weight_decay=0.03 / rho),
+        "channel",
+        wd_ratio=rho,
+    ),
+}
+
+
+def power_mean(norms, rule):
+    """Of the power of the norm that relaxes: 4 where updates are gradients, else 2."""
+    power = 2 * rule.update.exponent
+    return float(norms.pow(power).mean() ** (1 / power))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rho"), [(kind, (1.0, 0.1)[i % 2]) for i, kind in enumerate(PROJECTED)]
+)
+def test_projected_optimizers_settle_where_their_rule_says(kind, rho):
+    """At angles of 0.08 and 0.04 rad, where what a buffer loses counts: κ² is 0.5 and 0.2."""
+    entries, steps = 200, 3200 if kind.startswith("AdamP") else 1200
+    (rule,) = describe(PROJECTED[kind](torch.zeros(2, 2, requires_grad=True), rho))
+    expected = equilibrium_of(rule.with_gate(True), gradient_square=1.0, entries=entries)
+    norms, turns = simulate(
+        steps,
+        lambda w: PROJECTED[kind](w, rho),
+        entries=entries,
+        slices=10,
+        start=expected.norm,
+    )
+    assert power_mean(norms[steps // 2 :], rule) == pytest.approx(expected.norm, rel=0.014)
+    assert float(turns[steps // 2 :].mean().sqrt()) == pytest.approx(expected.angle, rel=0.011)
+    known = {"gradient_square": 1.0, "entries": entries}
+    assert angle_at(rule.with_gate(True), expected.norm, **known) == pytest.approx(expected.angle)
+
+
+@pytest.mark.parametrize("kind", ["SGDP, gate", "AdamP, gate"])
+def test_where_the_gate_stays_shut_they_settle_as_sgd_and_adamw_do(kind):
+    entries, lr = 400, 0.001
+    make = {
+        "SGDP, gate": lambda w: SGDP([w], lr=0.01, momentum=0.9, weight_decay=0.02, delta=0),
+        "AdamP, gate": lambda w: AdamP([w], lr=lr, weight_decay=0.5, delta=0, eps=1e-30),
+    }[kind]
+    (rule,) = describe(make(torch.zeros(2, 2, requires_grad=True)))
+    assert math.isnan(equilibrium_of(rule, gradient_square=1.0, entries=entries).angle)
+    expected = equilibrium_of(rule.with_gate(False), gradient_square=1.0, entries=entries)
+    plain = {
+        "SGDP, gate": sgd_equilibrium(0.01, 0.02, 1.0, 0.9),
+        "AdamP, gate": adamw_equilibrium(lr, 0.5, entries),
+    }[kind]
+    assert expected.norm == pytest.approx(plain.norm)
+    assert expected.angle == pytest.approx(plain.angle)
+    norms, turns = simulate(
+        2000, make, entries=entries, slices=25, start=expected.norm, isotropic=kind[0] == "A"
+    )
+    assert power_mean(norms[1000:], rule) == pytest.approx(expected.norm, rel=0.01)
+    assert float(turns[1000:].mean().sqrt()) == pytest.approx(expected.angle, rel=0.01)
+
+
+def known_moments(optimizer, group):
+    """The rule of :class:`KnownMoments`, whose first moment has β1 = 0.9."""
+    decay = group["weight_decay"]
+    return UpdateRule(
+        "KnownMoments",
+        Update.NORMALIZED,
+        group["lr"],
+        momentum=0.9,
+        scale=1.0,
+        coupling=Coupling.DECOUPLED,
+        weight_decay=decay,
+        decay_per_step=group["lr"] * decay,
+    )
+
+
+@pytest.mark.parametrize("kind", ["SGDP", "projected KnownMoments"])
+@pytest.mark.parametrize("start", [0.7, 2.0])
+def test_a_projected_norm_is_within_a_tenth_of_equilibrium_at_the_time_foretold(kind, start):
+    make = {
+        "SGDP": lambda w: SGDP(
+            [w], lr=0.01, momentum=0.5, weight_decay=0.5, wd_ratio=0.5, view="channel"
+        ),
+        "projected KnownMoments": lambda w: tangential(
+            KnownMoments([w], 0.005, 0.2), "channel", wd_ratio=0.5
+        ),
+    }[kind]
+    register(KnownMoments, known_moments)
+    (rule,) = describe(make(torch.zeros(2, 2, requires_grad=True)))
+    k = equilibrium_of(rule, gradient_square=1.0, entries=200).norm
+    time = time_to_equilibrium(rule, start)
+    norms, _ = simulate(
+        round(time), make, entries=200, slices=40, start=start * k, isotropic=kind != "SGDP"
+    )
+    assert power_mean(norms[-1], rule) / k == pytest.approx(1.1 if start > 1 else 0.9, rel=0.02)
+    foretold = norm_trajectory(
+        rule, [rule.lr] * round(time), start * k, gradient_square=1.0, entries=200
+    )
+    for t in (len(norms) // 2, len(norms)):
+        assert power_mean(norms[t - 1], rule) == pytest.approx(foretold[t], rel=0.02)
+
+
+def test_a_tenth_of_the_decay_takes_ten_times_as_long():
+    def time(rho):
+        w = torch.zeros(2, 2, requires_grad=True)
+        (rule,) = describe(AdamP([w], weight_decay=0.1, wd_ratio=rho, view="channel"))
+        return time_to_equilibrium(rule, 3.0)
+
+    assert time(0.1) == pytest.approx(10 * time(1.0), rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (32, 128), (160, 64)])
+def test_muon_settles_where_its_rule_says(shape):
+    """torch's own, whose Newton–Schulz iterations leave singular values between 0.7 and 1.1."""
+
+    def make(w):
+        return torch.optim.Muon([w], lr=0.01, weight_decay=0.1, momentum=0.9)
+
+    w = torch.zeros(shape, requires_grad=True)
+    optimizer = make(w)
+    rule = rule_of(optimizer, optimizer.param_groups[0], w)
+    entries = shape[1]
+    expected = equilibrium_of(rule, entries=entries, shape=shape)
+    norms, turns = simulate(
+        1500,
+        make,
+        entries=entries,
+        slices=shape[0],
+        start=expected.norm,
+        isotropic=True,
+    )
+    assert power_mean(norms[500:], rule) == pytest.approx(expected.norm, rel=0.02)
+    assert float(turns[500:].mean().sqrt()) == pytest.approx(expected.angle, rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (128, 32)])
+def test_orthogonalized_sums_of_gradients_overlap_as_the_expansion_says(shape):
+    """Of c = 1, √2, 1 the overlaps at lags 1 and 2 are those of correlations 0.71 and 0.25."""
+    kernel = [1.0, math.sqrt(2), 1.0]
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(16, 3 + 2, *shape, generator=generator, dtype=torch.float64)
+    sums = torch.stack([sum(c * g[:, t - k] for k, c in enumerate(kernel)) for t in (2, 3, 4)])
+    u, _, v = torch.linalg.svd(sums, full_matrices=False)
+    polar = u @ v
+    lags = [float((polar[0] * polar[lag]).sum()) / (16 * min(shape)) for lag in (1, 2)]
+    assert summed_overlaps(kernel, shape) == pytest.approx(1 + 2 * sum(lags), rel=0.01)
+    assert mean_square_singular_value(shape) == pytest.approx(1)
+
+
+def test_the_first_coefficient_of_a_large_square_polar_factor_is_that_of_the_quarter_circle():
+    small = 1e-6
+    slope = (summed_overlaps([1.0, small], (64, 64)) - 1) / (2 * small)
+    assert slope == pytest.approx((8 / (3 * math.pi)) ** 2, rel=1e-4)
 
 
 # Norm growth, on a real run: the lab's network on handwritten digits, in float64.

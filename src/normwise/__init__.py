@@ -7,6 +7,7 @@ from normwise.invariance import JointSet, ParameterReport, Report, analyze
 from normwise.monitor import Monitor
 from normwise.optim import SGDP, SGDW, AdamP, tangential
 from normwise.reparam import center_weight_normalize, fold, weight_normalize, weight_standardize
+from normwise.updates import UpdateRule, describe
 
 __version__ = "0.1.0"
 
@@ -19,11 +20,13 @@ __all__ = [
     "Monitor",
     "ParameterReport",
     "Report",
+    "UpdateRule",
     "View",
     "__version__",
     "analyze",
     "center_weight_normalize",
     "decay",
+    "describe",
     "fold",
     "tangential",
     "theory",

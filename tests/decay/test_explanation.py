@@ -133,7 +133,6 @@ def test_what_has_no_closed_form_is_not_known():
     for optimizer in (
         torch.optim.Adam([p], weight_decay=DECAY),
         torch.optim.RMSprop([p], weight_decay=DECAY),
-        nw.tangential(torch.optim.SGD([p], lr=LR, weight_decay=DECAY), "channel"),
     ):
         (group,) = explain(optimizer).groups
         assert (group.half_life, group.norm, group.angle) == (None, None, None)

@@ -1,8 +1,11 @@
 """Each policy is its formula, written out, on every optimizer; and it costs what it says."""
 
 import copy
+import gc
 import itertools
 import math
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -516,3 +519,75 @@ def test_the_shifted_regularizer_and_a_policy_do_not_decay_the_same_weights():
     Decoupled().attach(optimizer)
     with pytest.raises(ValueError, match=r"Decoupled is attached to .* already"):
         reg.attach(optimizer)
+
+
+# A step that raises.
+
+
+class Failing(torch.optim.AdamW):
+    """AdamW that raises in the middle of its step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.seen = self.param_groups[0]["weight_decay"]
+        raise FloatingPointError
+
+
+@pytest.mark.parametrize("with_scheduler", ["none", "before", "after"])
+def test_a_step_that_raises_leaves_the_groups_their_own_decay(with_scheduler):
+    optimizer = Failing([weight()], lr=0.1, weight_decay=0)
+
+    def schedule():
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0)
+
+    scheduler = schedule() if with_scheduler == "before" else None
+    Decoupled(0.02, per="step").attach(optimizer)
+    scheduler = schedule() if with_scheduler == "after" else scheduler
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert optimizer.seen == pytest.approx(0.2)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.02
+    assert optimizer.state_dict()["param_groups"][0]["weight_decay"] == 0.02
+    if scheduler is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scheduler._step_count = 1
+            optimizer._opt_called = True
+            scheduler.step()
+
+
+def test_a_state_dict_in_the_middle_of_a_step_has_the_groups_own_decay():
+    p = weight()
+    optimizer = torch.optim.AdamW([p], lr=0.1, weight_decay=0)
+    Decoupled(0.02, per="step").attach(optimizer)
+    saved = []
+
+    def closure():
+        saved.append(optimizer.state_dict()["param_groups"][0]["weight_decay"])
+        saved.append(optimizer.param_groups[0]["weight_decay"])
+
+    optimizer.step(closure)
+    assert saved == [0.02, pytest.approx(0.2)]
+
+
+def test_a_policy_that_is_removed_after_a_failed_step_gives_the_decay_back():
+    """The class's own step, which a wrapper may call past the optimizer's method."""
+    optimizer = Failing([weight()], lr=0.1, weight_decay=0)
+    attached = Decoupled(0.02, per="step").attach(optimizer)
+    with pytest.raises(FloatingPointError):
+        Failing.step(optimizer)
+    assert optimizer.state_dict()["param_groups"][0]["weight_decay"] == 0.02
+    attached.remove()
+    assert optimizer.param_groups[0]["weight_decay"] == 0.02
+
+
+def test_a_policy_keeps_no_optimizer_alive():
+    gc.disable()
+    try:
+        optimizer = torch.optim.AdamW([weight()], lr=0.1, weight_decay=0.1)
+        Decoupled().attach(optimizer)
+        gone = weakref.ref(optimizer)
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()

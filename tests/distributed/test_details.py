@@ -227,7 +227,7 @@ def fused_shards(view, dim):
         many.step()
     for p, q in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p.full_tensor(), q, rtol=0, atol=1e-12)
-    return [plan is not None for fused in many._plans.values() for plan, _ in fused._parts]
+    return [planned.plan is not None for plans in many._plans for planned in plans._planned]
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -12,10 +12,10 @@ from normwise.monitor import (
     DeadSlices,
     EffectiveLRFell,
     ExplodingSlices,
+    LargeAngularUpdate,
     Monitor,
     NotFinite,
     RangeForecast,
-    Tumbling,
     every,
 )
 
@@ -231,7 +231,9 @@ def test_tumbling_weights_are_told(make_training):
     training = make_training(
         lambda p: torch.optim.AdamW(p, lr=0.5, weight_decay=1.5, betas=(0.0, 0.9))
     )
-    monitor = Monitor(training.model, training.optimizer, VIEWS, every=1, rules=[Tumbling()])
+    monitor = Monitor(
+        training.model, training.optimizer, VIEWS, every=1, rules=[LargeAngularUpdate()]
+    )
     with monitor:
         training.run(12)
     assert {alarm.layer for alarm in monitor.raised} == {"0.weight", "3.weight"}

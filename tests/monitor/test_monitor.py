@@ -163,7 +163,6 @@ def test_the_prediction_is_that_of_the_theory(make_training):
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
         lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1),  # L2, not decoupled
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1.0),  # beyond the limit
-        lambda p: normwise.AdamP(p, lr=0.1, weight_decay=0.1),
     ],
 )
 def test_nothing_is_predicted_where_no_closed_form_holds(make_training, make):

@@ -32,7 +32,7 @@ def test_a_simulated_run_does_what_was_planned():
     """AdamW on random gradients: the norm at half time and the angle at the end."""
     settings = Settings("adamw", 0.002, 0.5, 1200, betas=(0.9, 0.999), schedule="cosine")
     found = plan(settings, [Weights("w", 1, 100, 1.0)])
-    norms, angles = found.course(found.rows[0].weights)
+    norms, angles = found.trajectory(found.rows[0].weights)
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(100, 100, generator=generator, dtype=torch.float64)
     w = (w / w.norm(dim=1, keepdim=True)).requires_grad_()
@@ -111,7 +111,7 @@ def test_a_picture(tmp_path, capsys):
         ("--optimizer sgd --lr -1 --weight-decay 0.1", "Invalid"),
         ("--optimizer sgd --lr 0.1 --weight-decay 1e-4 --steps 0", "Invalid steps: 0"),
         ("--optimizer sgd --lr 0.1 --weight-decay 1e-4 --batch 2x3", "are of a --model"),
-        ("--optimizer lion --lr 0.1 --weight-decay 1e-4 --plot x.png", "no picture for Lion"),
+        ("--optimizer lion --lr 0.1 --weight-decay 1e-4 --plot x.png", "no closed form"),
     ],
 )
 def test_refusals_say_why(arguments, message, capsys, tmp_path, monkeypatch):

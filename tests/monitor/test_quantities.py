@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from normwise import View
+from normwise import View, describe
 from normwise.geometry import norms
-from normwise.monitor import Monitor, Quantity, every, first, log_spaced, update_of
+from normwise.monitor import Monitor, Quantity, every, first, log_spaced
 from normwise.theory import Update
 
 VIEWS = {"0.weight": "channel", "3.weight": "blocks(2)"}
@@ -168,9 +168,9 @@ def test_which_optimizers_make_updates_as_long_as_gradients():
         normwise.SGDW(p, lr=1.0),
         normwise.tangential(torch.optim.SGD(p, lr=1.0), "channel"),
     ):
-        assert update_of(optimizer) is Update.GRADIENT
+        assert describe(optimizer)[0].update is Update.GRADIENT
     for optimizer in (torch.optim.AdamW(p), normwise.AdamP(p), torch.optim.RMSprop(p)):
-        assert update_of(optimizer) is Update.NORMALIZED
+        assert describe(optimizer)[0].update is Update.NORMALIZED
 
 
 def test_norms_agree_with_geometry_at_every_view():

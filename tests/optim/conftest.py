@@ -1,11 +1,16 @@
 """Both backends of the fused step, where there is no GPU."""
 
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from normwise.optim import kernels
+
+# For the table of optimizers that all tests share.
+sys.path.append(str(Path(__file__).parent))
 
 
 def use_triton_on_the_cpu(monkeypatch, log_block):

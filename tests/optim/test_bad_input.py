@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from optimizer_table import CLASSES, PROJECTING
 
 import normwise
 from normwise import View
 
-BOTH = [normwise.AdamP, normwise.SGDP]
+BOTH = [CLASSES[name] for name in PROJECTING]
 
 
 def one_line(error, *parts):

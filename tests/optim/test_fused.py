@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from optimizer_table import MAKERS
 
 import normwise
 from normwise import View
@@ -23,15 +24,6 @@ DELTA = 0.3
 # The official guards act on norms, ‖w‖ against 1e-8: here they must not hide what is tested.
 EPS = 1e-8
 VIEWS = ["auto", "channel", "layer", "blocks(2)", "channel(1)", None]
-MAKERS = {
-    "adamp": lambda p, **o: normwise.AdamP(p, **{"lr": 1e-2, "weight_decay": 0.1, **o}),
-    "sgdp": lambda p, **o: normwise.SGDP(
-        p, **{"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1, **o}
-    ),
-    "sgdw": lambda p, **o: normwise.SGDW(
-        p, **{"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1, **o}
-    ),
-}
 
 
 @dataclass

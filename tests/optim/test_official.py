@@ -5,12 +5,15 @@ import math
 import adamp as official
 import pytest
 import torch
+from optimizer_table import CLASSES, PROJECTING
 
 import normwise
 from normwise import View
 
 SHAPES = [(7,), (6, 4), (3, 4, 5), (4, 3, 3, 3), (2, 3, 2, 2, 2), (1, 9), (5, 1)]
 STEPS = 50
+
+BOTH = [CLASSES[name] for name in PROJECTING]
 
 
 def parameters(dtype=torch.float64):
@@ -173,7 +176,7 @@ def test_sgdp_without_decay_and_view_is_torch_sgd(nesterov):
     assert_same(run(a, ours, "mixed"), run(b, theirs, "mixed"))
 
 
-@pytest.mark.parametrize("make", [normwise.AdamP, normwise.SGDP])
+@pytest.mark.parametrize("make", BOTH)
 def test_the_momentum_buffer_is_never_projected(make):
     options = {"lr": 1e-2} if make is normwise.AdamP else {"lr": 1e-2, "momentum": 0.9}
     key = "exp_avg" if make is normwise.AdamP else "momentum_buffer"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from optimizer_table import CLASSES, PROJECTING
 
 import normwise
 from normwise import View
@@ -15,6 +16,8 @@ VIEWS = {
     "blocks(2)": ((6, 4), (4, 3, 3, 3)),
     "layer": ((6, 4), (2, 3, 2, 2, 2)),
 }
+
+BOTH = [CLASSES[name] for name in PROJECTING]
 
 
 def optimizers(**options):
@@ -72,7 +75,7 @@ def test_projection_in_float32_holds_at_every_scale(name, scale):
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-@pytest.mark.parametrize("make", [normwise.AdamP, normwise.SGDP])
+@pytest.mark.parametrize("make", BOTH)
 def test_a_zero_gradient_is_no_evidence_so_the_decay_is_full(make, foreach):
     w = torch.ones(3, 4, requires_grad=True)
     w.grad = torch.zeros(3, 4)
@@ -80,7 +83,7 @@ def test_a_zero_gradient_is_no_evidence_so_the_decay_is_full(make, foreach):
     torch.testing.assert_close(w.detach(), torch.full((3, 4), 1 - 0.1 * 0.5))
 
 
-@pytest.mark.parametrize("make", [normwise.AdamP, normwise.SGDP])
+@pytest.mark.parametrize("make", BOTH)
 def test_a_zero_slice_is_passed_over_by_the_gate(make):
     """The other slice is orthogonal, so the gate opens: the decay is wd_ratio times smaller."""
     w = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
@@ -89,7 +92,7 @@ def test_a_zero_slice_is_passed_over_by_the_gate(make):
     torch.testing.assert_close(w.detach()[:, 0], torch.full((2,), 1 - 0.1 * 0.5 * 0.2))
 
 
-@pytest.mark.parametrize("make", [normwise.AdamP, normwise.SGDP])
+@pytest.mark.parametrize("make", BOTH)
 def test_a_gradient_that_is_not_finite_keeps_the_gate_shut(make):
     w = torch.ones(2, 4, requires_grad=True)
     other = torch.ones(2, 4, requires_grad=True)
@@ -110,7 +113,7 @@ def test_the_gates_threshold_is_strict():
 
 
 @pytest.mark.parametrize("view", ["auto", View.channel(), View.layer(), None])
-@pytest.mark.parametrize("make", [normwise.AdamP, normwise.SGDP])
+@pytest.mark.parametrize("make", BOTH)
 def test_weights_below_two_dimensions_are_never_projected(make, view):
     """Not in any view: a bias of one entry a channel would otherwise never move."""
     results = []
@@ -126,7 +129,7 @@ def test_weights_below_two_dimensions_are_never_projected(make, view):
 
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("view", ["auto", View.channel(), View.layer()])
-@pytest.mark.parametrize("make", [normwise.AdamP, normwise.SGDP])
+@pytest.mark.parametrize("make", BOTH)
 def test_empty_parameters_and_channels_last_are_stepped(make, view, foreach):
     empty = torch.empty(0, 3, requires_grad=True)
     w = torch.randn(4, 3, 3, 3)

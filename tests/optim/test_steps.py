@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from optimizer_table import MAKERS
 from torch import nn
 from torch._inductor.exc import InductorError
 from torch._subclasses.fake_tensor import (
@@ -18,15 +19,6 @@ from normwise import View
 from normwise.geometry import norms
 from normwise.optim.step import round_stochastically
 
-MAKERS = {
-    "adamp": lambda p, **o: normwise.AdamP(p, **{"lr": 1e-2, "weight_decay": 0.1, **o}),
-    "sgdp": lambda p, **o: normwise.SGDP(
-        p, **{"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1, **o}
-    ),
-    "sgdw": lambda p, **o: normwise.SGDW(
-        p, **{"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1, **o}
-    ),
-}
 VIEWS = ["auto", "channel", "layer", None]
 PROJECTED = [(name, view) for name in ("adamp", "sgdp") for view in VIEWS]
 CASES = [(name, {"view": view}) for name, view in PROJECTED] + [

@@ -4,8 +4,17 @@ from normwise.decay.epsilon_shifted import AttachedRegularizer, EpsilonShiftedL2
 from normwise.decay.explanation import Explanation, GroupDecay, explain
 from normwise.decay.groups import Groups, Rule, by_analysis, by_rules
 from normwise.decay.policies import L2, AttachedPolicy, Cautious, Corrected, Decoupled, Policy
-from normwise.decay.schedule import DecayScheduler, WarmRestarts, normalized, warm_restarts
-from normwise.decay.when import Cosine, Linear, Piecewise, Restarts, When, Window, early, late
+from normwise.decay.scheduler import DecayScheduler, WarmRestarts, normalized, warm_restarts
+from normwise.decay.schedules import (
+    Cosine,
+    Linear,
+    Piecewise,
+    Restarts,
+    Schedule,
+    Window,
+    early,
+    late,
+)
 
 __all__ = [
     "L2",
@@ -25,8 +34,8 @@ __all__ = [
     "Policy",
     "Restarts",
     "Rule",
+    "Schedule",
     "WarmRestarts",
-    "When",
     "Window",
     "by_analysis",
     "by_rules",

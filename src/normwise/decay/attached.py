@@ -1,36 +1,18 @@
-"""What is attached to an optimizer, and the parameter groups that it needs for itself."""
+"""The parameter groups that policies and regularizers need for themselves, and their schedules."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Collection
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Attached", "attached_to", "check_unscheduled", "label", "scheduled", "split_groups"]
-
-
-class Attached(Protocol):
-    """Something that decays weights of an optimizer through its hooks."""
-
-    @property
-    def label(self) -> str: ...
-
-    @property
-    def params(self) -> Collection[Tensor]: ...
-
-
-_attached: weakref.WeakKeyDictionary[Optimizer, list[Attached]] = weakref.WeakKeyDictionary()
+__all__ = ["check_unscheduled", "label", "scheduled", "split_groups"]
 
 # Of each optimizer, or regularizer, the schedules that drive its groups.
 scheduled: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
-
-
-def attached_to(optimizer: Optimizer) -> list[Attached]:
-    """What is attached to ``optimizer`` at present; a list to append to and remove from."""
-    return _attached.setdefault(optimizer, [])
 
 
 def check_unscheduled(optimizer: Optimizer, action: str) -> None:

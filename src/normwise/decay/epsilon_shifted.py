@@ -10,7 +10,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -19,9 +19,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from normwise.decay.attached import attached_to, check_unscheduled, split_groups
+from normwise.decay.attached import check_unscheduled, split_groups
 from normwise.geometry import View, at_least_float32, unit
 from normwise.sharding import Layout, is_sharded, lay_out, local, sum_over_ranks_
+from normwise.updates import Coupling, UpdateRule, attached_to
 
 __all__ = [
     "AttachedRegularizer",
@@ -380,6 +381,19 @@ class AttachedRegularizer:
     def label(self) -> str:
         """The regularizer's name."""
         return "EpsilonShiftedL2"
+
+    def changed_rule(self, rule: UpdateRule, group: dict[str, Any]) -> UpdateRule:
+        """What becomes of the rule of a weight, for :func:`normwise.describe`.
+
+        By which share it shortens a weight depends on the weight's norm over ε.
+        """
+        return replace(
+            rule,
+            coupling=Coupling.UNKNOWN,
+            weight_decay=math.nan,
+            decay_per_step=math.nan,
+            changed_by=(*rule.changed_by, self.label),
+        )
 
     def __str__(self) -> str:
         lines = []

@@ -11,24 +11,19 @@ and acts beside the step.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normwise.decay.attached import (
-    attached_to,
-    check_unscheduled,
-    label,
-    scheduled,
-    split_groups,
-)
-from normwise.decay.native import Coupling, Native, native_decay
+from normwise.decay.attached import check_unscheduled, label, scheduled, split_groups
+from normwise.updates import Coupling, UpdateRule, attached_to, own_rule
 
 __all__ = ["L2", "AttachedPolicy", "Cautious", "Corrected", "Decoupled", "Effect", "Policy"]
 
@@ -46,7 +41,7 @@ class Effect(NamedTuple):
     """What a step does to a weight.
 
     Attributes:
-        coupling: ``"L2"`` or ``"decoupled"``.
+        coupling: ``Coupling.L2`` or ``Coupling.DECOUPLED``.
         weight_decay: λ as torch means it: of the gradient λw, or of the factor 1 − ηλ. None where
             no such λ exists: decay that η does not change, where η is 0.
         shrink: ηλ, of the factor 1 − ηλ.
@@ -76,14 +71,14 @@ class Policy:
                 f"Invalid weight_decay value: {self.weight_decay}; must be finite and 0 or more"
             )
 
-    def effect(self, decay: Number, lr: Number, reference: Number, native: Native | None) -> Effect:
+    def effect(self, decay: Number, lr: Number, reference: Number, own: UpdateRule) -> Effect:
         """What λ = ``decay`` does at the learning rate ``lr``.
 
         Args:
             decay: λ of the group.
             lr: η of this step.
             reference: η where the schedule's multiplier is 1.
-            native: what the optimizer does by itself.
+            own: what the optimizer does by itself.
         """
         raise NotImplementedError
 
@@ -168,18 +163,13 @@ class Policy:
         self, optimizer: Optimizer, group: dict[str, Any], reference: Number, closure: bool
     ) -> Any:
         """Prepare a group for a step; what is returned is handed to :meth:`_after_step`."""
-        native = native_decay(optimizer, group)
-        effect = self.effect(group["weight_decay"], group["lr"], reference, native)
+        own = own_rule(optimizer, group)
+        effect = self.effect(group["weight_decay"], group["lr"], reference, own)
         value = effect.weight_decay
-        if (
-            native is not None
-            and value is not None
-            and (native.is_switch or native.coupling == effect.coupling)
-            and (native.takes_tensor or not isinstance(value, Tensor))
-        ):
-            group["weight_decay"] = value / native.rate
-            if native.is_switch:
-                group["decoupled_weight_decay"] = effect.coupling == "decoupled"
+        if value is not None and _takes(optimizer, group, own, effect):
+            group["weight_decay"] = value / own.rate
+            if own.is_switch:
+                group["decoupled_weight_decay"] = effect.coupling is Coupling.DECOUPLED
             return
         group["weight_decay"] = 0.0
         if not isinstance(value, Tensor) and value == 0:
@@ -195,6 +185,35 @@ class Policy:
     def _after_step(self, optimizer: Optimizer, memo: Any) -> None:
         pass
 
+    def _changed_rule(
+        self, optimizer: Optimizer, group: dict[str, Any], rule: UpdateRule, reference: Number
+    ) -> UpdateRule:
+        """What becomes of the rule of a group, or of a weight of it, that has this policy."""
+        own = own_rule(optimizer, group)
+        effect = self.effect(group["weight_decay"], group["lr"], reference, own)
+        value = effect.weight_decay
+        through = value is not None and _takes(optimizer, group, own, effect)
+        return replace(
+            rule,
+            coupling=effect.coupling,
+            weight_decay=math.nan if value is None else value,
+            rate=1.0,
+            decay_per_step=effect.shrink,
+            wd_ratio=rule.wd_ratio if through else 1.0,
+            changed_by=(*rule.changed_by, self.label),
+        )
+
+
+def _takes(optimizer: Optimizer, group: dict[str, Any], own: UpdateRule, effect: Effect) -> bool:
+    """Whether a value of the group's ``weight_decay`` has this effect on all of its weights."""
+    if own.changed_by:  # a wrapper, which may decay some of a group's weights otherwise
+        rules = [own_rule(optimizer, group, p) for p in group["params"]]
+        if any((r.coupling, r.rate) != (own.coupling, own.rate) for r in rules):
+            return False
+    return (own.is_switch or own.coupling is effect.coupling) and (
+        own.takes_tensor or not isinstance(effect.weight_decay, Tensor)
+    )
+
 
 @dataclass(frozen=True)
 class L2(Policy):
@@ -204,8 +223,8 @@ class L2(Policy):
         weight_decay: λ (default: what the groups have).
     """
 
-    def effect(self, decay: Number, lr: Number, reference: Number, native: Native | None) -> Effect:
-        return Effect("L2", decay, lr * decay)
+    def effect(self, decay: Number, lr: Number, reference: Number, own: UpdateRule) -> Effect:
+        return Effect(Coupling.L2, decay, lr * decay)
 
 
 @dataclass(frozen=True)
@@ -240,14 +259,14 @@ class Decoupled(Policy):
                 "below 1, which takes all of a weight in one step"
             )
 
-    def effect(self, decay: Number, lr: Number, reference: Number, native: Native | None) -> Effect:
+    def effect(self, decay: Number, lr: Number, reference: Number, own: UpdateRule) -> Effect:
         if self.per == "lr":
-            return Effect("decoupled", decay, lr * decay)
+            return Effect(Coupling.DECOUPLED, decay, lr * decay)
         if self.per == "schedule":
             peak = _checked_peak(reference)
-            return Effect("decoupled", decay / peak, lr / peak * decay)
+            return Effect(Coupling.DECOUPLED, decay / peak, lr / peak * decay)
         at_rest = not isinstance(lr, Tensor) and lr == 0
-        return Effect("decoupled", None if at_rest else decay / lr, decay)
+        return Effect(Coupling.DECOUPLED, None if at_rest else decay / lr, decay)
 
 
 @dataclass(frozen=True)
@@ -266,7 +285,8 @@ class Cautious(Decoupled):
     def _before_step(
         self, optimizer: Optimizer, group: dict[str, Any], reference: Number, closure: bool
     ) -> Any:
-        shrink = self.effect(group["weight_decay"], group["lr"], reference, None).shrink
+        own = own_rule(optimizer, group)
+        shrink = self.effect(group["weight_decay"], group["lr"], reference, own).shrink
         group["weight_decay"] = 0.0
         # Real aliases of complex weights: signs are of entries.
         params = [torch.view_as_real(p) if p.is_complex() else p for p in _with_gradient(group)]
@@ -292,6 +312,13 @@ class Cautious(Decoupled):
             _scale_(taken, shrink)
             shrink = 1.0
         torch._foreach_addcmul_(params, before, taken, value=-shrink)
+
+    def _changed_rule(
+        self, optimizer: Optimizer, group: dict[str, Any], rule: UpdateRule, reference: Number
+    ) -> UpdateRule:
+        changed = super()._changed_rule(optimizer, group, rule, reference)
+        # It skips entries, by the update: of a slice, no share is known.
+        return replace(changed, coupling=Coupling.UNKNOWN, wd_ratio=1.0)
 
 
 @dataclass(frozen=True)
@@ -325,12 +352,11 @@ class Corrected(Policy):
             )
         return super().attach(optimizer, on)
 
-    def effect(self, decay: Number, lr: Number, reference: Number, native: Native | None) -> Effect:
+    def effect(self, decay: Number, lr: Number, reference: Number, own: UpdateRule) -> Effect:
         corrected = decay * lr / _checked_peak(reference if self.max_lr is None else self.max_lr)
-        if native is None:
-            return Effect("decoupled", corrected, lr * corrected)
-        corrected = corrected * native.rate
-        return Effect(native.coupling, corrected, lr * corrected)
+        corrected = corrected * own.rate
+        coupling = Coupling.L2 if own.coupling is Coupling.L2 else Coupling.DECOUPLED
+        return Effect(coupling, corrected, lr * corrected)
 
 
 # The options of a group that a policy may change for the time of a step.
@@ -359,7 +385,9 @@ class AttachedPolicy:
         self._hooks = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
+            optimizer.register_state_dict_post_hook(self._save),
         )
+        _after_failure(optimizer, self._restore)
         attached_to(optimizer).append(self)
 
     @property
@@ -369,6 +397,7 @@ class AttachedPolicy:
 
     def remove(self) -> None:
         """End it. The groups keep their ``weight_decay``, which is the optimizer's own again."""
+        self._restore()
         for hook in self._hooks:
             hook.remove()
         optimizer = self._optimizer()
@@ -383,10 +412,23 @@ class AttachedPolicy:
                 yield i, group
 
     def effect(self, group: dict[str, Any]) -> Effect:
-        """What the next step does to the weights of one of its groups."""
+        """What the next step does to the weights of one of its groups.
+
+        Raises:
+            ReferenceError: if the optimizer is gone.
+        """
         optimizer = self._optimizer()
-        native = None if optimizer is None else native_decay(optimizer, group)
-        return self.policy.effect(group["weight_decay"], group["lr"], self._lr(group), native)
+        if optimizer is None:
+            raise ReferenceError(f"the optimizer of {self.policy} is gone")
+        own = own_rule(optimizer, group)
+        return self.policy.effect(group["weight_decay"], group["lr"], self._lr(group), own)
+
+    def changed_rule(self, rule: UpdateRule, group: dict[str, Any]) -> UpdateRule:
+        """What becomes of the rule of one of its groups, for :func:`normwise.describe`."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return rule
+        return self.policy._changed_rule(optimizer, group, rule, self._lr(group))
 
     def __str__(self) -> str:
         optimizer = self._optimizer()
@@ -406,7 +448,7 @@ class AttachedPolicy:
 
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._restore()  # what a step that raised has left
+        self._restore()  # of a step that has raised past the guard
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is self
         for _, group in self.groups():
             kept: dict[str, Any] = {key: group[key] for key in _SWAPPED if key in group}
@@ -420,10 +462,44 @@ class AttachedPolicy:
             self.policy._after_step(optimizer, memo)
         self._restore()
 
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Put the groups' own options into a state dict that is made in the middle of a step."""
+        pairs = list(zip(optimizer.param_groups, state_dict["param_groups"], strict=True))
+        for group, kept, _ in self._in_step:
+            for current, saved in pairs:
+                if current is group:
+                    saved.update(kept)
+
     def _restore(self) -> None:
         for group, kept, _ in self._in_step:
             group.update(kept)
         self._in_step.clear()
+
+
+def _after_failure(optimizer: Optimizer, restore: Callable[[], None]) -> None:
+    """Have ``optimizer.step`` call ``restore`` when it raises, for torch has no hook for that.
+
+    As torch's learning-rate schedulers do, it replaces the method of this one optimizer, and holds
+    no reference to it. They look for ``__func__``.
+    """
+    # A method's function, or the function that a scheduler has put in its place.
+    inner = getattr(optimizer.step, "__func__", optimizer.step)
+    is_method = inner is not optimizer.step
+    reference = weakref.ref(optimizer)
+
+    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return inner(self, *args, **kwargs) if is_method else inner(*args, **kwargs)
+        except BaseException:
+            restore()
+            raise
+
+    @functools.wraps(inner)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        return step(cast(Optimizer, reference()), *args, **kwargs)
+
+    bound.__func__ = step  # type: ignore[attr-defined]
+    optimizer.step = bound  # type: ignore[method-assign]
 
 
 def _checked_peak(lr: Number) -> Number:
@@ -440,7 +516,7 @@ def _act(optimizer: Optimizer, group: dict[str, Any], params: list[Tensor], effe
     # Set by GradScaler around the step of a fused optimizer, which unscales by itself.
     grad_scale = getattr(optimizer, "grad_scale", None)
     found_inf = getattr(optimizer, "found_inf", None)
-    if effect.coupling == "decoupled":
+    if effect.coupling is Coupling.DECOUPLED:
         shrink = effect.shrink
         if found_inf is not None:
             shrink = shrink * (1 - _scalar(found_inf))

@@ -3,16 +3,15 @@
 from normwise.monitor.alarms import (
     Alarm,
     AlarmError,
+    AlarmRule,
     DeadSlices,
     EffectiveLRFell,
     ExplodingSlices,
+    LargeAngularUpdate,
     NotFinite,
     RangeForecast,
-    Rule,
-    Tumbling,
     standard_rules,
 )
-from normwise.monitor.layout import Layer
 from normwise.monitor.measurement import Measurement
 from normwise.monitor.monitor import Monitor
 from normwise.monitor.quantities import (
@@ -31,8 +30,8 @@ from normwise.monitor.quantities import (
     Slices,
     SmallestNorm,
 )
-from normwise.monitor.rules import UpdateRule, update_of
-from normwise.monitor.schedules import Schedule, every, first, log_spaced
+from normwise.monitor.triggers import Trigger, every, first, log_spaced
+from normwise.monitor.watched import Layer
 from normwise.monitor.writers import JsonLines, MLflow, Parquet, TensorBoard, WandB
 
 __all__ = [
@@ -40,6 +39,7 @@ __all__ = [
     "Aggregate",
     "Alarm",
     "AlarmError",
+    "AlarmRule",
     "AngularUpdate",
     "DeadSlices",
     "DecayPull",
@@ -49,6 +49,7 @@ __all__ = [
     "GradientCosine",
     "GradientPush",
     "JsonLines",
+    "LargeAngularUpdate",
     "LargestInverseNorm",
     "Layer",
     "MLflow",
@@ -60,18 +61,14 @@ __all__ = [
     "Quantity",
     "RadialShare",
     "RangeForecast",
-    "Rule",
     "ScaledGradient",
-    "Schedule",
     "Slices",
     "SmallestNorm",
     "TensorBoard",
-    "Tumbling",
-    "UpdateRule",
+    "Trigger",
     "WandB",
     "every",
     "first",
     "log_spaced",
     "standard_rules",
-    "update_of",
 ]

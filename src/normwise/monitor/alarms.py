@@ -11,21 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normwise.monitor.layout import Layer
 from normwise.monitor.measurement import Measurement
-from normwise.monitor.rules import UpdateRule
+from normwise.monitor.watched import Layer
 from normwise.theory import norm_range
+from normwise.updates import UpdateRule
 
 __all__ = [
     "Alarm",
     "AlarmError",
+    "AlarmRule",
     "DeadSlices",
     "EffectiveLRFell",
     "ExplodingSlices",
+    "LargeAngularUpdate",
     "NotFinite",
     "RangeForecast",
-    "Rule",
-    "Tumbling",
     "standard_rules",
 ]
 
@@ -62,7 +62,7 @@ class AlarmError(RuntimeError):
         self.alarm = alarm
 
 
-class Rule(ABC):
+class AlarmRule(ABC):
     """Looks at each measurement in turn and says what is wrong.
 
     A rule may say the same again: the monitor passes on only the first alarm of a kind of a layer.
@@ -78,7 +78,7 @@ class Rule(ABC):
         """The alarms of this measurement; ``rules`` are those of the layers."""
 
 
-def standard_rules(range_of: torch.dtype | None = None) -> tuple[Rule, ...]:
+def standard_rules(range_of: torch.dtype | None = None) -> tuple[AlarmRule, ...]:
     """New rules with their defaults; ``range_of`` is that of :class:`RangeForecast`."""
     return (
         NotFinite(),
@@ -86,11 +86,11 @@ def standard_rules(range_of: torch.dtype | None = None) -> tuple[Rule, ...]:
         EffectiveLRFell(),
         DeadSlices(),
         ExplodingSlices(),
-        Tumbling(),
+        LargeAngularUpdate(),
     )
 
 
-class NotFinite(Rule):
+class NotFinite(AlarmRule):
     """A weight or its gradient is not finite: which slice went first.
 
     Exactly, where ``check_finite`` of the monitor looked at every step; else among the slices of
@@ -140,7 +140,7 @@ class NotFinite(Rule):
                 return
 
 
-class RangeForecast(Rule):
+class RangeForecast(AlarmRule):
     """The norm of a slice is about to leave the range of its dtype, at the rate of late.
 
     A line is fitted to the logarithm of the norm over the last ``window`` measurements.
@@ -210,7 +210,7 @@ class RangeForecast(Rule):
             )
 
     def _slope(self) -> Tensor:
-        """The change of log norm a step; 0 where a line does not explain 4/5 of its variance."""
+        """The change of log norm per step; 0 where a line does not explain 4/5 of its variance."""
         t = torch.tensor([float(step) for step, _ in self._past], dtype=torch.float64)
         y = torch.stack([logs for _, logs in self._past])
         t = (t - t.mean())[:, None]
@@ -220,7 +220,7 @@ class RangeForecast(Rule):
         return torch.where(explained, slope, 0.0)
 
 
-class EffectiveLRFell(Rule):
+class EffectiveLRFell(AlarmRule):
     """Norms alone took most of the learning rate of many weights away.
 
     Args:
@@ -250,6 +250,9 @@ class EffectiveLRFell(Rule):
             weights[layer.slices] = layer.entries
             power[layer.slices] = rule.update.exponent
         self._lrs[m.step] = sum(m.lrs) / len(m.lrs)
+        if len(self._lrs) > 1000:
+            wanted = {m.step, *self._when.tolist()}
+            self._lrs = {step: lr for step, lr in self._lrs.items() if step in wanted}
         fell = power * (logs - least) >= math.log(self.factor)
         share = float(weights[fell].sum() / weights.sum())
         if share < self.share:
@@ -270,7 +273,7 @@ class EffectiveLRFell(Rule):
         )
 
 
-class DeadSlices(Rule):
+class DeadSlices(AlarmRule):
     """Slices whose gradient is exactly zero, time and again.
 
     Args:
@@ -302,7 +305,7 @@ class DeadSlices(Rule):
                 )
 
 
-class ExplodingSlices(Rule):
+class ExplodingSlices(AlarmRule):
     """Slices whose norm has grown many times over.
 
     Args:
@@ -335,11 +338,11 @@ class ExplodingSlices(Rule):
                 )
 
 
-class Tumbling(Rule):
+class LargeAngularUpdate(AlarmRule):
     """Weights that turn so far in a step that they cannot keep what they learn.
 
     Args:
-        angle: the RMS angle a step of a layer, in radians (default: 0.5).
+        angle: the RMS angle per step of a layer, in radians (default: 0.5).
         measurements: how many in a row (default: 5).
     """
 
@@ -354,12 +357,12 @@ class Tumbling(Rule):
             self._count[name] = self._count.get(name, 0) + 1 if angle > self.angle else 0
             if self._count[name] >= self.measurements:
                 yield Alarm(
-                    "tumbling",
+                    "large angular update",
                     m.step,
                     name,
                     (),
-                    f"{name} turns by {angle:.2g} rad a step, so it forgets what it learned within "
-                    f"{max(1, round(1 / angle**2))} steps.",
+                    f"{name} turns by {angle:.2g} rad per step, so it forgets what it learned "
+                    f"within {max(1, round(1 / angle**2))} steps.",
                     "Lower lr·weight_decay, which sets the angle at equilibrium, or the learning "
                     "rate.",
                 )

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normwise.monitor.layout import Layer
 from normwise.monitor.quantities import Aggregate, Quantity
+from normwise.monitor.watched import Layer
 
-__all__ = ["Measurement", "aggregate"]
+__all__ = ["PREDICTIONS", "Measurement", "aggregate"]
+
+PREDICTIONS = ("predicted_norm", "predicted_angular_update", "steps_to_equilibrium")
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,9 @@ class Measurement:
     Attributes:
         step: counted from 1.
         layers: the layers, in the order of the columns of ``values``.
-        names: the quantities, in the order of the rows of ``values``; the last two are
-            ``"predicted_norm"`` and ``"predicted_angular_update"``, the equilibrium.
+        names: the quantities, in the order of the rows of ``values``; the last are
+            :data:`PREDICTIONS`: norm and angle at equilibrium, and the steps until the norm is
+            within 10% of it at the present learning rate.
         values: shape ``(names, layers)``, float64.
         slices: shape ``(quantities, slices of all layers)``; the predictions have no rows.
         lrs: the learning rate of each layer.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normwise.geometry import View
-from normwise.monitor.alarms import Alarm, AlarmError, Rule, standard_rules
-from normwise.monitor.layout import Bucket, Layout
-from normwise.monitor.measurement import Measurement, aggregate
-from normwise.monitor.quantities import STANDARD, Quantity, Slices
-from normwise.monitor.rules import UpdateRule, rule_of, update_of
-from normwise.monitor.schedules import Schedule, every
-from normwise.theory import Update
+from normwise.monitor.alarms import Alarm, AlarmError, AlarmRule, standard_rules
+from normwise.monitor.history import History
+from normwise.monitor.measurement import PREDICTIONS, Measurement, aggregate
+from normwise.monitor.quantities import STANDARD, Norm, Quantity, Slices
+from normwise.monitor.triggers import Trigger, at_least_one, every
+from normwise.monitor.watched import Bucket, Layer, WatchedWeights
+from normwise.theory import equilibrium_of, time_to_equilibrium
+from normwise.updates import Update, UpdateRule, describe, rule_of
 
 if TYPE_CHECKING:
     from normwise.invariance import Report
@@ -39,8 +40,7 @@ class _Taken:
     """What belongs to one measurement on the device."""
 
     step: int
-    lrs: list[float | Tensor]
-    rules: list[UpdateRule]
+    rules: list[UpdateRule]  # of each layer
 
 
 @dataclass
@@ -76,31 +76,36 @@ class Monitor:
             or a mapping from parameter names to views. By default every weight of two dimensions
             or more that the optimizer trains, in the view of its parameter group or by output
             channel, embeddings as a whole; then it is for you to know which are scale-invariant.
-        every: when to measure: the first step and every so many, or a schedule (default: 100).
+        every: when to measure: the first step and every so many, or a trigger (default: 100).
         quantities: what to measure (default: :data:`normwise.monitor.STANDARD`).
         writers: where measurements go: any callables, such as those of
             :mod:`normwise.monitor.writers`. One that has ``close()`` is closed with the monitor.
+            One that fails is dropped, with one warning of the logger ``normwise.monitor``.
         alarms: ``"log"`` (the default: a warning of the logger ``normwise.monitor``), ``"raise"``
             (:class:`AlarmError`, out of ``optimizer.step()``), or a function of an :class:`Alarm`.
         rules: what raises alarms (default: :func:`normwise.monitor.standard_rules`).
         fetch_every: measurements a batch; alarms come by so much later (default: 4).
-        check_finite: a schedule, such as ``every(1)``, of steps after which every slice is looked
+        check_finite: a trigger, such as ``every(1)``, of steps after which every slice is looked
             at, to know exactly which went first to be not finite. Each costs about as much as
             copying the weights (default: only at measured steps).
-        update: whether updates are as long as gradients or normalized (default: by the name of
-            the optimizer's class, see :func:`normwise.monitor.update_of`).
+        update: what sets the length of an update, for an optimizer that
+            :func:`normwise.describe` does not know (default: what that says).
+        keep: the most measurements that ``history`` holds (default: 2000). When it is full, every
+            second one is dropped, so that what is left spans the run.
 
     Attributes:
         step: how many steps the optimizer has taken.
-        history: a measurement for each measured step that has been fetched; all but the latest
-            without the values of single slices.
+        history: measurements that have been fetched, ``keep`` at most; all but the latest without
+            the values of single slices.
         raised: the alarms so far.
         update: as given, or found.
         writers: as given; more may be appended.
 
     Raises:
-        ValueError: if nothing is left to watch, a view does not fit, a name is unknown, or a rule
-            needs a quantity that is not measured.
+        TypeError: for an argument of another type.
+        ValueError: if nothing is left to watch, a view does not fit, a name is unknown, a number is
+            out of its range, or a rule needs a quantity that is not measured.
+        RuntimeError: out of ``optimizer.step()``, if a watched weight has changed its shape.
     """
 
     def __init__(
@@ -109,23 +114,32 @@ class Monitor:
         optimizer: Optimizer,
         report: Report | Mapping[str, View | str] | None = None,
         *,
-        every: int | Schedule = 100,
+        every: int | Trigger = 100,
         quantities: Sequence[Quantity] = STANDARD,
         writers: Sequence[Writer] = (),
         alarms: OnAlarm = "log",
-        rules: Sequence[Rule] | None = None,
+        rules: Sequence[AlarmRule] | None = None,
         fetch_every: int = 4,
-        check_finite: Schedule | None = None,
+        check_finite: Trigger | None = None,
         update: Update | None = None,
+        keep: int = 2000,
     ) -> None:
         if not (alarms in ("log", "raise") or callable(alarms)):
             raise ValueError(f"Invalid alarms: {alarms!r}; must be 'log', 'raise' or a function")
-        if fetch_every < 1:
-            raise ValueError(f"Invalid fetch_every: {fetch_every}; must be 1 or more")
+        at_least_one("fetch_every", fetch_every)
+        at_least_one("keep", keep)
+        _check_types("model", [model], nn.Module, "a module")
+        _check_types("optimizer", [optimizer], Optimizer, "a torch optimizer")
+        _check_types("quantity", quantities, Quantity, "a Quantity, such as Norm()")
+        _check_types("writer", writers, Callable, "a function of a Measurement")
+        _check_types("rule", rules or (), AlarmRule, "an AlarmRule, such as NotFinite()")
+        _check_types("check_finite", [check_finite], Trigger | None, "a trigger, such as every(1)")
+        _check_types("update", [update], Update | None, "a normwise.updates.Update")
         self._optimizer = optimizer
-        self.update = update or update_of(optimizer)
-        self._schedule = every if isinstance(every, Schedule) else _interval(every)
+        self.update = update or describe(optimizer)[0].update
+        self._trigger = every if isinstance(every, Trigger) else _interval(every)
         self._check_finite = check_finite
+        self._keep = keep
         self._quantities = tuple(quantities)
         self._names = tuple(q.name for q in self._quantities)
         self._rules = tuple(standard_rules() if rules is None else rules)
@@ -137,7 +151,7 @@ class Monitor:
         names = {p: name for name, p in model.named_parameters()}
         groups = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
         views = _views(model, optimizer, report, names, groups)
-        self._layout = Layout(views, names, groups)
+        self._layout = WatchedWeights(views, names, groups)
         self._results: list[Tensor] | None = None
         self._first_bad: list[Tensor] | None = None
         self._before: list[Tensor] | None = None
@@ -162,7 +176,7 @@ class Monitor:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of what is known of a layer: the quantities, and the predicted equilibrium."""
-        return (*self._names, "predicted_norm", "predicted_angular_update")
+        return (*self._names, *PREDICTIONS)
 
     def series(self, name: str) -> tuple[list[int], Tensor]:
         """The steps measured so far, and a quantity of each layer at them.
@@ -173,12 +187,7 @@ class Monitor:
         Raises:
             KeyError: for an unknown quantity.
         """
-        if name not in self.names:
-            raise KeyError(f"no quantity {name!r} is measured; there are {', '.join(self.names)}")
-        row = self.names.index(name)
-        steps = [m.step for m in self.history]
-        values = [m.values[row] for m in self.history]
-        return steps, torch.stack(values) if values else torch.empty(0, len(self.layers))
+        return self._data().series(name)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw norms, angular updates, effective learning rates, and measured against predicted.
@@ -195,7 +204,7 @@ class Monitor:
         """
         from normwise.monitor.plots import draw
 
-        figure = draw(self)
+        figure = draw(self._data())
         if path is not None:
             figure.savefig(path)
         return figure
@@ -209,7 +218,10 @@ class Monitor:
         """
         from normwise.monitor.plots import panels
 
-        return panels(self)
+        return panels(self._data())
+
+    def _data(self) -> History:
+        return History(self.layers, self.names, tuple(self.history), self.update)
 
     def fetch(self) -> None:
         """Get every measurement taken so far; this waits for the device."""
@@ -228,10 +240,9 @@ class Monitor:
         try:
             self.fetch()
         finally:
-            for writer in self.writers:
-                close = getattr(writer, "close", None)
-                if close is not None:
-                    close()
+            for writer in list(self.writers):
+                if hasattr(writer, "close"):
+                    self._try(writer, writer.close)
 
     def __enter__(self) -> Monitor:
         return self
@@ -245,6 +256,20 @@ class Monitor:
         if error is not None and self._on_alarm == "raise":
             self._on_alarm = "log"  # An error is on its way already; this must not hide it.
         self.close()
+
+    def __str__(self) -> str:
+        """What a person wants to know: what is watched, where the norms are, and what is wrong."""
+        count = sum(len(layer) for layer in self._layout.layers)
+        lines = [
+            f"{len(self.layers)} weights, {count:,} slices; {len(self.history)} measurements in "
+            f"{self.step:,} steps"
+        ]
+        if self.history:
+            m = self.history[-1]
+            lines += [f"step {m.step:,}: {line}" for line in _ranges(m)]
+            lines += _settling(m)
+        lines += [f"alarm: {alarm}" for alarm in self.raised]
+        return "\n".join(lines)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps, and which alarms have been raised, for a run that goes on."""
@@ -261,7 +286,8 @@ class Monitor:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         while self._under_way and self._under_way[0].arrived():
             self._receive(self._under_way.pop(0))
-        if self._schedule(self.step + 1):
+        if self._trigger(self.step + 1):
+            self._check_shapes()
             self._before = [bucket.gather(bucket.params) for bucket in self._layout.buckets]
 
     @torch.no_grad()
@@ -271,6 +297,7 @@ class Monitor:
         looked_at = self._check_finite is not None and self._check_finite(self.step)
         if not (measured or looked_at):
             return
+        self._check_shapes()
         after = [bucket.read(bucket.params) for bucket in self._layout.buckets]
         if looked_at:
             self._look_for_bad(after)
@@ -282,10 +309,16 @@ class Monitor:
                 if not self._under_way[0].events:
                     self._receive(self._under_way.pop(0))
 
+    def _check_shapes(self) -> None:
+        for layer, p in zip(self._layout.layers, self._layout.params, strict=True):
+            if p.shape != layer.shape:
+                raise RuntimeError(
+                    f"{layer.name} had shape {layer.shape} when the Monitor was made, and has "
+                    f"{tuple(p.shape)}; close this Monitor and make a new one"
+                )
+
     def _measure(self, before: list[Tensor], after: list[Tensor]) -> None:
-        groups = self._optimizer.param_groups
-        rules = [rule_of(self._optimizer, group, self.update) for group in groups]
-        lrs = [group["lr"] for group in groups]
+        rules = self._update_rules()
         if self._results is None:
             self._results = [
                 torch.empty(
@@ -302,8 +335,8 @@ class Monitor:
             self._layout.buckets, before, after, self._results, strict=True
         ):
             gradient = bucket.read(bucket.gradients())
-            lr = _column(lrs, bucket)
-            decay = lr * _column([rule.decay_per_lr for rule in rules], bucket)
+            lr = _column([rule.lr for rule in rules], bucket)
+            decay = _column([rule.shrink for rule in rules], bucket)
             exponent = _column([float(rule.update.exponent) for rule in rules], bucket)
             for part in bucket.chunks:
                 s = Slices(
@@ -311,11 +344,24 @@ class Monitor:
                 )
                 for row, quantity in enumerate(self._quantities):
                     into[place, row, part] = quantity(s)
-        snapshot = [
-            lr.detach().to("cpu", non_blocking=True, copy=True) if isinstance(lr, Tensor) else lr
-            for lr in lrs
+        kept: dict[Tensor, Tensor] = {}  # weights of a group share its tensors
+
+        def snapshot(t: Tensor) -> Tensor:
+            if t not in kept:
+                kept[t] = t.detach().to("cpu", non_blocking=True, copy=True)
+            return kept[t]
+
+        self._taken.append(_Taken(self.step, [rule.converted(snapshot) for rule in rules]))
+
+    def _update_rules(self) -> list[UpdateRule]:
+        """What this step has done to each layer."""
+        groups = self._optimizer.param_groups
+        pairs = zip(self._layout.layers, self._layout.params, strict=True)
+        rules = [rule_of(self._optimizer, groups[layer.group], p) for layer, p in pairs]
+        return [
+            replace(rule, update=self.update) if rule.update is Update.UNKNOWN else rule
+            for rule in rules
         ]
-        self._taken.append(_Taken(self.step, snapshot, rules))
 
     def _look_for_bad(self, after: list[Tensor]) -> None:
         if self._first_bad is None:
@@ -350,12 +396,14 @@ class Monitor:
         values = torch.cat([v.double() for v in batch.values], dim=2)
         first_bad = torch.cat(batch.first_bad) if batch.first_bad else None
         for taken, slices in zip(batch.taken, values, strict=True):
-            of_groups = [float(lr) for lr in taken.lrs]
             layers = self._layout.layers
-            lrs = tuple(of_groups[layer.group] for layer in layers)
-            rules = tuple(taken.rules[layer.group] for layer in layers)
+            rules = tuple(
+                self._gated(rule.converted(float), layer, slices)
+                for rule, layer in zip(taken.rules, layers, strict=True)
+            )
+            lrs = tuple(float(rule.lr) for rule in rules)
             measured = aggregate(slices, self._quantities, layers)
-            predicted = self._predict(slices, lrs, rules)
+            predicted = self._predict(slices, rules)
             m = Measurement(
                 taken.step,
                 layers,
@@ -365,30 +413,53 @@ class Monitor:
                 lrs,
                 None if first_bad is None else torch.where(first_bad <= taken.step, first_bad, 0),
             )
-            if self.history:
-                self.history[-1] = _without_slices(self.history[-1])
-            self.history.append(m)
-            for writer in self.writers:
-                writer(m)
+            self._remember(m)
+            for writer in list(self.writers):
+                self._try(writer, writer, m)
             for rule in self._rules:
                 for alarm in rule(m, rules):
                     self._raise(alarm)
 
-    def _predict(
-        self, slices: Tensor, lrs: tuple[float, ...], rules: tuple[UpdateRule, ...]
-    ) -> Tensor:
+    def _remember(self, m: Measurement) -> None:
+        if self.history:
+            self.history[-1] = _without_slices(self.history[-1])
+        if len(self.history) >= self._keep:
+            del self.history[::2]
+        self.history.append(m)
+
+    def _try(self, writer: Writer, action: Callable[..., object], *args: object) -> None:
+        """Call a writer, or its ``close``; drop one that fails, since the training goes on."""
+        try:
+            action(*args)
+        except Exception:
+            self.writers = [other for other in self.writers if other is not writer]
+            _LOG.warning(
+                "the writer %r failed and is dropped; the training goes on", writer, exc_info=True
+            )
+
+    def _gated(self, rule: UpdateRule, layer: Layer, slices: Tensor) -> UpdateRule:
+        """A rule with a gate as this step's cosines let it stand: open if it is for every slice."""
+        if rule.is_projected is not None or "gradient_cosine" not in self._names:
+            return rule
+        cosines = slices[self._names.index("gradient_cosine")][layer.slices]
+        return rule.with_gate(bool(cosines.max() < rule.delta / math.sqrt(layer.entries)))
+
+    def _predict(self, slices: Tensor, rules: tuple[UpdateRule, ...]) -> Tensor:
         """The equilibrium of each layer; E‖g̃‖² is the mean over the last ten or so measurements."""
-        predicted = torch.full((2, len(lrs)), math.nan, dtype=torch.float64)
+        predicted = torch.full((len(PREDICTIONS), len(rules)), math.nan, dtype=torch.float64)
+        norm = Norm.name
+        now = slices[self._names.index(norm)].double().log() if norm in self._names else None
         if "scaled_gradient" in self._names:
             squares = slices[self._names.index("scaled_gradient")].square()
             old = self._gradient_squares
             self._gradient_squares = squares if old is None else old.lerp(squares, 0.1)
-        for i, (layer, lr, rule) in enumerate(zip(self._layout.layers, lrs, rules, strict=True)):
+        for i, (layer, rule) in enumerate(zip(self._layout.layers, rules, strict=True)):
             mean = math.nan
             if self._gradient_squares is not None:
                 alive = self._gradient_squares[layer.slices]
                 mean = float(alive[alive > 0].log().mean().exp())
-            predicted[:, i] = torch.tensor(rule.equilibrium(lr, mean, layer.entries))
+            present = math.nan if now is None else float(now[layer.slices].mean().exp())
+            predicted[:, i] = torch.tensor(_prediction(rule, mean, layer, present))
         return predicted
 
     def _raise(self, alarm: Alarm) -> None:
@@ -416,22 +487,79 @@ class Monitor:
                 )
 
 
-def _interval(steps: int) -> Schedule:
+def _prediction(
+    rule: UpdateRule, square: float, layer: Layer, present: float
+) -> tuple[float, float, float]:
+    """The norm and the RMS angle per step at equilibrium, and the steps there from a norm.
+
+    NaN where there is none, or none that is known.
+    """
+    time = math.nan
+    try:
+        found = equilibrium_of(
+            rule,
+            gradient_square=square if 0 < square < math.inf else math.nan,
+            entries=layer.entries,
+            shape=layer.shape,
+        )
+        if 0 < found.norm < math.inf and 0 < present < math.inf:
+            time = time_to_equilibrium(rule, present / found.norm)
+    except ValueError:  # beyond where one exists
+        return math.nan, math.nan, math.nan
+    if not found.angle > 0:  # without decay
+        return math.nan, math.nan, math.nan
+    return found.norm, found.angle, time
+
+
+def _ranges(m: Measurement) -> Iterator[str]:
+    for name, what in (("norm", "norms"), ("angular_update", "angles per step, in radians")):
+        values = [v for v in m[name].values() if math.isfinite(v)] if name in m.names else []
+        if values:
+            yield f"{what}, from {min(values):.3g} to {max(values):.3g}"
+
+
+def _settling(m: Measurement) -> Iterator[str]:
+    """How many weights are at the predicted equilibrium, and how long the others would take."""
+    times = {name: time for name, time in m["steps_to_equilibrium"].items() if time >= 0}
+    if not times:
+        yield "no equilibrium of the norms is known for this optimizer, or without decay"
+        return
+    away = {name: time for name, time in times.items() if time > 0}
+    yield (
+        f"{len(times) - len(away)} of {len(times)} weights are within 10% of the norm at which "
+        "they would settle"
+    )
+    if away:
+        slowest = max(away, key=lambda name: away[name])
+        yield (
+            f"not settled: {len(away)}, which would take up to {math.ceil(away[slowest]):,} more "
+            f"steps at the present learning rate ({slowest}); until then the predicted norms and "
+            "angles are not theirs"
+        )
+
+
+def _check_types(name: str, values: Iterable[object], kind: Any, wanted: str) -> None:
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"Invalid {name}: {value!r}; must be {wanted}")
+
+
+def _interval(steps: int) -> Trigger:
     return every(steps)
 
 
 def _column(values: Sequence[float | Tensor], bucket: Bucket) -> Tensor:
-    """A value of each group, spread over the slices of a bucket."""
+    """A value of each layer, spread over the slices of a bucket."""
     if any(isinstance(value, Tensor) for value in values):
-        of_groups = torch.stack(
+        of_layers = torch.stack(
             [
                 torch.as_tensor(value, dtype=bucket.dtype, device=bucket.device).reshape(())
                 for value in values
             ]
         )
     else:
-        of_groups = torch.tensor(values, dtype=bucket.dtype, device=bucket.device)
-    return of_groups.index_select(0, bucket.group_index)
+        of_layers = torch.tensor(values, dtype=bucket.dtype, device=bucket.device)
+    return of_layers.index_select(0, bucket.layer_index)
 
 
 def _to_host(t: Tensor) -> Tensor:

@@ -3,36 +3,66 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from normwise.geometry import View, norms
+from normwise.monitor.history import Trajectory
+from normwise.optim import SGDP, SGDW, AdamP
 from normwise.theory import (
-    Update,
-    adamw_angle,
-    adamw_equilibrium,
-    adamw_norms,
     adamw_schedule_limit,
-    adamw_time_to_equilibrium,
+    angle_at,
     effective_lr,
-    lion_equilibrium_angle,
+    equilibrium_of,
     norm_range,
-    sgd_angle,
-    sgd_equilibrium,
-    sgd_norms,
+    norm_trajectory,
     sgd_schedule_limit,
-    sgd_time_to_equilibrium,
     steps_to_norm,
+    time_to_equilibrium,
 )
+from normwise.updates import Coupling, Update, UpdateRule, rule_of
 
-__all__ = ["Plan", "PlanRow", "Settings", "Weights", "plan", "weights_of"]
+__all__ = ["OPTIMIZERS", "Plan", "PlanRow", "Settings", "Weights", "plan", "weights_of"]
 
-OptimizerName = Literal["sgd", "adamw", "lion"]
+
+class Lion(Optimizer):
+    """What :func:`normwise.describe` needs of Lion, which torch does not have."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, options)
+
+
+def _of_sgd(kind: Callable[..., Optimizer]) -> Callable[[Tensor, Settings], Optimizer]:
+    return lambda p, s: kind([p], lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+
+
+def _of_adam(kind: Callable[..., Optimizer]) -> Callable[[Tensor, Settings], Optimizer]:
+    return lambda p, s: kind([p], lr=s.lr, betas=s.betas, weight_decay=s.weight_decay)
+
+
+# How a run's settings make each optimizer; what it does then, describe() knows.
+OPTIMIZERS: dict[str, Callable[[Tensor, Settings], Optimizer]] = {
+    "sgd": _of_sgd(torch.optim.SGD),
+    "sgdw": _of_sgd(SGDW),
+    "sgdp": _of_sgd(SGDP),
+    "adamw": _of_adam(torch.optim.AdamW),
+    "adamp": _of_adam(AdamP),
+    "lion": _of_adam(Lion),
+    "muon": lambda p, s: _muon([p], lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay),
+}
+
+
+def _muon(params: Any, **options: Any) -> Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"torch {torch.__version__} has no Muon; it came with torch 2.9")
+    made: Optimizer = torch.optim.Muon(params, **options)
+    return made
 
 
 @dataclass(frozen=True)
@@ -40,19 +70,21 @@ class Settings:
     """How a run will be trained.
 
     Args:
-        optimizer: ``"sgd"`` (torch's, L2 in the buffer), ``"adamw"`` or ``"lion"``.
+        optimizer: one of :data:`OPTIMIZERS`: ``"sgd"``, ``"sgdw"``, ``"sgdp"``, ``"adamw"``,
+            ``"adamp"``, ``"lion"`` or ``"muon"``.
         lr: η, at its highest.
-        weight_decay: λ.
+        weight_decay: λ, as the optimizer means it.
         steps: of the run.
-        momentum: of SGD (default: 0).
-        betas: of AdamW and Lion (default: (0.9, 0.999)).
+        momentum: of SGD and its kin, and of Muon (default: 0).
+        betas: of AdamW, AdamP and Lion (default: (0.9, 0.999)).
         schedule: ``"constant"`` or ``"cosine"``, which ends at 0 (default: ``"constant"``).
         gradient: √E‖g̃‖², the RMS norm of a slice's gradient at weight norm 1, on which only SGD
-            depends; a monitor's ``scaled_gradient`` measures it (default: 1).
+            and its kin depend; a monitor's ``scaled_gradient`` measures it (default: 1).
         dtype: whose range must hold (default: float32).
+        wd_ratio: ρ of AdamP and SGDP, whose gate is taken to hold (default: 0.1, as theirs).
     """
 
-    optimizer: OptimizerName
+    optimizer: str
     lr: float
     weight_decay: float
     steps: int
@@ -61,12 +93,34 @@ class Settings:
     schedule: Literal["constant", "cosine"] = "constant"
     gradient: float = 1.0
     dtype: torch.dtype = torch.float32
+    wd_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"Invalid optimizer: {self.optimizer!r}; must be one of {', '.join(OPTIMIZERS)}"
+            )
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"Invalid schedule: {self.schedule!r}; must be 'constant' or 'cosine'")
 
     def lrs(self) -> list[float]:
         """The learning rate of each step."""
         if self.schedule == "constant":
             return [self.lr] * self.steps
         return [self.lr * (1 + math.cos(math.pi * t / self.steps)) / 2 for t in range(self.steps)]
+
+    def rule(self, shape: Sequence[int]) -> UpdateRule:
+        """What a step at the highest learning rate does to a scale-invariant weight.
+
+        Args:
+            shape: of the weight.
+        """
+        p = torch.empty(tuple(shape), device="meta")
+        optimizer = OPTIMIZERS[self.optimizer](p, self)
+        (group,) = optimizer.param_groups
+        if "wd_ratio" in group:
+            group["wd_ratio"] = self.wd_ratio
+        return rule_of(optimizer, group, p).with_gate(True)
 
 
 @dataclass(frozen=True)
@@ -78,12 +132,22 @@ class Weights:
         slices: how many.
         entries: of each.
         norm: of each, before training.
+        shape: of the weight (default: a square matrix of rows of so many entries).
     """
 
     name: str
     slices: int
     entries: int
     norm: float
+    shape: tuple[int, ...] = ()
+
+    def known(self, settings: Settings) -> dict[str, Any]:
+        """What the closed forms need to know of these weights."""
+        return {
+            "gradient_square": settings.gradient**2,
+            "entries": self.entries,
+            "shape": self.shape or (self.entries, self.entries),
+        }
 
 
 @dataclass(frozen=True)
@@ -93,10 +157,12 @@ class PlanRow:
     Attributes:
         weights: which.
         norm: at equilibrium at the highest learning rate; infinity without decay.
-        angle: RMS angle a step at equilibrium, in radians.
-        settles: steps until the norm is within 10% of the equilibrium.
+        angle: RMS angle per step at equilibrium, in radians.
+        settles: steps until the norm is within 10% of the equilibrium, at the highest learning
+            rate; 0 if it starts there.
         final_norm: after the last step.
         effective_lr: before the first step, and at equilibrium.
+        remembered: by which share a start at twice the norm would raise ``final_norm``.
     """
 
     weights: Weights
@@ -105,6 +171,7 @@ class PlanRow:
     settles: float
     final_norm: float
     effective_lr: tuple[float, float]
+    remembered: float
 
 
 @dataclass(frozen=True)
@@ -123,7 +190,7 @@ class Plan:
             "norm",
             "settles at",
             "within 10% after",
-            "angle a step",
+            "angle per step",
             "at the end",
             "effective lr, first → settled",
         )
@@ -137,7 +204,7 @@ class Plan:
                     str(w.entries),
                     _number(w.norm),
                     _number(row.norm),
-                    "–" if math.isnan(row.settles) else _steps(row.settles),
+                    _settles(row.settles, self.settings.steps),
                     "–" if math.isnan(row.angle) else f"{row.angle:.2e} rad",
                     _number(row.final_norm),
                     " → ".join(map(_number, row.effective_lr)),
@@ -168,44 +235,53 @@ class Plan:
         """
         from normwise.monitor.plots import draw_plan
 
-        draw_plan(self).savefig(path)
+        draw_plan([self._trajectory(row) for row in self.rows], self.settings.schedule).savefig(
+            path
+        )
 
-    def course(self, weights: Weights) -> tuple[list[float], list[float]]:
-        """The expected norm and RMS angle of one weight before each step; empty for Lion."""
-        s = self.settings
-        lrs = s.lrs()
-        square = s.gradient**2
-        if s.optimizer == "sgd":
-            found = sgd_norms(lrs, s.weight_decay, square, weights.norm, s.momentum)
-            angles = [
-                sgd_angle(lr, k, square, s.momentum) for lr, k in zip(lrs, found, strict=False)
-            ]
-        elif s.optimizer == "adamw":
-            found = adamw_norms(lrs, s.weight_decay, weights.entries, weights.norm)
-            angles = [
-                adamw_angle(lr, k, weights.entries, s.betas[0])
-                for lr, k in zip(lrs, found, strict=False)
-            ]
-        else:
+    def _trajectory(self, row: PlanRow) -> Trajectory:
+        norms_, angles = self.trajectory(row.weights)
+        return Trajectory(row.weights.name, tuple(norms_), tuple(angles), row.norm, row.angle)
+
+    def trajectory(self, weights: Weights) -> tuple[list[float], list[float]]:
+        """The expected norm and RMS angle of one weight before each step.
+
+        Empty where no closed form of the norm is known, as for Lion.
+        """
+        lrs, known = self.settings.lrs(), weights.known(self.settings)
+        rule = self.settings.rule(known["shape"])
+        found = norm_trajectory(rule, lrs, weights.norm, **known)
+        if math.isnan(found[-1]):
             return [], []
+        angles = [
+            angle_at(replace(rule, lr=lr), norm, **known)
+            for lr, norm in zip(lrs, found, strict=False)
+        ]
         return found[:-1], angles
 
 
 def plan(settings: Settings, weights: Sequence[Weights]) -> Plan:
-    """Predict norms, angles and effective learning rates ([ROT] arXiv 2305.17212, and ours).
+    """Predict norms, angles and effective learning rates, by :mod:`normwise.theory.equilibrium`.
 
     Args:
         settings: how the run will be trained.
         weights: what will be trained: scale-invariant weights alone.
 
     Raises:
-        ValueError: for settings out of range, or beyond where the closed forms hold.
+        ValueError: for settings out of range, or beyond where the closed forms hold; if there is
+            no weight to plan for.
     """
     s = settings
     if s.steps < 1:
         raise ValueError(f"Invalid steps: {s.steps}; must be 1 or more")
-    rows = tuple(_row(s, w) for w in weights)
-    return Plan(s, rows, tuple(_notes(s, rows)))
+    takes = [w for w in weights if s.optimizer != "muon" or len(w.shape) in (0, 2)]
+    if not takes:
+        raise ValueError(f"there is no weight to plan for that {s.optimizer} can train")
+    rows = tuple(_row(s, w) for w in takes)
+    notes = _notes(s, rows)
+    if left := [w.name for w in weights if w not in takes]:
+        notes.append(f"Muon takes matrices only, and not {', '.join(left)}.")
+    return Plan(s, rows, tuple(notes))
 
 
 def weights_of(model: nn.Module, views: Mapping[str, View]) -> list[Weights]:
@@ -223,33 +299,37 @@ def weights_of(model: nn.Module, views: Mapping[str, View]) -> list[Weights]:
         alive = values[values > 0].double()
         if p.ndim > 1 and len(alive):
             norm = float(alive.log().mean().exp())
-            found.append(Weights(name, len(values), p.numel() // len(values), norm))
+            entries = p.numel() // len(values)
+            found.append(Weights(name, len(values), entries, norm, tuple(p.shape)))
     return found
 
 
 def _row(s: Settings, w: Weights) -> PlanRow:
-    update = Update.GRADIENT if s.optimizer == "sgd" else Update.NORMALIZED
-    before = effective_lr(s.lr, w.norm, update)
-    course = Plan(s, (), ()).course(w)[0]
-    final = course[-1] if course else math.nan
-    if s.weight_decay == 0:
-        if s.optimizer == "lion":
-            final = math.nan
-        return PlanRow(w, math.inf, 0.0, math.nan, final, (before, 0.0))
-    if s.optimizer == "lion":
-        angle = lion_equilibrium_angle(s.lr, s.weight_decay, s.betas)
-        return PlanRow(w, math.nan, angle, math.nan, math.nan, (before, math.nan))
-    if s.optimizer == "sgd":
-        settled = sgd_equilibrium(s.lr, s.weight_decay, s.gradient**2, s.momentum)
-        time = sgd_time_to_equilibrium(s.lr, s.weight_decay, w.norm / settled.norm, s.momentum)
-    else:
-        settled = adamw_equilibrium(s.lr, s.weight_decay, w.entries, s.betas[0])
-        time = adamw_time_to_equilibrium(s.lr, s.weight_decay, w.norm / settled.norm)
-    after = effective_lr(s.lr, settled.norm, update)
-    return PlanRow(w, settled.norm, settled.angle, time, final, (before, after))
+    known = w.known(s)
+    rule = s.rule(known["shape"])
+    settled = equilibrium_of(rule, **known)
+    lrs, decay, power = s.lrs(), float(rule.shrink_per_lr), 2 * rule.update.exponent
+    final = norm_trajectory(rule, lrs, w.norm, **known)[-1]
+    left = math.prod(1 - lr * decay for lr in lrs) ** power
+    twice = 1 + left * (2**power - 1) * (w.norm / final) ** power
+    return PlanRow(
+        w,
+        settled.norm,
+        settled.angle,
+        math.nan
+        if not math.isfinite(settled.norm)
+        else time_to_equilibrium(rule, w.norm / settled.norm),
+        final,
+        (
+            effective_lr(s.lr, w.norm, rule.update),
+            0.0 if math.isinf(settled.norm) else effective_lr(s.lr, settled.norm, rule.update),
+        ),
+        twice ** (1 / power) - 1,
+    )
 
 
 def _notes(s: Settings, rows: Sequence[PlanRow]) -> list[str]:
+    rule = s.rule(rows[0].weights.known(s)["shape"])
     notes = []
     if s.weight_decay == 0:
         notes.append(
@@ -257,46 +337,94 @@ def _notes(s: Settings, rows: Sequence[PlanRow]) -> list[str]:
             "effective learning rate falls towards 0."
         )
     else:
-        late = sum(row.settles > s.steps for row in rows)
-        if s.optimizer != "lion":
-            notes.append(
-                f"Within the {s.steps:,} steps {len(rows) - late} of {len(rows)} settle, even at "
-                "the highest learning rate; for the others the norm at the start counts to the end."
-                if late
-                else f"All settle within the {s.steps:,} steps, at the highest learning rate: the "
-                "norm at the start is forgotten, and lr·weight_decay alone sets the angle a step."
-            )
-        decay = s.lr * s.weight_decay / (1 - s.momentum if s.optimizer == "sgd" else 1)
+        if any(math.isfinite(row.norm) for row in rows):
+            notes += _settling(s, rule, rows)
+        shrink = float(rule.shrink)
         dtype = str(s.dtype).removeprefix("torch.")
-        gone = min(
-            (steps_to_norm(r.weights.norm, norm_range(s.dtype)[0], 1 - decay) for r in rows),
-            default=math.inf,
-        )
+        gone = min(steps_to_norm(r.weights.norm, norm_range(s.dtype)[0], 1 - shrink) for r in rows)
         notes.append(
-            f"A slice without a gradient loses {decay:.2%} of its norm a step; 1/‖w‖ passes "
-            f"{dtype}'s range after {gone:,.0f} steps."
+            f"A slice without a gradient loses {_percent(shrink)} of its norm per "
+            f"step; 1/‖w‖ passes {dtype}'s range after {gone:,.0f} steps."
         )
-        if s.optimizer != "lion":
-            fits = (
-                sgd_schedule_limit(s.lr, s.weight_decay, s.momentum, s.dtype)
-                if s.optimizer == "sgd"
-                else adamw_schedule_limit(s.lr, s.weight_decay, s.dtype)
-            )
-            notes.append(
-                "A run without decay and with growing learning rates (normwise.theory."
-                f"{s.optimizer}_without_decay) takes the same directions; {dtype} holds it for "
-                f"{fits:,} steps at this learning rate."
-            )
-    if s.optimizer == "sgd":
+        notes += _schedule_note(s, rule)
+    if rule.update is Update.GRADIENT:
         notes.append(
             f"Norms are for gradients of RMS norm {s.gradient:g} at weight norm 1 (--gradient); "
             "they go with its square root. Angles do not depend on it."
         )
-    elif s.optimizer == "adamw":
-        notes.append("Norms are for gradients in which noise rules, so that updates are of size 1.")
-    else:
+    elif rule.update is Update.SIGN:
         notes.append("No closed form of the norm is known for Lion.")
+    else:
+        notes.append("Norms are for gradients in which noise rules, so that updates are of size 1.")
     return notes
+
+
+def _settling(s: Settings, rule: UpdateRule, rows: Sequence[PlanRow]) -> list[str]:
+    """Which norms settle within the run, and what is left of the start at its end."""
+    late = [row for row in rows if row.settles > s.steps]
+    notes = []
+    if late:
+        slowest = max(row.settles for row in late)
+        how = ""
+        if rule.is_projected and rule.wd_ratio < 1:
+            how = f" (wd_ratio {rule.wd_ratio:g} makes that {1 / rule.wd_ratio:g} times as long)"
+        notes.append(
+            f"Not settled within the {s.steps:,} steps: {len(late)} of {len(rows)}, which would "
+            f"take up to {math.ceil(slowest):,} at the highest learning rate{how}; until then "
+            "norms and angles are not those at which they would settle."
+        )
+    elif any(row.settles for row in rows):
+        notes.append(
+            f"All are within 10% of where they settle after "
+            f"{math.ceil(max(row.settles for row in rows)):,} of the {s.steps:,} steps, at the "
+            "highest learning rate; from then on lr·weight_decay alone sets the angle per step."
+        )
+    else:
+        notes.append(
+            "All start within 10% of where they settle at the highest learning rate; there "
+            "lr·weight_decay alone sets the angle per step."
+        )
+    most = max(row.remembered for row in rows)
+    notes.append(
+        "The norm at the start is forgotten by the end: twice the norm would end less than 1% "
+        "higher."
+        if most < 0.01
+        else "The norm at the start counts to the end: twice the norm would end up to "
+        f"{most:.0%} higher."
+    )
+    return notes
+
+
+def _schedule_note(s: Settings, rule: UpdateRule) -> list[str]:
+    """How long the run without decay that takes the same directions fits, where one is known."""
+    dtype = str(s.dtype).removeprefix("torch.")
+    if rule.is_projected:
+        return []
+    if rule.update is Update.GRADIENT and rule.coupling is Coupling.L2:
+        name = "sgd_without_decay"
+        fits = sgd_schedule_limit(s.lr, s.weight_decay, s.momentum, s.dtype)
+    elif rule.update is Update.NORMALIZED:
+        name = "adamw_without_decay"
+        fits = adamw_schedule_limit(s.lr, s.weight_decay, s.dtype)
+    else:
+        return []
+    return [
+        "A run without decay and with growing learning rates (normwise.theory."
+        f"{name}) takes the same directions; {dtype} holds it for {fits:,} steps at this learning "
+        "rate."
+    ]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g}%"
+
+
+def _settles(steps: float, run: int) -> str:
+    if math.isnan(steps):
+        return "–"
+    if steps == 0:
+        return "from the start"
+    return _steps(steps) + (", beyond the run" if steps > run else "")
 
 
 def _number(value: float) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from normwise.theory import Update
-
-if TYPE_CHECKING:
-    from normwise.monitor.monitor import Monitor
-    from normwise.monitor.plan import Plan
+from normwise.monitor.history import History, Trajectory
+from normwise.updates import Update
 
 __all__ = ["PANELS", "draw", "panels"]
 
@@ -21,7 +19,7 @@ _INK, _MUTED, _GRID = "#1b1e23", "#666d78", "#e4e6ea"
 _NAMED = 40
 
 
-def draw(monitor: Monitor) -> Any:
+def draw(monitor: History) -> Any:
     """A figure of all panels.
 
     Raises:
@@ -38,7 +36,7 @@ def draw(monitor: Monitor) -> Any:
     return figure
 
 
-def panels(monitor: Monitor) -> dict[str, str]:
+def panels(monitor: History) -> dict[str, str]:
     """Each panel as an ``<svg>`` element, to put into a page.
 
     Raises:
@@ -58,20 +56,20 @@ def panels(monitor: Monitor) -> dict[str, str]:
     return found
 
 
-def norms(ax: Any, monitor: Monitor) -> None:
+def norms(ax: Any, monitor: History) -> None:
     """The norm of each layer over time."""
     _lines(ax, monitor, "norm")
     _title(ax, "Norm", "geometric mean over a layer's slices")
 
 
-def effective_lrs(ax: Any, monitor: Monitor) -> None:
+def effective_lrs(ax: Any, monitor: History) -> None:
     """The effective learning rate of each layer over time."""
     _lines(ax, monitor, "effective_lr")
     norm = "‖w‖²" if monitor.update is Update.GRADIENT else "‖w‖"
     _title(ax, "Effective learning rate", f"η/{norm}, geometric mean over a layer's slices")
 
 
-def angles(ax: Any, monitor: Monitor) -> None:
+def angles(ax: Any, monitor: History) -> None:
     """A heat map of angular updates: layers × time."""
     from matplotlib.colors import LogNorm
 
@@ -95,9 +93,9 @@ def angles(ax: Any, monitor: Monitor) -> None:
     _title(ax, "Angle that a step turns a layer by", "root mean square over its slices")
 
 
-def equilibrium(ax: Any, monitor: Monitor) -> None:
+def equilibrium(ax: Any, monitor: History) -> None:
     """Measured over predicted angle and norm of each layer, over the last quarter of the run."""
-    from_step = len(monitor.history) * 3 // 4
+    from_step = len(monitor.measurements) * 3 // 4
     rows = range(len(monitor.layers))
     drawn = False
     for name, colour, marker in (("angular_update", "#0072b2", "o"), ("norm", "#d55e00", "D")):
@@ -141,7 +139,7 @@ PANELS = {
 }
 
 
-def _lines(ax: Any, monitor: Monitor, name: str) -> None:
+def _lines(ax: Any, monitor: History, name: str) -> None:
     """One line a layer, the first layers dark and the last light."""
     from matplotlib import colormaps
 
@@ -187,12 +185,12 @@ def _plain(ax: Any) -> None:
     ax.tick_params(which="both", colors=_MUTED, length=0)
 
 
-def _heat_height(monitor: Monitor) -> float:
+def _heat_height(monitor: History) -> float:
     return 1.5 + 0.16 * min(max(len(monitor.layers), 6), _NAMED)
 
 
-def _check(monitor: Monitor) -> None:
-    if not monitor.history:
+def _check(monitor: History) -> None:
+    if not monitor.measurements:
         raise ValueError("nothing has been measured yet; call monitor.fetch() after some steps")
 
 
@@ -209,32 +207,35 @@ def _figure(size: tuple[float, float]) -> Any:
     return figure
 
 
-def draw_plan(plan: Plan) -> Any:
+def draw_plan(trajectories: Sequence[Trajectory], schedule: str) -> Any:
     """The expected norms and angles of a plan, over its steps.
+
+    Args:
+        trajectories: one line each.
+        schedule: of the learning rate, ``"constant"`` or ``"cosine"``.
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: for Lion, of whose norms no closed form is known.
+        ValueError: where no closed form of the norms is known.
     """
     from matplotlib import colormaps
 
-    if plan.settings.optimizer == "lion":
-        raise ValueError("there is no picture for Lion: no closed form of its norms is known")
+    if not any(t.norms for t in trajectories):
+        raise ValueError("there is no picture: no closed form of the norms is known")
     figure = _figure((11.0, 4.4))
     left, right = figure.subplots(1, 2)
-    count = len(plan.rows)
-    for i, row in enumerate(plan.rows):
-        norms_, angles_ = plan.course(row.weights)
+    count = len(trajectories)
+    for i, row in enumerate(trajectories):
         colour = colormaps["viridis"](0.92 * i / max(count - 1, 1))
-        label = row.weights.name if i in (0, count - 1) else None
-        left.plot(norms_, color=colour, linewidth=1.6, label=label)
-        right.plot([a or math.nan for a in angles_], color=colour, linewidth=1.6, label=label)
-        if math.isfinite(row.norm):
-            left.axhline(row.norm, color=colour, linewidth=0.8, linestyle=(0, (1, 3)))
-    angle = next((row.angle for row in plan.rows if row.angle > 0), None)
+        label = row.name if i in (0, count - 1) else None
+        left.plot(row.norms, color=colour, linewidth=1.6, label=label)
+        right.plot([a or math.nan for a in row.angles], color=colour, linewidth=1.6, label=label)
+        if math.isfinite(row.settled_norm):
+            left.axhline(row.settled_norm, color=colour, linewidth=0.8, linestyle=(0, (1, 3)))
+    angle = next((t.settled_angle for t in trajectories if t.settled_angle > 0), None)
     if angle is not None:
         right.axhline(angle, color=_MUTED, linewidth=0.8, linestyle=(0, (1, 3)))
-    constant = plan.settings.schedule == "constant"
+    constant = schedule == "constant"
     note = "dotted: equilibrium" + ("" if constant else " at the highest learning rate")
     _title(left, "Expected norm", note)
     _title(right, "Expected angle that a step turns a slice by", f"radians; {note}")

@@ -41,8 +41,8 @@ class Slices:
         after: the weights after it.
         gradient: the gradients that the optimizer was given; 0 where there was none.
         lr: the learning rate η of each slice, shape ``(slices,)``, as all that follow.
-        decay: by which share the decay alone shortens the slice in this step: ηλ, and ηλ/(1 − μ)
-            for torch's SGD; NaN for an optimizer that is not known.
+        decay: by which share the decay alone shortens the slice in this step:
+            :attr:`normwise.UpdateRule.shrink`; NaN where that is not known.
         exponent: the power of the norm in the effective learning rate, 2 or 1.
     """
 

@@ -14,7 +14,7 @@ from normwise.optim.groups import as_view_option, check_keys, check_not_flattene
 from normwise.optim.kernels import FusedPlans, check_available, takes_scaler, use_fused
 from normwise.optim.sharded import Exchange
 from normwise.optim.state_dicts import StateForm, params_of
-from normwise.optim.step import AdamRule, Part, SGDRule, Step
+from normwise.optim.step import AT_ONCE, AdamRule, Part, SGDRule, Step
 from normwise.sharding import is_sharded, local, summed_gradients
 
 # Tells of a CUDA graph captured without capturable=True. Newer versions of torch have renamed it.
@@ -84,7 +84,7 @@ class NormwiseOptimizer(Optimizer):
         if not self._unscale():
             return loss
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            parts = [part for group in self.param_groups if (part := self._part(group)).params]
+            parts = [part for part in map(self._part, self.param_groups) if part.params]
             if any(is_sharded(p) for part in parts for p in part.params):
                 self._step_sharded(parts)
             else:
@@ -122,10 +122,10 @@ class NormwiseOptimizer(Optimizer):
             found_inf=getattr(self, "found_inf", None) if in_kernel else None,
         )
         keeps = not (isinstance(rule, SGDRule) and rule.momentum == 0)
-        lists = tuple(
-            [state[key] if keeps else None for state in states] for key in self._form.keys
-        )
-        return Part(params, grads, lists, step, group)
+        lists: list[list[Tensor | None]] = []
+        for key in self._form.keys:
+            lists.append([state[key] for state in states] if keeps else [None] * len(states))
+        return Part(params, grads, tuple(lists), step, group, AT_ONCE)
 
     def _step_parts(self, parts: list[Part], number: int) -> None:
         """Step some parts, all those together that a fused step takes.
@@ -145,7 +145,10 @@ class NormwiseOptimizer(Optimizer):
             plans += [FusedPlans() for _ in range(number + 1 - len(plans))]
             for part, members in plans[number].step_(fused):
                 left = part.only(members)
-                self._functional(*left.tensors, left.step, foreach=True, ending=left.ending)
+                # Multi-tensor operators refuse to write to negative views.
+                tensors = (t for lists in left.tensors for t in lists if t is not None)
+                foreach = not any(map(Tensor.is_neg, tensors))
+                self._functional(*left.tensors, left.step, foreach=foreach, ending=left.ending)
         for part in plain:
             self._functional(
                 *part.tensors, part.step, foreach=_use_foreach(part), ending=part.ending

@@ -103,9 +103,11 @@ def _buckets(
 def is_alias(members: list[int]) -> bool:
     """Whether a batch of these is an alias: of one member, changed in place.
 
-    Not in the sight of autograd, which must not see what it saved change.
+    Outside autograd, whose saved tensors must not change; and outside torch.compile, whose
+    generator of CPU code fails on reductions over several dimensions (pytorch#196570): a copy has
+    flat slices.
     """
-    return len(members) == 1 and not torch.is_grad_enabled()
+    return len(members) == 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def batch(tensors: Sequence[Tensor], members: list[int], view: View) -> Tensor:

@@ -203,7 +203,7 @@ class Part:
     states: tuple[list[Any], ...]
     step: Step
     group: Mapping[str, Any]
-    ending: Ending = AT_ONCE
+    ending: Ending
 
     @property
     def tensors(self) -> tuple[list[Any], ...]:

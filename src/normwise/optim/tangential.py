@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from normwise.optim.projection import ViewOption
 from normwise.optim.sharded import Exchange
 from normwise.optim.step import Ending, SGDRule, Step, by_device_and_dtype, for_computing
 from normwise.sharding import local
+from normwise.updates import Coupling, Update, UpdateRule, own_rule, rule_of
 
 __all__ = ["Tangential", "tangential"]
 
@@ -136,9 +138,32 @@ class Tangential(Optimizer):
     def _decay_lr(self, group: dict[str, Any]) -> float | Tensor:
         """What λ is multiplied by: η, or for SGD the η/(1 − μ) that L2 through its buffer is."""
         lr: float | Tensor = group["lr"]
-        if isinstance(self.optimizer, torch.optim.SGD):
-            lr = lr / (1 - group["momentum"])
-        return lr
+        return lr * _decay_rate(own_rule(self.optimizer, group))
+
+    def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
+        """What a step does to the weights of a group that have a view, or to one weight of it.
+
+        For :func:`normwise.describe`.
+        """
+        members = group["params"] if p is None else [p]
+        view = next((self._views[q] for q in members if q in self._views), None)
+        if view is None:
+            return rule_of(self.optimizer, group, p)
+        rule = own_rule(self.optimizer, group, p)
+        rate = _decay_rate(rule)
+        decay = group.get("weight_decay", 0.0) * rate
+        return replace(
+            rule,
+            coupling=Coupling.DECOUPLED if "weight_decay" in group else Coupling.NONE,
+            weight_decay=decay,
+            rate=rate,
+            decay_per_step=group["lr"] * decay,
+            is_switch=False,
+            view=view,
+            wd_ratio=self._wd_ratio,
+            norm=self._norm,
+            changed_by=(*rule.changed_by, "tangential"),
+        )
 
     @contextmanager
     def _without_decay(self) -> Iterator[None]:
@@ -219,6 +244,13 @@ def tangential(
     if not resolved:
         raise ValueError("no weight of two dimensions or more has a view: nothing to project")
     return Tangential(optimizer, resolved, wd_ratio=wd_ratio, norm=norm)
+
+
+def _decay_rate(rule: UpdateRule) -> float:
+    """What ηλ is multiplied by: 1/(1 − μ) where λ would pass through a buffer of gradients."""
+    if rule.update is Update.GRADIENT and rule.coupling is Coupling.L2:
+        return float(1 / (1 - rule.momentum))
+    return rule.rate
 
 
 def _resolved(optimizer: Optimizer, views: Views) -> dict[Tensor, View]:

@@ -20,15 +20,18 @@ from normwise.theory.equilibrium import (
     adamw_equilibrium,
     adamw_norms,
     adamw_time_to_equilibrium,
+    angle_at,
     epsilon_shifted_equilibrium,
+    equilibrium_of,
     lion_equilibrium_angle,
+    norm_trajectory,
     sgd_angle,
     sgd_equilibrium,
     sgd_norms,
     sgd_time_to_equilibrium,
+    time_to_equilibrium,
 )
 from normwise.theory.growth import (
-    Update,
     effective_lr,
     growth_ratio,
     momentum_norms,
@@ -36,6 +39,7 @@ from normwise.theory.growth import (
     steps_to_norm,
 )
 from normwise.theory.measures import gradient_cosine, scaled_fisher_trace, scaled_gradient_norm
+from normwise.updates import Update
 
 __all__ = [
     "AdamWWithDecay",
@@ -52,13 +56,16 @@ __all__ = [
     "adamw_time_to_equilibrium",
     "adamw_with_decay",
     "adamw_without_decay",
+    "angle_at",
     "effective_lr",
     "epsilon_shifted_equilibrium",
+    "equilibrium_of",
     "gradient_cosine",
     "growth_ratio",
     "lion_equilibrium_angle",
     "momentum_norms",
     "norm_range",
+    "norm_trajectory",
     "scaled_fisher_trace",
     "scaled_gradient_norm",
     "sgd_angle",
@@ -70,4 +77,5 @@ __all__ = [
     "sgd_with_decay",
     "sgd_without_decay",
     "steps_to_norm",
+    "time_to_equilibrium",
 ]

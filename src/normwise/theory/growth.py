@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from enum import Enum
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from normwise.theory._checks import check, check_below_one, check_positive
+from normwise.updates import Update
 
 __all__ = [
     "Update",
@@ -25,23 +25,6 @@ __all__ = [
 ]
 
 Number = TypeVar("Number", float, Tensor)
-
-
-class Update(Enum):
-    """How an optimizer's update depends on the scale of a scale-invariant weight.
-
-    Attributes:
-        GRADIENT: it is as long as the gradient, which shrinks as 1/‖w‖: SGD and its kin.
-        NORMALIZED: it has a length of its own: Adam, Lion, and whatever divides by the gradient.
-    """
-
-    GRADIENT = 2
-    NORMALIZED = 1
-
-    @property
-    def exponent(self) -> int:
-        """The power of the norm by which the effective learning rate falls: 2 or 1."""
-        return self.value
 
 
 def effective_lr(lr: Number, norm: Number, update: Update) -> Number:
@@ -84,7 +67,7 @@ def momentum_norms(
         ‖w_t‖ before each step and after the last, in float64, shape ``(steps + 1, ...)``.
 
     Raises:
-        ValueError: for a momentum not in [0, 1), or learning rates that are not one a step.
+        ValueError: for a momentum not in [0, 1), or learning rates that are not one per step.
     """
     check_below_one(momentum=momentum)
     squares = torch.as_tensor(
@@ -93,15 +76,17 @@ def momentum_norms(
     )
     lrs = [lr] * len(squares) if isinstance(lr, int | float) else list(lr)
     if len(lrs) != len(squares):
-        raise ValueError(f"{len(lrs)} learning rates for {len(squares)} steps; must be one a step")
+        raise ValueError(
+            f"{len(lrs)} learning rates for {len(squares)} steps; must be one per step"
+        )
     square = torch.as_tensor(start, dtype=torch.float64) ** 2
     past = torch.zeros_like(squares[0]) if len(squares) else square  # Σ_{k<t} η_k β^{t−k}‖p_k‖²
-    course = [square]
+    trajectory = [square]
     for rate, p in zip(lrs, squares, strict=True):
-        course.append(course[-1] + rate**2 * p + 2 * rate * past)
+        trajectory.append(trajectory[-1] + rate**2 * p + 2 * rate * past)
         past = momentum * (past + rate * p)
-    course[0] = course[0].expand(course[-1].shape)
-    return torch.stack(course).sqrt()
+    trajectory[0] = trajectory[0].expand(trajectory[-1].shape)
+    return torch.stack(trajectory).sqrt()
 
 
 def growth_ratio(momentum: float, steps: int | None = None) -> float:

@@ -363,7 +363,9 @@ def _check_memory(t: Tensor) -> None:
     """Raise RuntimeError for a tensor of which nothing is in memory, as torch's fused steps do."""
     if type(t) not in _PLAIN_TYPES or t.layout != torch.strided or t.numel() == 0:
         return
-    if t.device.type in _BACKENDS and t.untyped_storage().data_ptr() == 0:
+    if t.device.type not in _BACKENDS:
+        return
+    if t._is_zerotensor() or t.untyped_storage().data_ptr() == 0:
         raise RuntimeError(
             f"a tensor of shape {tuple(t.shape)} that a fused step needs has no memory: its "
             "storage was resized to 0, or it is an immutable ZeroTensor; give it its memory back, "

@@ -1,4 +1,4 @@
-"""When to measure. A schedule is asked once a step, with the number of the step, from 1."""
+"""When to measure. A trigger is asked once per step, with the number of the step, from 1."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-__all__ = ["Schedule", "every", "first", "log_spaced"]
+__all__ = ["Trigger", "at_least_one", "every", "first", "log_spaced"]
 
 
-class Schedule(ABC):
+class Trigger(ABC):
     """Says of each step whether to measure it. ``a | b`` measures whenever one of the two does."""
 
     @abstractmethod
     def __call__(self, step: int) -> bool:
         """Whether to measure this ``step``, counted from 1."""
 
-    def __or__(self, other: Schedule) -> Schedule:
+    def __or__(self, other: Trigger) -> Trigger:
         return _Either(self, other)
 
 
 @dataclass(frozen=True)
-class _Either(Schedule):
-    one: Schedule
-    other: Schedule
+class _Either(Trigger):
+    one: Trigger
+    other: Trigger
 
     def __call__(self, step: int) -> bool:
         return self.one(step) or self.other(step)
 
 
 @dataclass(frozen=True)
-class _Every(Schedule):
+class _Every(Trigger):
     interval: int
 
     def __call__(self, step: int) -> bool:
@@ -38,7 +38,7 @@ class _Every(Schedule):
 
 
 @dataclass(frozen=True)
-class _First(Schedule):
+class _First(Trigger):
     steps: int
 
     def __call__(self, step: int) -> bool:
@@ -46,7 +46,7 @@ class _First(Schedule):
 
 
 @dataclass(frozen=True)
-class _LogSpaced(Schedule):
+class _LogSpaced(Trigger):
     per_decade: int
 
     def __call__(self, step: int) -> bool:
@@ -57,22 +57,23 @@ class _LogSpaced(Schedule):
         return step == 1 or mark(step) > mark(step - 1)
 
 
-def every(interval: int) -> Schedule:
+def every(interval: int) -> Trigger:
     """The first step, and every multiple of ``interval``."""
-    return _Every(_at_least_one("interval", interval))
+    return _Every(at_least_one("interval", interval))
 
 
-def first(steps: int) -> Schedule:
+def first(steps: int) -> Trigger:
     """The first so many ``steps``."""
-    return _First(_at_least_one("steps", steps))
+    return _First(at_least_one("steps", steps))
 
 
-def log_spaced(per_decade: int = 10) -> Schedule:
+def log_spaced(per_decade: int = 10) -> Trigger:
     """About ``per_decade`` steps between 10^k and 10^(k+1): dense at first, ever rarer later."""
-    return _LogSpaced(_at_least_one("per_decade", per_decade))
+    return _LogSpaced(at_least_one("per_decade", per_decade))
 
 
-def _at_least_one(name: str, value: int) -> int:
+def at_least_one(name: str, value: int) -> int:
+    """``value``, if it is a whole number of 1 or more; else ValueError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"Invalid {name}: {value!r}; must be a whole number, 1 or more")
     return value

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from normwise.decay.attached import scheduled
 from normwise.decay.epsilon_shifted import EpsilonShiftedL2
 from normwise.decay.policies import AttachedPolicy, Decoupled, On
-from normwise.decay.when import Restarts
+from normwise.decay.schedules import Restarts
 
 __all__ = ["DecayScheduler", "WarmRestarts", "normalized", "warm_restarts"]
 
@@ -24,18 +24,19 @@ Factor = Callable[[int], float]
 
 
 class DecayScheduler:
-    """Drive the ``weight_decay`` of parameter groups: λ_t = λ·when(t).
+    """Drive the ``weight_decay`` of parameter groups: λ_t = λ·schedule(t).
 
     λ is what a group has when the scheduler is made. What it means is up to the policy attached to
-    the group, or to the optimizer. Call :meth:`step` after the optimizer's, once a step or an
+    the group, or to the optimizer. Call :meth:`step` after the optimizer's, once per step or per
     epoch, as with a learning-rate scheduler::
 
         scheduler = DecayScheduler(optimizer, early(1000) * Cosine(5000))
 
     Args:
         target: an optimizer, or an :class:`EpsilonShiftedL2`, whose groups have a λ too.
-        when: the factor for each count of steps from 0: one of :mod:`normwise.decay.when` or any
-            function; or a list with one for each of the groups.
+        schedule: the factor for each count of steps from 0: one of
+            :mod:`normwise.decay.schedules` or any function; or a list with one for each of the
+            groups.
         groups: the numbers or names of the groups to drive (default: all).
 
     Raises:
@@ -47,7 +48,7 @@ class DecayScheduler:
     def __init__(
         self,
         target: Optimizer | EpsilonShiftedL2,
-        when: Factor | Sequence[Factor],
+        schedule: Factor | Sequence[Factor],
         groups: Iterable[int | str] | None = None,
     ) -> None:
         if not isinstance(target, Optimizer | EpsilonShiftedL2):
@@ -55,10 +56,10 @@ class DecayScheduler:
         self.target = target
         self.groups = _numbers(self._all(), groups)
         self._count = len(self._all())
-        whens = [when] * len(self.groups) if callable(when) else list(when)
-        if len(whens) != len(self.groups):
-            raise ValueError(f"{len(whens)} functions for {len(self.groups)} groups")
-        self.when = whens
+        schedules = [schedule] * len(self.groups) if callable(schedule) else list(schedule)
+        if len(schedules) != len(self.groups):
+            raise ValueError(f"{len(schedules)} functions for {len(self.groups)} groups")
+        self.schedules = schedules
         for other in scheduled.setdefault(target, weakref.WeakSet()):
             for i in sorted(set(self.groups) & set(other.groups)):
                 raise ValueError(
@@ -113,8 +114,10 @@ class DecayScheduler:
                 f"there were {self._count} groups when the schedule was made, and there are "
                 f"{len(groups)}; make it after the last group is added or split"
             )
-        for i, when, base in zip(self.groups, self.when, self.base_weight_decays, strict=True):
-            factor = when(self.last_step)
+        for i, schedule, base in zip(
+            self.groups, self.schedules, self.base_weight_decays, strict=True
+        ):
+            factor = schedule(self.last_step)
             if not 0 <= factor < math.inf:
                 raise ValueError(
                     f"Invalid factor on weight_decay: {factor} at step {self.last_step}; must be "

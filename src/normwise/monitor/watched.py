@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normwise.geometry import View, computing_dtype
 
-__all__ = ["Bucket", "Layer", "Layout"]
+__all__ = ["Bucket", "Layer", "WatchedWeights"]
 
 # Entries; a MiB in float32, of which a measurement holds a few at a time.
 _CACHED = 2**18
@@ -28,6 +28,7 @@ class Layer:
         dtype: of the parameter.
         group: the index of its parameter group.
         entries: of each slice.
+        shape: of the parameter.
         slices: where its slices are among those of all layers.
     """
 
@@ -36,6 +37,7 @@ class Layer:
     dtype: torch.dtype
     group: int
     entries: int
+    shape: tuple[int, ...]
     slices: slice
 
     def __len__(self) -> int:
@@ -51,11 +53,11 @@ class Bucket:
     Args:
         params: the weights.
         views: how each splits.
-        groups: the index of each weight's parameter group.
+        layers: the index of each weight among all that are watched.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], views: Sequence[View], groups: Sequence[int]
+        self, params: Sequence[Tensor], views: Sequence[View], layers: Sequence[int]
     ) -> None:
         self.params = list(params)
         self.device = params[0].device
@@ -65,8 +67,8 @@ class Bucket:
         counts = [shape[0] for shape in self._shapes]
         self.entries = math.prod(self._shapes[0][1:])
         self.rows = sum(counts)
-        self.group_index = torch.repeat_interleave(
-            torch.tensor(groups), torch.tensor(counts), output_size=self.rows
+        self.layer_index = torch.repeat_interleave(
+            torch.tensor(layers), torch.tensor(counts), output_size=self.rows
         ).to(self.device)
 
     @property
@@ -124,7 +126,7 @@ class Bucket:
         ]
 
 
-class Layout:
+class WatchedWeights:
     """All weights that are watched, in buckets.
 
     Args:
@@ -135,6 +137,7 @@ class Layout:
     Attributes:
         buckets: the slices of all buckets, one bucket after the other, are those of all layers.
         layers: in the order of ``views``.
+        params: the parameters, in the same order.
     """
 
     def __init__(
@@ -152,8 +155,10 @@ class Layout:
             if p.device.type == "cpu":
                 key = (p,)  # There a launch costs little, and copying weights together much.
             by_length.setdefault(key, []).append(p)
+        order = {p: i for i, p in enumerate(views)}
+        self.params = list(views)
         self.buckets = [
-            Bucket(params, [views[p] for p in params], [groups[p] for p in params])
+            Bucket(params, [views[p] for p in params], [order[p] for p in params])
             for params in by_length.values()
         ]
         placed: dict[nn.Parameter, Layer] = {}
@@ -166,6 +171,7 @@ class Layout:
                     p.dtype,
                     groups[p],
                     bucket.entries,
+                    tuple(p.shape),
                     slice(offset + begin, offset + end),
                 )
             offset += bucket.rows

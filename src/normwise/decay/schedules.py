@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Cosine", "Linear", "Piecewise", "Restarts", "When", "Window", "early", "late"]
+__all__ = ["Cosine", "Linear", "Piecewise", "Restarts", "Schedule", "Window", "early", "late"]
 
 
-class When:
+class Schedule:
     """A factor on λ for each step, counted from 0.
 
     Call it with a step. ``a * b`` multiplies two, or one with a function or a number;
@@ -20,18 +20,18 @@ class When:
     def __call__(self, step: int) -> float:
         raise NotImplementedError
 
-    def __mul__(self, other: Callable[[int], float] | float) -> When:
+    def __mul__(self, other: Callable[[int], float] | float) -> Schedule:
         return _Product(self, other if callable(other) else _Constant(other))
 
     __rmul__ = __mul__
 
-    def then(self, steps: int, other: Callable[[int], float]) -> When:
+    def then(self, steps: int, other: Callable[[int], float]) -> Schedule:
         """This for ``steps`` steps, and then ``other``, from its beginning."""
         return _Then(self, _checked_steps(steps), other)
 
 
 @dataclass(frozen=True)
-class Window(When):
+class Window(Schedule):
     """1 from ``start`` on and before ``stop``, else 0."""
 
     start: int
@@ -56,7 +56,7 @@ def late(start: int) -> Window:
 
 
 @dataclass(frozen=True)
-class Linear(When):
+class Linear(Schedule):
     """From ``first`` to ``last`` in equal increments over ``steps`` steps, then ``last``."""
 
     steps: int
@@ -71,7 +71,7 @@ class Linear(When):
 
 
 @dataclass(frozen=True)
-class Cosine(When):
+class Cosine(Schedule):
     """From ``first`` to ``last`` on half a cosine over ``steps`` steps, then ``last``."""
 
     steps: int
@@ -87,7 +87,7 @@ class Cosine(When):
 
 
 @dataclass(frozen=True)
-class Piecewise(When):
+class Piecewise(Schedule):
     """``values[i]`` from ``milestones[i − 1]`` on and before ``milestones[i]``.
 
     Args:
@@ -112,7 +112,7 @@ class Piecewise(When):
 
 
 @dataclass(frozen=True)
-class Restarts(When):
+class Restarts(Schedule):
     """√(1/T_i) relative to the first restart, T_i the length of the restart that a step is in.
 
     What normalized decay (:func:`normalized`) changes by at warm restarts, since it holds the
@@ -138,7 +138,7 @@ class Restarts(When):
 
 
 @dataclass(frozen=True)
-class _Constant(When):
+class _Constant(Schedule):
     value: float
 
     def __call__(self, step: int) -> float:
@@ -146,7 +146,7 @@ class _Constant(When):
 
 
 @dataclass(frozen=True)
-class _Product(When):
+class _Product(Schedule):
     left: Callable[[int], float]
     right: Callable[[int], float]
 
@@ -155,7 +155,7 @@ class _Product(When):
 
 
 @dataclass(frozen=True)
-class _Then(When):
+class _Then(Schedule):
     first: Callable[[int], float]
     steps: int
     second: Callable[[int], float]

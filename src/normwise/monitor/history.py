@@ -1,0 +1,65 @@
+"""What a monitor has measured, and what a plan expects, as plain data to look at and to draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normwise.monitor.measurement import Measurement
+from normwise.updates import Update
+
+__all__ = ["History", "Trajectory"]
+
+
+@dataclass(frozen=True)
+class History:
+    """The measurements of a run so far.
+
+    Attributes:
+        layers: the names of the weights that are watched.
+        names: of what is known of a layer: the quantities, and the predictions.
+        measurements: in the order of their steps.
+        update: what sets the length of an update, and so which effective learning rate counts.
+    """
+
+    layers: tuple[str, ...]
+    names: tuple[str, ...]
+    measurements: tuple[Measurement, ...]
+    update: Update
+
+    def series(self, name: str) -> tuple[list[int], Tensor]:
+        """The steps measured so far, and a quantity of each layer at them.
+
+        Returns:
+            The steps, and a tensor of shape ``(steps, layers)``, the layers as in :attr:`layers`.
+
+        Raises:
+            KeyError: for an unknown quantity.
+        """
+        if name not in self.names:
+            raise KeyError(f"no quantity {name!r} is measured; there are {', '.join(self.names)}")
+        row = self.names.index(name)
+        steps = [m.step for m in self.measurements]
+        values = [m.values[row] for m in self.measurements]
+        return steps, torch.stack(values) if values else torch.empty(0, len(self.layers))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a plan expects of one weight over a run.
+
+    Attributes:
+        name: of the weight.
+        norms: before each step; empty where no closed form is known.
+        angles: the RMS angle per step, in radians; as many.
+        settled_norm: at equilibrium, at the highest learning rate; NaN or infinite without one.
+        settled_angle: the RMS angle per step there; NaN or 0 without one.
+    """
+
+    name: str
+    norms: tuple[float, ...]
+    angles: tuple[float, ...]
+    settled_norm: float
+    settled_angle: float
