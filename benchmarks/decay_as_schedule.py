@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise import View, weight_standardize
+from normwise.figures import DASHED, Axis, Figure, Line, Lines, Spacing, save
 from normwise.geometry import norms
 from normwise.theory import PlannedGroups, sgd_schedule_limit, sgd_without_decay
 
@@ -89,29 +90,25 @@ def smooth(values: list[float], window: int = 25) -> np.ndarray:
 
 
 def draw(runs: dict[str, dict[str, list[float]]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
     styles = {
-        "with": ("#0072b2", "-", 3.2, "with decay"),
-        "with, nudged": ("#56b4e9", "-", 1.0, "with decay, one unit in the last place away"),
-        "without": ("#9aa1ab", "-", 1.2, "without decay, same learning rate"),
-        "without, translated": ("#d55e00", (0, (3, 2)), 1.6, "without decay, translated"),
+        "with": ("with decay", "blue", ()),
+        "with, nudged": ("nudged", "violet", (1.0, 1.4)),
+        "without": ("without", "grey", ()),
+        "without, translated": ("translated", "orange", DASHED),
     }
-    figure = Figure(figsize=(13, 4.4), dpi=120, layout="constrained")
-    titles = ("Training loss, mean of 25 steps", "Norm of the weights", "Learning rate")
-    for ax, key, title in zip(figure.subplots(1, 3), ("loss", "norm", "lr"), titles, strict=True):
-        for how, (colour, dash, width, label) in styles.items():
-            values = smooth(runs[how]["loss"]) if key == "loss" else runs[how][key]
-            ax.plot(values, color=colour, linestyle=dash, linewidth=width, label=label)
-        if key != "loss":
-            ax.set_yscale("log")
-        ax.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        ax.set_xlabel("step", color="#666d78")
-        ax.grid(color="#e4e6ea")
-        ax.spines[["top", "right", "left"]].set_visible(False)
-        ax.tick_params(which="both", length=0, colors="#666d78")
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    charts = []
+    for key, title, axis in (
+        ("loss", "Training loss", Axis("mean of 25 steps")),
+        ("norm", "Norm of the weights", Axis("log scale", Spacing.LOG)),
+        ("lr", "Learning rate", Axis("log scale", Spacing.LOG)),
+    ):
+        lines = []
+        for how, (label, colour, dash) in styles.items():
+            values = smooth(runs[how]["loss"]).tolist() if key == "loss" else runs[how][key]
+            steps = tuple(map(float, range(0, len(values), 3)))
+            lines.append(Line(how, label, steps, tuple(values[::3]), colour=colour, dash=dash))
+        charts.append(Lines(title, "", Axis("step", Spacing.TIGHT), axis, tuple(lines)))
+    save(Figure("", tuple(charts), width=1440), path)
 
 
 def main() -> None:

@@ -38,6 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normwise.figures import Figure, Heat, save
+
 COUPLINGS = ("L2", "second moment only", "in the scale alone", "adaptive", "decoupled")
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 DECAYS = [0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
@@ -188,44 +190,31 @@ def show(results: dict, picture: Path | None) -> None:
 
 
 def draw(results: dict, means: dict[str, Tensor], picture: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rates, decays = results["rates"], results["decays"]
     best = max(float(mean.max()) for mean in means.values())
-    figure, axes = pyplot.subplots(1, len(means), figsize=(15, 3.9), sharey=True)
-    for axis, (coupling, mean) in zip(axes, means.items(), strict=True):
-        image = axis.imshow(mean, origin="lower", cmap="viridis", vmin=best - 6, vmax=best)
-        for i in range(len(rates)):
-            for j in range(len(decays)):
-                value = float(mean[i, j])
-                axis.text(
-                    j,
-                    i,
-                    f"{value:.0f}" if value < best - 6 else f"{value:.1f}",
-                    ha="center",
-                    va="center",
-                    fontsize=6.5,
-                    color="black" if value > best - 2.5 else "white",
-                )
-        i, j = divmod(int(mean.argmax()), len(decays))
-        axis.add_patch(
-            pyplot.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="red", lw=1.5)
+    charts = tuple(
+        Heat(
+            coupling,
+            "",
+            tuple(f"{rate:g}" for rate in reversed(rates)),
+            tuple(f"{decay:g}" for decay in decays),
+            tuple(tuple(row) for row in reversed(mean.tolist())),
+            "λ; rows: learning rate η",
+            "%",
+            text=lambda value: f"{value:.0f}" if value < best - 6 else f"{value:.1f}",
+            least=best - 6,
+            outlined=outlined(mean),
         )
-        axis.set(
-            title=coupling, xlabel="λ" + ("  (the paper's)" if coupling == "decoupled" else "")
-        )
-        axis.set_xticks(range(len(decays)), [f"{d:.0e}" if d else "0" for d in decays], fontsize=7)
-        axis.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates], fontsize=8)
-        axis.tick_params(axis="x", rotation=45)
-    axes[0].set_ylabel("learning rate η")
-    bar = figure.colorbar(image, ax=axes, fraction=0.012, pad=0.01, extend="min")
-    bar.set_label("test accuracy, %")
+        for coupling, mean in means.items()
+    )
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
+    save(Figure("", charts, columns=3, note="Test accuracy, %", width=1360), picture)
+
+
+def outlined(mean: Tensor) -> tuple[int, int]:
+    """Row, from the top, and column of the best cell."""
+    i, j = divmod(int(mean.argmax()), mean.shape[1])
+    return len(mean) - 1 - i, j
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise import decay
+from normwise.figures import Axis, Figure, Line, Lines, Spacing, save
 
 CONDITIONS = ("always", "early", "late", "never")
 BATCH = 64
@@ -220,46 +221,33 @@ def show(results: list[dict], picture: Path | None) -> None:
 
 
 def draw(results: list[dict], picture: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    colours = {"always": "#0072B2", "early": "#D55E00", "late": "#009E73", "never": "#666666"}
-    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.2), sharex=True, layout="constrained")
-    for axis, (key, title) in zip(axes.flat, COLUMNS.items(), strict=True):
+    colours = {"always": "blue", "early": "orange", "late": "green", "never": "grey"}
+    charts = []
+    for key, title in COLUMNS.items():
+        spacing = Spacing.LOG if key == "effective_lr" else Spacing.LINEAR
+        lines = []
         for condition in CONDITIONS:
             runs = [r["history"] for r in results if r["condition"] == condition]
-            rows = list(zip(*runs, strict=True))
-            if key == "effective_lr":
-                rows = rows[:-1]
-            steps = [row[0]["step"] for row in rows]
-            values = [[h[key] for h in row] for row in rows]
-            axis.plot(
-                steps,
-                [statistics.mean(v) for v in values],
-                color=colours[condition],
-                label=condition,
+            # The last rate is 0, which a logarithmic axis does not have.
+            rows = list(zip(*runs, strict=True))[: -1 if key == "effective_lr" else None]
+            values = [[measured[key] for measured in row] for row in rows]
+            lines.append(
+                Line(
+                    condition,
+                    condition,
+                    tuple(float(row[0]["step"]) for row in rows),
+                    tuple(map(statistics.mean, values)),
+                    tuple(map(min, values)),
+                    tuple(map(max, values)),
+                    colours[condition],
+                )
             )
-            axis.fill_between(
-                steps,
-                [min(v) for v in values],
-                [max(v) for v in values],
-                color=colours[condition],
-                alpha=0.2,
-                linewidth=0,
-            )
-        axis.set_title(title, fontsize=10)
-        if key == "effective_lr":
-            axis.set(yscale="log", ylim=(1e-5, None))
-        axis.axvline(results[0]["history"][-1]["step"] // 3, color="black", lw=0.7, ls=":")
-        axis.grid(alpha=0.3)
-    for axis in axes[1]:
-        axis.set_xlabel("step (dotted: where early decay ends, and late decay begins)", fontsize=8)
-    axes[0, 0].legend(title="decay", fontsize=8)
+        rule = (float(results[0]["history"][-1]["step"] // 3),)
+        step, axis = Axis("step", Spacing.TIGHT), Axis("", spacing)
+        charts.append(Lines(title, "", step, axis, tuple(lines), rule))
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
+    note = "Dotted: where early decay ends and late decay begins. Mean and range of the seeds."
+    save(Figure("", tuple(charts), columns=3, note=note, width=1360), picture)
 
 
 def main() -> None:

@@ -32,12 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normwise.decay import EpsilonShiftedL2
+from normwise.figures import DASHED, Axis, Figure, Line, Lines, Spacing, save
 from normwise.reparam import WeightNorm, WeightStandardization, reparametrize
 from normwise.theory import sgd_without_decay
 
 METHODS = {"none": None, "WN": WeightNorm, "WS": WeightStandardization}
 # The decays of the paper's tables, and how the pictures tell them apart.
-COLOURS = {1e-2: "C3", 1e-3: "C1", 1e-4: "C2", 1e-5: "C0", 0.0: "black"}
+COLOURS = {1e-2: "red", 1e-3: "orange", 1e-4: "green", 1e-5: "blue", 0.0: "grey"}
 
 
 @dataclass(frozen=True)
@@ -238,80 +239,79 @@ def show(results: list[dict], figures: Path | None) -> None:
         draw(results, figures)
 
 
+STEP = Axis("step", Spacing.TIGHT)
+
+
+def line(label: str, points: list[tuple[float, float]], r: dict, dash: tuple = ()) -> Line:
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return Line(label, label, steps, values, colour=COLOURS[r["weight_decay"]], dash=dash)
+
+
 def draw(results: list[dict], figures: Path) -> None:
     """Figures 6 and 7, the largest 1/‖W‖ over the steps, then the effective learning rates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figures.mkdir(parents=True, exist_ok=True)
     for method in ("WS", "WN"):
-        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-        for axis, optimizer in zip(axes, ("SGD", "Adam"), strict=True):
+        charts = []
+        for optimizer in ("SGD", "Adam"):
+            lines = []
             for r in sorted(results, key=lambda r: (-r["weight_decay"], r["decay"])):
                 if (r["method"], r["optimizer"]) != (method, optimizer) or r["decay"] == "guarded":
                     continue
                 points = [(s, v) for s, v, *_ in r["history"] if math.isfinite(v)]
+                shifted = r["decay"] == "shifted"
                 failed = "" if r["failed_at"] is None else ", fails"
-                axis.semilogy(
-                    *zip(*points, strict=True),
-                    "--" if r["decay"] == "shifted" else "-",
-                    color=COLOURS[r["weight_decay"]],
-                    label=f"{r['decay']}, λ = {r['weight_decay']:g}{failed}",
-                )
-            axis.set(title=f"{method}, {optimizer}", xlabel="step")
-            axis.legend(fontsize=7)
-        axes[0].set_ylabel("largest 1/std" if method == "WS" else "largest 1/‖W‖")
-        figure.savefig(figures / f"epsilon_shift_{method}.png", dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
-
+                label = f"λ = {r['weight_decay']:g}{', shifted' if shifted else ''}{failed}"
+                lines.append(line(label, points, r, DASHED if shifted else ()))
+            y = Axis("largest 1/std" if method == "WS" else "largest 1/‖W‖", Spacing.LOG)
+            charts.append(Lines(f"{method}, {optimizer}", "", STEP, y, tuple(lines)))
+        save(Figure("", tuple(charts), width=1180), figures / f"epsilon_shift_{method}.png")
     draw_effective_learning_rates(results, figures)
 
 
 def draw_effective_learning_rates(results: list[dict], figures: Path) -> None:
     """Figure 2, over the whole run, and figures 4 and 5, its start beside Theorem 1's schedule."""
-    from matplotlib import pyplot
 
-    def of(r: dict, until: float = math.inf) -> tuple[list[int], list[float]]:
-        points = [(s, lr * inverse) for s, _, inverse, lr in r["history"] if s <= until]
-        return [s for s, _ in points], [v for _, v in points]
+    def rates(r: dict, until: float = math.inf) -> list[tuple[float, float]]:
+        return [(s, lr * inverse) for s, _, inverse, lr in r["history"] if s <= until]
 
     plain = [r for r in results if (r["optimizer"], r["decay"]) == ("SGD", "bare")]
+    plain = [r for r in plain if r["weight_decay"] in (0, 1e-4, 1e-3)]
     plain.sort(key=lambda r: (r["method"] == "none", -r["weight_decay"]))
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, method in zip(axes, ("WS", "WN"), strict=True):
-        for r in plain:
-            if r["method"] in (method, "none") and r["weight_decay"] in (0, 1e-4, 1e-3):
-                style = ":" if r["method"] == "none" else "-"
-                name = "not normalized" if r["method"] == "none" else r["method"]
-                label = f"{name}, λ = {r['weight_decay']:g}"
-                axis.semilogy(*of(r), style, color=COLOURS[r["weight_decay"]], label=label)
-        axis.set(xlabel="step", title=f"{method}, SGD")
-        axis.legend(fontsize=7)
-    axes[0].set_ylabel("median effective learning rate η/‖W‖²")
-    figure.savefig(figures / "effective_learning_rate.png", dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    charts = []
+    for method in ("WS", "WN"):
+        lines = [
+            line(
+                f"λ = {r['weight_decay']:g}" + (", plain" if r["method"] == "none" else ""),
+                rates(r),
+                r,
+                DASHED if r["method"] == "none" else (),
+            )
+            for r in plain
+            if r["method"] in (method, "none")
+        ]
+        y = Axis("median effective learning rate η/‖W‖²", Spacing.LOG)
+        note = "dashed: without normalization"
+        charts.append(Lines(f"{method}, SGD", note, STEP, y, tuple(lines)))
+    save(Figure("", tuple(charts), width=1180), figures / "effective_learning_rate.png")
 
     start = 3000
-    figure, (measured, schedule) = pyplot.subplots(1, 2, figsize=(10, 4))
+    measured, schedule = [], []
     for r in plain:
-        if r["method"] == "WS" and r["weight_decay"] in (0, 1e-4, 1e-3):
-            steps, rates = of(r, start)
+        if r["method"] == "WS":
+            points = rates(r, start)
             label = f"λ = {r['weight_decay']:g}"
-            colour = COLOURS[r["weight_decay"]]
-            measured.semilogy(steps, [v / rates[0] for v in rates], color=colour, label=label)
+            measured.append(line(label, [(s, v / points[0][1]) for s, v in points], r))
             equivalent = sgd_without_decay([0.1] * start, r["weight_decay"], 0.9, torch.float64)
-            rates = [v / 0.1 for v in equivalent.lrs]
-            schedule.semilogy(rates, color=colour, label=label)
-    measured.set(xlabel="step", ylabel="effective learning rate, relative to its start")
-    measured.set_title("WS, SGD, median of the slices")
-    schedule.set(xlabel="step", ylabel="learning rate, relative to η")
-    schedule.set_title("the same without decay (Theorem 1)")
-    for axis in (measured, schedule):
-        axis.legend(fontsize=7)
-    figure.savefig(figures / "implicit_warm_up.png", dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+            points = [(float(s), v / 0.1) for s, v in enumerate(equivalent.lrs)]
+            schedule.append(line(label, points[::10], r))
+    charts = [
+        Lines(title, "", STEP, Axis(f"{what}, relative to its start", Spacing.LOG), tuple(lines))
+        for title, what, lines in (
+            ("WS, SGD, median of the slices", "effective learning rate", measured),
+            ("The same without decay (Theorem 1)", "learning rate", schedule),
+        )
+    ]
+    save(Figure("", tuple(charts), width=1180), figures / "implicit_warm_up.png")
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 import normwise
+from normwise.figures import Axis, Chart, Dots, Figure, Line, Lines, Series, Spacing, marks, save
 
 Shape = tuple[int, ...]
 Step = Callable[[], object]
@@ -309,32 +310,31 @@ def show_lines(results: list[Result]) -> None:
 
 
 def plot(results: list[Result], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    families = list(dict.fromkeys(r.family for r in results))
-    models = list(dict.fromkeys(r.model for r in results))
-    scaled = all(m.isdigit() for m in models)
-    figure, axes = plt.subplots(1, len(families), figsize=(6 * len(families), 4.5), squeeze=False)
-    for ax, family in zip(axes[0], families, strict=True):
-        for peer in dict.fromkeys(r.peer for r in results if r.family == family):
-            points = [r for r in results if r.family == family and r.peer == peer]
-            style = "--" if peer.startswith("torch") else "-"
-            if scaled:
-                counts, medians = [int(r.model) for r in points], [1e3 * r.median for r in points]
-                ax.loglog(counts, medians, style, marker=".", label=peer)
-                ax.set(xlabel="parameters", ylabel="ms a step")
-            else:
-                ax.plot([r.model for r in points], [r.ratio for r in points], "o", label=peer)
-                ax.set(ylabel="time ÷ torch's fused", yscale="log")
-        ax.set_title(family)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="small", frameon=False)
-    figure.tight_layout()
+    charts: list[Chart] = []
+    for family in dict.fromkeys(r.family for r in results):
+        own = [r for r in results if r.family == family]
+        peers, models = (list(dict.fromkeys(getattr(r, k) for r in own)) for k in ("peer", "model"))
+        # torch's are dashed, as whatever others are compared with.
+        drawn = marks(peers, {peer for peer in peers if peer.startswith("torch")})
+        if all(model.isdigit() for model in models):
+            lines = []
+            for peer, (colour, dash) in drawn.items():
+                points = [(float(r.model), 1e3 * r.median) for r in own if r.peer == peer]
+                counts, times = zip(*points, strict=True)
+                lines.append(Line(peer, peer, counts, times, colour=colour, dash=dash))
+            x, y = Axis("parameters", Spacing.LOG), Axis("ms per step, log scale", Spacing.LOG)
+            charts.append(Lines(family, "", x, y, tuple(lines)))
+        else:
+            ratios = {(r.peer, r.model): r.ratio for r in own}
+            rows = [(peer, model) for model in models for peer in peers if (peer, model) in ratios]
+            values = tuple(ratios[row] for row in rows)
+            colours = tuple(drawn[peer][0] for peer, _ in rows)
+            names = tuple(f"{peer}, {model}" for peer, model in rows)
+            axis = Axis("time ÷ torch's fused, log scale", Spacing.LOG)
+            series = (Series("", values, colours=colours),)
+            charts.append(Dots(family, "", axis, names, series, reference=1.0))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(Figure("", tuple(charts), width=620 * len(charts)), path)
 
 
 def main() -> None:

@@ -179,6 +179,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     require_lab()
     from normwise.lab.compare import assist, compare, default_folder
     from normwise.lab.console import print_outcome, progress
+    from normwise.lab.contenders import CONTENDERS
     from normwise.lab.parallel import processes
     from normwise.lab.settings import Settings
     from normwise.lab.tasks import TASKS
@@ -204,12 +205,13 @@ def _compare(arguments: argparse.Namespace) -> int:
         if together.rank > 0:
             assist(settings, together)
             return 0
-        with progress(settings, arguments.quiet) as observe:
+        labels = {name: CONTENDERS[name].label for name in settings.optimizers}
+        with progress(labels, settings.seeds, settings.epochs, arguments.quiet) as observe:
             outcome = compare(settings, arguments.out or default_folder(), observe, together)
     if arguments.json:
         print(json.dumps({"folder": str(outcome.folder), **outcome.summary}, allow_nan=False))
     else:
-        print_outcome(outcome, settings)
+        print_outcome(outcome.folder, outcome.run, outcome.records, outcome.summary)
     if outcome.interrupted:
         _complain(f"interrupted; what was finished is in {str(outcome.folder)!r}", 130)
         return 130
@@ -230,23 +232,23 @@ def _toy(arguments: argparse.Namespace) -> int:
     formats = (".png", ".svg", ".pdf")
     if picture is not None and picture.suffix.lower() not in formats:
         raise UsageError(f"--out {str(picture)!r} is not allowed: must end in {', '.join(formats)}")
-    courses = trajectories()
+    paths = trajectories()
     if picture is not None:
         from normwise.lab.plots import draw_toy
 
-        write_new(picture, draw_toy(courses, picture.suffix.lower()[1:]))
+        write_new(picture, draw_toy(paths, picture.suffix.lower()[1:]))
     if arguments.json:
         numbers = [
             {
                 **asdict(p),
-                "ours": p.ours(courses[p.method]),
-                "rounded": p.rounded(courses[p.method]),
+                "ours": p.ours(paths[p.method]),
+                "rounded": p.rounded(paths[p.method]),
             }
             for p in PRINTED
         ]
         print(json.dumps({"numbers": numbers, "picture": str(picture) if picture else None}))
         return 0
-    print_toy(courses)
+    print_toy(paths)
     if picture is not None:
         print(picture)
     return 0

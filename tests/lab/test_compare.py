@@ -138,8 +138,8 @@ def test_layers_are_watched_with_the_first_seed(outcome):
         for r in epochs[1:]:
             logs = [n * math.log(measured[r["step"]][layer]) for layer, n in slices.items()]
             assert math.exp(sum(logs) / sum(slices.values())) == pytest.approx(r["norm"])
-        assert f"{CONTENDERS[name].label}: 4 layers, no alarms" in page
-    assert page.count('<div class="panels">') == len(outcome.run["settings"]["optimizers"])
+        assert f"<b>{CONTENDERS[name].label}</b>: 4 layers, no alarms" in page
+    assert page.count('<div class="charts panels">') == len(outcome.run["settings"]["optimizers"])
 
 
 def test_the_learning_rate_drops_at_the_papers_fractions():

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
 
+from normwise.lab.plots import PLOTS
 from normwise.lab.report import render
-from normwise.lab.report.charts import (
-    Frame,
-    Line,
-    _apart,
-    linear,
-    logarithmic,
-    stretched_to_one,
-    svg,
-)
-from normwise.lab.settings import Settings
-from normwise.lab.summary import Curve
+from normwise.lab.report.curves import Comparison, methods_of
+from normwise.lab.summary import summarize
 
-SETTINGS = Settings("digits", ("sgd", "sgdp"), seeds=2, epochs=2, batch_size=64)
+METHODS = ("sgd", "sgdp")
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
@@ -55,6 +47,21 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
+def run(run):
+    return {
+        **run,
+        "command": "normwise compare --optimizers sgd,sgdp",
+        "settings": {
+            "optimizers": list(METHODS),
+            "seeds": 2,
+            "epochs": 2,
+            "lr_sgd": 0.1,
+            "drop_epochs": [1],
+        },
+    }
+
+
+@pytest.fixture
 def records(record):
     return [
         record(name, seed, epoch, norm_growth=1 + rate * epoch, test_accuracy=0.5 + 0.2 * epoch)
@@ -64,20 +71,25 @@ def records(record):
     ]
 
 
+def shown(run, records):
+    return render(run, records, summarize(records, METHODS, 2, run["task"]["test_examples"]))
+
+
 def test_the_page_is_well_formed_and_shows_everything(run, records):
-    page = Page(render(run, records, SETTINGS))
+    page = Page(shown(run, records))
     assert page.open == []
-    assert page.tags.count("figure") == 6
-    assert page.tags.count("svg") == 7  # the toy is the seventh
+    assert page.tags.count("figure") == 9  # six curves and three of the toy
+    assert page.tags.count("svg") == 2 * 9  # for wide and narrow columns
     text = " ".join(page.words)
     assert "SGDP kept the norms smaller than SGD" in text
-    assert SETTINGS.command() in text
+    assert run["command"] in text
     for digits in ("3.7258", "1.3491", ".0010", "2.93"):
         assert f"paper {digits}" in text
+    assert "Layer by layer" not in text
 
 
 def test_the_page_loads_nothing(run, records):
-    html = render(run, records, SETTINGS)
+    html = shown(run, records)
     page = Page(html)
     loading = {"src", "srcset", "href", "xlink:href", "action", "data", "poster"}
     assert [a for a in page.attributes if a[1] in loading] == []
@@ -86,80 +98,96 @@ def test_the_page_loads_nothing(run, records):
 
 
 def test_what_is_not_ours_is_escaped(run, records, failure):
-    run["task"]["title"] = run["task"]["source"] = '</title><script>alert("x")</script>'
-    bad = {**failure("sgd", 1), "error": "<img src=x onerror=alert(1)>"}
-    page = Page(render(run, [*records, bad], SETTINGS))
-    assert page.tags.count("script") == 2
+    bad = '</title></style><script>alert("x")</script>'
+    run["task"]["title"] = run["task"]["source"] = run["command"] = bad
+    run["methods"] = [{**m, "label": f"{m['label']} {bad}"} for m in methods_of(run)]
+    failed = {**failure("sgd", 1), "error": "<img src=x onerror=alert(1)>"}
+    page = Page(shown(run, [*records, failed]))
+    assert page.open == []
+    assert page.tags.count("script") == 1
     assert "img" not in page.tags
+    assert any(bad in words for words in page.words)
 
 
-def test_the_data_of_the_tooltips_are_those_of_the_metrics(run, records):
-    html = render(run, records, SETTINGS)
-    (embedded,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html)
-    lines = json.loads(embedded)["norm_growth"]["lines"]
-    assert [line["name"] for line in lines] == ["sgd", "sgdp"]
-    assert lines[0]["epochs"] == [0, 1, 2]
-    assert lines[0]["text"][2] == "×2.000 (×2.000 – ×2.000)"
+def test_what_the_pointer_shows_are_the_metrics(run, records):
+    html = shown(run, records)
+    first = json.loads(unescape(re.search(r'data-hover="(.*?)"', html)[1]))
+    assert [line["label"] for line in first["lines"]] == ["SGD", "SGDP"]
+    assert [point[2:] for point in first["lines"][0]["points"]] == [
+        ["0", "×1.000"],
+        ["1", "×1.500"],
+        ["2", "×2.000"],
+    ]
+
+
+def test_the_band_is_from_the_lowest_to_the_highest_seed(run, record):
+    records = [
+        record("sgd", seed, epoch, norm_growth=growth)
+        for seed, growths in enumerate(((1, 1.5, 2), (1, 1.7, 3)))
+        for epoch, growth in enumerate(growths)
+    ]
+    (line, empty) = Comparison(run, records).chart("norm_growth").lines
+    assert (line.y, line.low, line.high) == ((1, 1.6, 2.5), (1, 1.5, 2), (1, 1.7, 3))
+    assert not empty.drawn
 
 
 @pytest.mark.parametrize("status", ["complete", "interrupted"])
 def test_an_interrupted_run_says_so(run, records, status):
-    html = render({**run, "status": status}, records, SETTINGS)
+    html = shown({**run, "status": status}, records)
     assert ('class="notice"' in html) == (status == "interrupted")
 
 
-def test_a_run_without_records_still_makes_a_page(run):
-    page = Page(render({**run, "status": "interrupted"}, [], SETTINGS))
+def test_a_run_without_records_still_makes_a_page_and_pictures(run):
+    stopped = {**run, "status": "interrupted"}
+    page = Page(shown(stopped, []))
     assert page.open == []
-    assert " ".join(page.words).count("No finished epoch to draw") == 6
+    assert "No finished epoch to draw." in " ".join(page.words)
+    assert page.tags.count("figure") == 3  # the toy's
+    for plot in PLOTS.values():
+        assert plot(stopped, []).startswith(b"\x89PNG")
 
 
-def test_both_modes_give_every_optimizer_a_colour(run, records):
-    html = render(run, records, SETTINGS)
-    for name in ("sgd", "sgdp", "adamw", "adamp"):
-        assert len(set(re.findall(rf"\.o-{name}{{--c:(#\w+)}}", html))) == 2
+def test_failed_runs_and_values_that_are_not_finite_are_survived(run, record, failure):
+    records = [
+        *(record("sgd", 0, epoch, train_loss=float("nan")) for epoch in range(3)),
+        *(record("sgdp", 0, epoch) for epoch in range(2)),
+        failure("sgdp", 0, 2),
+    ]
+    html = shown(run, records)
+    assert Page(html).open == []
+    assert "SGDP, seed 0: failed, the training loss became nan." in html
+    assert not re.search(r'(points|cx|cy|[xy][12]?)="[^"]*(nan|inf)', html)
 
 
-@pytest.mark.parametrize("make", [linear, logarithmic, stretched_to_one])
-@pytest.mark.parametrize(
-    "values", [[0.2, 0.9], [0.1, 0.1], [0.5], [1e-3, 0.02, 0.3], [0.98, 0.99, 1.0]]
-)
-def test_axes_keep_the_order_and_hold_all_values(make, values):
-    scale = make(values)
-    places = [scale.place(v) for v in sorted(values)]
-    assert places == sorted(places)
-    assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
-    assert len(scale.ticks) >= 2
-    inside = [scale.place(v) for v, _ in scale.ticks]
-    assert all(-1e-9 <= place <= 1 + 1e-9 for place in inside)
-    assert all(b > a for a, b in itertools.pairwise(inside))
+def test_twenty_methods_are_all_named_in_every_chart(run, record):
+    names = [f"method {k}" for k in range(20)]
+    run["settings"]["optimizers"] = names
+    run["methods"] = [
+        {"name": n, "label": n.title(), "update": "gradient", "baseline": None} for n in names
+    ]
+    records = [record(n, 0, e, norm_growth=1 + e * 0.001) for n in names for e in range(3)]
+    html = render(run, records, {"headline": "Many", "optimizers": [], "findings": []})
+    for name in names:
+        # In six charts, each for two widths.
+        assert len(re.findall(rf">{name.title()}</text>", html)) == 12
+    assert len(set(Comparison(run, records).marks.values())) == 20
 
 
-def test_logarithmic_ticks_are_evenly_spaced():
-    scale = logarithmic([1.6e-6, 0.3])
-    places = [scale.place(v) for v, _ in scale.ticks]
-    gaps = [b - a for a, b in itertools.pairwise(places)]
-    assert gaps == pytest.approx([gaps[0]] * len(gaps))
-    assert scale.ticks[0][1] == "10⁻⁶"
+def test_an_older_run_tells_its_methods_by_its_optimizers(run):
+    run["settings"]["optimizers"] = ["adamp", "sgd"]
+    adamp, sgd = methods_of(run)
+    assert adamp == {
+        "name": "adamp",
+        "label": "AdamP",
+        "update": "normalized",
+        "baseline": "adamw",
+    }
+    assert sgd["update"] == "gradient"
+    assert methods_of({**run, "methods": [{"name": "mine"}]}) == [{"name": "mine"}]
 
 
-def test_a_zero_on_a_logarithmic_axis_lies_at_the_least_positive_value():
-    scale = logarithmic([0.0, 1e-4, 1.0])
-    assert scale.place(0.0) == scale.place(1e-4)
-
-
-def test_labels_never_overlap_and_stay_inside():
-    places = _apart([100.0, 100.0, 101.0, 300.0], 30, 290)
-    ordered = sorted(places)
-    assert all(b - a >= 14.9 for a, b in itertools.pairwise(ordered))
-    assert ordered[0] >= 29
-    assert ordered[-1] <= 290
-
-
-def test_a_chart_is_drawn_for_one_epoch_and_equal_values():
-    curve = Curve((0,), (1.0,), (1.0,), (1.0,), seeds=1)
-    drawing = svg("a & b", Frame([Line("sgd", "SGD", curve)], linear), "η < 1", [])
-    page = Page(drawing)
-    assert page.open == []
-    assert "nan" not in drawing
-    assert {"a & b", "η < 1", "SGD"} <= set(page.words)
+def test_both_modes_give_every_method_a_colour(run, records):
+    html = shown(run, records)
+    assert len(set(re.findall(r"--blue:(#\w+)", html))) == 2
+    for name in METHODS:
+        assert f'data-toggle="{name}"' in html

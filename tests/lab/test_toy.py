@@ -24,14 +24,14 @@ PAPER = {
 
 
 @pytest.fixture(scope="module")
-def courses():
+def paths():
     return trajectories()
 
 
 @pytest.mark.parametrize("printed", PRINTED, ids=lambda p: f"{p.method}-{p.quantity}-{p.step}")
-def test_every_printed_digit_comes_out(courses, printed):
+def test_every_printed_digit_comes_out(paths, printed):
     assert (
-        printed.rounded(courses[printed.method])
+        printed.rounded(paths[printed.method])
         == PAPER[printed.method, printed.quantity, printed.step]
     )
 
@@ -49,11 +49,11 @@ def test_plain_gradient_descent_lengthens_the_weight_by_pythagoras():
     )
 
 
-def test_norms_never_shrink_and_the_projection_keeps_them_smaller_than_momentum(courses):
-    for course in courses.values():
-        pairs = zip(course.norms, course.norms[1:], strict=False)
+def test_norms_never_shrink_and_the_projection_keeps_them_smaller_than_momentum(paths):
+    for path in paths.values():
+        pairs = zip(path.norms, path.norms[1:], strict=False)
         assert all(after >= before - 1e-12 for before, after in pairs)
-    assert courses["projected"].norms[-1] < courses["momentum"].norms[-1]
+    assert paths["projected"].norms[-1] < paths["momentum"].norms[-1]
 
 
 @pytest.mark.parametrize("angle", [0.0, 1.0, math.pi / 2, -2.5])

@@ -2,82 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from normwise.invariance.report import KINDS, Kind, Report
+from normwise.figures import Axis, Dots, Figure, Series, Shares, Spacing, save
 
 __all__ = ["draw"]
 
-# Told apart also by readers who do not see red and green (Okabe and Ito).
-COLOURS: dict[Kind, str] = {
-    "invariant": "#0072B2",
-    "joint": "#56B4E9",
-    "balanced": "#E69F00",
-    "none": "#D55E00",
-    "no effect": "#999999",
-    "unused": "#DDDDDD",
+_COLOURS = {
+    "invariant": "blue",
+    "joint": "green",
+    "balanced": "ochre",
+    "none": "orange",
+    "no effect": "grey",
+    "unused": "strong-line",
 }
 
 
-# More names than these would be too small to read.
-_NAMED = 160
+def draw(
+    parameters: Sequence[tuple[str, int, str]], kinds: Sequence[tuple[str, str]], path: str | Path
+) -> None:
+    """Write a figure: the share of each kind, and the size of every parameter.
 
-
-def draw(report: Report, path: str | Path) -> None:
-    """Write a figure: the size of every parameter, and the share of each kind.
+    Args:
+        parameters: name, entries and kind of each, in the model's order.
+        kinds: each kind and what it means, in the order in which they are shown.
+        path: a file whose suffix says the format.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: without matplotlib, but for ``.svg``.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ImportError(
-            "drawing a report needs matplotlib; install it with `pip install normwise[lab]`"
-        ) from error
-
-    count = len(report)
-    named = count <= _NAMED
-    height = 0.14 * count if named else 0.05 * count
-    figure = Figure(figsize=(9.0, min(max(2.0, height), 30.0) + 1.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    shares, sizes = figure.subplots(2, 1, height_ratios=(0.3, min(max(2.0, height), 30.0)))
-
-    colours = [COLOURS[row.kind] for row in report]
-    sizes.barh(range(count), [row.entries for row in report], color=colours, height=0.85)
-    sizes.set_xscale("log")
-    sizes.set_ylim(count - 0.4, -0.6)
-    sizes.set_xlabel("entries")
-    if named:
-        sizes.set_yticks(range(count), [row.name for row in report], fontsize=7)
-    else:
-        sizes.set_ylabel("parameters, in the model's order")
-    for side in ("top", "right"):
-        sizes.spines[side].set_visible(False)
-
-    left = 0.0
-    present: list[Kind] = [kind for kind in KINDS if any(row.kind == kind for row in report)]
-    for kind in present:
-        share = report.share(kind)
-        shares.barh(0, share, left=left, color=COLOURS[kind], height=1)
-        if share > 0.06:
-            middle = left + share / 2
-            shares.text(middle, 0, f"{share:.0%}", ha="center", va="center", fontsize=8)
-        left += share
-    shares.set_xlim(0, 1)
-    shares.set_yticks([])
-    shares.set_xlabel("share of all entries")
-    shares.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    for side in ("top", "right", "left"):
-        shares.spines[side].set_visible(False)
-
-    handles = [
-        Patch(
-            color=COLOURS[kind], label=f"{kind}: {KINDS[kind]}" if kind != "none" else KINDS[kind]
-        )
-        for kind in present
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
+    total = max(sum(entries for _, entries, _ in parameters), 1)
+    sums = {kind: sum(n for _, n, own in parameters if own == kind) for kind, _ in kinds}
+    shares = Shares(
+        "Share of all entries",
+        "",
+        tuple(
+            (meaning, sums[kind] / total, _COLOURS[kind]) for kind, meaning in kinds if sums[kind]
+        ),
+    )
+    sizes = Dots(
+        "Entries of each parameter",
+        "",
+        Axis("entries, log scale", Spacing.LOG, holds=(1.0,)),
+        tuple(name for name, _, _ in parameters),
+        (
+            Series(
+                "",
+                tuple(float(entries) for _, entries, _ in parameters),
+                colours=tuple(_COLOURS[kind] for _, _, kind in parameters),
+            ),
+        ),
+        bars=True,
+    )
+    save(Figure("", (shares, sizes), columns=1, width=860), path)

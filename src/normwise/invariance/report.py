@@ -303,7 +303,7 @@ class Report:
         """
         from normwise.invariance.figure import draw
 
-        draw(self, path)
+        draw([(row.name, row.entries, row.kind) for row in self.rows], list(KINDS.items()), path)
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "verdict", "residual", "why")

@@ -111,10 +111,20 @@ def compare(
         "task": {
             "title": TASKS[settings.task].title,
             "source": TASKS[settings.task].source,
+            "network": "four 3×3 convolutions, each with BatchNorm and ReLU; a linear classifier",
             "train_examples": len(data.train_targets),
             "test_examples": len(data.test_targets),
             "steps_per_epoch": len(data.train_targets) // settings.batch_size,
         },
+        "methods": [
+            {
+                "name": name,
+                "label": CONTENDERS[name].label,
+                "update": CONTENDERS[name].family.update.name.lower(),
+                "baseline": CONTENDERS[name].baseline,
+            }
+            for name in settings.optimizers
+        ],
         "environment": {**environment(), "processes": processes.size},
     }
     records: list[Record] = []
@@ -247,8 +257,8 @@ def _finish(
     }
     store.write_json("summary.json", summary)
     for name, plot in PLOTS.items():
-        store.write_bytes(name, plot(records, settings, run["status"]))
-    store.write_text("report.html", render(run, records, settings, monitors))
+        store.write_bytes(name, plot(run, records))
+    store.write_text("report.html", render(run, records, summary, monitors))
     store.write_json("run.json", run)
     return Outcome(store.path, run, records, summary)
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 __all__ = ["UsageError", "nearest", "require_lab"]
 
 # Import names.
-_LAB = ("matplotlib", "numpy", "rich", "scipy", "sklearn")
+_LAB = ("jinja2", "matplotlib", "numpy", "rich", "scipy", "sklearn")
 
 
 class UsageError(ValueError):

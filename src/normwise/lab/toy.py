@@ -29,9 +29,9 @@ OPTIMUM = (0.0, -1.0)
 
 METHODS: dict[str, tuple[str, Callable[[list[Tensor]], Optimizer]]] = {
     "gd": ("gradient descent", lambda p: torch.optim.SGD(p, lr=LR)),
-    "momentum": ("momentum 0.9", lambda p: torch.optim.SGD(p, lr=LR, momentum=MOMENTUM)),
+    "momentum": ("momentum", lambda p: torch.optim.SGD(p, lr=LR, momentum=MOMENTUM)),
     "projected": (
-        "momentum 0.9, projected (SGDP)",
+        "SGDP",
         lambda p: SGDP(p, lr=LR, momentum=MOMENTUM, weight_decay=0, view=View.layer()),
     ),
 }
@@ -39,7 +39,7 @@ METHODS: dict[str, tuple[str, Callable[[list[Tensor]], Optimizer]]] = {
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The course of one method.
+    """The path of one method.
 
     Args:
         method: a name in ``METHODS``.
@@ -72,14 +72,14 @@ class Printed:
     step: int
     text: str
 
-    def ours(self, course: Trajectory) -> float:
+    def ours(self, trajectory: Trajectory) -> float:
         """The same number from our own run."""
-        return (course.losses if self.quantity == "loss" else course.norms)[self.step]
+        return (trajectory.losses if self.quantity == "loss" else trajectory.norms)[self.step]
 
-    def rounded(self, course: Trajectory) -> str:
+    def rounded(self, trajectory: Trajectory) -> str:
         """Our number, rounded to as many digits as the paper prints, in the paper's spelling."""
         digits = len(self.text.partition(".")[2])
-        text = f"{self.ours(course):.{digits}f}"
+        text = f"{self.ours(trajectory):.{digits}f}"
         return text.removeprefix("0") if self.text.startswith(".") else text
 
 

@@ -1,327 +1,228 @@
-"""The page: words, table and charts put into the template."""
+"""The page of a comparison: words, tables and charts put into its template."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from html import escape
-from importlib.resources import files
-from string import Template
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from normwise.lab.contenders import CONTENDERS
-from normwise.lab.palette import STYLES, TOY_STYLES, Style
-from normwise.lab.report import charts, toy_picture
-from normwise.lab.settings import Settings
-from normwise.lab.summary import Row, Spread, curve, findings, headline, rows
+from normwise.figures.tables import Cell, Column, Row, Table
+from normwise.lab.report.curves import QUANTITIES, Comparison, listed
+from normwise.lab.report.pages import page
+from normwise.lab.report.toy import toy_loss, toy_norm, toy_plane, toy_table
 from normwise.lab.toy import trajectories
 from normwise.monitor import Monitor
 
-__all__ = ["colours", "definitions", "json_in_html", "package_file", "render"]
+__all__ = ["comparison_table", "render"]
 
 Record = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _Chart:
-    """A quantity's chart.
-
-    Args:
-        quantity: its name in the metrics.
-        title: over the chart.
-        axis: beside the vertical axis, with the unit.
-        scale: makes the axis.
-        text: a value in the tooltip.
-        caption: what to look for.
-    """
-
-    quantity: str
-    title: str
-    axis: str
-    scale: Callable[[Sequence[float]], charts.Scale]
-    text: Callable[[float], str]
-    caption: str
-
-
-_CHARTS = (
-    _Chart(
-        "norm_growth",
-        "Norm of the scale-invariant weights",
-        "norm ÷ norm at the start",
-        charts.linear,
-        lambda v: f"×{v:.3f}",
-        "Look for how fast the dashed lines leave 1, and how much of that the solid line of the "
-        "same pair avoids. None of this growth changes what the network computes.",
-    ),
-    _Chart(
-        "relative_effective_lr",
-        "The hidden slowdown",
-        "effective lr without schedule ÷ start",
-        partial(charts.linear, zero=True),
-        lambda v: f"×{v:.3f}",
-        "What the norms alone do to the learning rate: 1/‖w‖² for SGD and SGDP, 1/‖w‖ for AdamW "
-        "and AdamP, relative to the start. At 0.5 the weights turn half as fast as the chosen "
-        "learning rate would have them.",
-    ),
-    _Chart(
-        "effective_lr",
-        "Effective learning rate",
-        "η/‖w‖² or η/‖w‖, log scale",
-        charts.logarithmic,
-        lambda v: f"{v:.3g}",
-        "Schedule and norms together. The drops are the schedule; distance between the two lines "
-        "of a pair is the norms' doing. Compare within a pair only: the two families have "
-        "different units.",
-    ),
-    _Chart(
-        "angular_update",
-        "Angle that a slice turns in a step",
-        "radians, log scale",
-        charts.logarithmic,
-        lambda v: f"{v:.3g} rad",
-        "All that training can do to a scale-invariant weight is to turn it. This is the speed "
-        "that was measured, every fifth step; where it falls, the weights come to rest.",
-    ),
-    _Chart(
-        "test_accuracy",
-        "Test accuracy",
-        "percent, axis stretched towards 100",
-        charts.stretched_to_one,
-        lambda v: f"{100 * v:.2f}%",
-        "Before the first drop a large effective learning rate may look worse, because it keeps "
-        "the weights moving; what counts is the end. Where the bands overlap, the seeds matter as "
-        "much as the optimizer.",
-    ),
-    _Chart(
-        "train_loss",
-        "Training loss",
-        "cross-entropy in nats, log scale",
-        charts.logarithmic,
-        lambda v: f"{v:.4g}",
-        "The mean over the steps of an epoch. A lower loss is no aim in itself: compare it with "
-        "the test accuracy.",
-    ),
-)
 
 
 def render(
     run: Mapping[str, Any],
     records: Sequence[Record],
-    settings: Settings,
-    monitors: Mapping[str, Monitor] = MappingProxyType({}),
+    summary: Mapping[str, Any],
+    layers: Mapping[str, Monitor] = MappingProxyType({}),
 ) -> str:
     """The report as one HTML document.
 
     Args:
         run: the content of ``run.json``.
         records: the content of ``metrics.jsonl``.
-        settings: what was trained.
-        monitors: what was seen layer by layer, by optimizer (default: nothing).
+        summary: the content of ``summary.json``.
+        layers: what was seen layer by layer, by method (default: nothing).
     """
-    table = rows(records, settings.optimizers, settings.epochs)
-    found = findings(records, settings.optimizers, settings.epochs, run["task"]["test_examples"])
-    courses = trajectories()
-    tooltips: dict[str, Any] = {}
-    figures = []
-    for chart in _CHARTS:
-        lines = [
-            charts.Line(name, CONTENDERS[name].label, data, STYLES[name].dash)
-            for name in settings.optimizers
-            for data in [curve(records, name, chart.quantity, settings.epochs)]
-        ]
-        frame = charts.Frame(lines, chart.scale)
-        drawing = charts.svg(chart.title, frame, chart.axis, settings.drop_epochs())
-        tooltips[chart.quantity] = charts.tooltip(frame, chart.text)
-        figures.append(
-            f'<figure data-chart="{chart.quantity}"><h3>{escape(chart.title)}</h3>'
-            f'<div class="plot">{drawing}</div><figcaption>{escape(chart.caption)}</figcaption>'
-            "</figure>"
-        )
-    title = headline(found, table)
-    return Template(package_file("template.html")).substitute(
-        title=escape(title),
-        page_title=escape(f"{run['task']['title']}: {title}"),
-        style=package_file("style.css"),
-        colours=_colours(),
-        script=package_file("script.js"),
-        data=json_in_html(tooltips),
-        one_image=f"one image is {100 / run['task']['test_examples']:.2f} percentage points",
-        subtitle=_subtitle(run, settings),
-        notice=_notice(run, table),
-        findings="".join(f"<p>{escape(f.sentences())}</p>" for f in found),
-        toggles=_toggles(settings),
-        table=_table(table, settings),
-        figures="".join(figures),
-        layers="".join(_layers(name, monitor) for name, monitor in monitors.items()),
-        toy=toy_picture.picture(courses),
-        toy_table=toy_picture.table(courses),
-        settings=definitions(_settings_items(settings, run)),
-        environment=definitions(_environment_items(run)),
-        command=escape(settings.command()),
+    comparison = Comparison(run, records)
+    toy = trajectories()
+    charts = [comparison.chart(key) for key in QUANTITIES]
+    examples = run["task"]["test_examples"]
+    return page(
+        "compare.html",
+        brand="normwise compare",
+        title=summary["headline"],
+        page_title=f"{run['task']['title']}: {summary['headline']}",
+        subtitle=_subtitle(comparison),
+        notices=_notices(run, summary["optimizers"]),
+        findings=[found["text"] for found in summary["findings"]],
+        numbers=comparison_table(comparison, summary),
+        formulas=comparison.formulas,
+        one_example=f"; one example is {100 / examples:.2f} points" if examples else "",
+        methods=_methods(comparison),
+        dashed=comparison.dashed,
+        charts=[chart for chart in charts if not chart.empty],
+        layers=_layers(comparison, layers),
+        toy=[toy_plane(toy), toy_norm(toy), toy_loss(toy)],
+        toy_numbers=toy_table(toy),
+        command=run["command"],
+        settings=_settings(run),
+        environment=_environment(run),
     )
 
 
-def _layers(name: str, monitor: Monitor) -> str:
-    """What a monitor has seen, folded away; nothing if that was nothing."""
-    if not monitor.history:
-        return ""
-    alarms = "".join(f"<p>{escape(str(alarm))}</p>" for alarm in monitor.raised)
-    count = len(monitor.raised)
+def _methods(comparison: Comparison) -> list[dict[str, Any]]:
+    found = []
+    for m in comparison.methods:
+        colour, dash = comparison.marks[m["name"]]
+        found.append({**m, "colour": colour, "dashed": bool(dash)})
+    return found
+
+
+def _subtitle(comparison: Comparison) -> str:
+    run, task = comparison.run, comparison.run["task"]
+    seeds, epochs = run["settings"]["seeds"], run["settings"]["epochs"]
     return (
-        f"<details><summary>{escape(CONTENDERS[name].label)}: {len(monitor.layers)} layers, "
-        f"{count or 'no'} alarm{'s' * (count != 1)}</summary>{alarms}"
-        f'<div class="panels">{"".join(monitor.panels().values())}</div></details>'
+        f"{listed([m['label'] for m in comparison.methods])} on {task['title']}: "
+        f"{task['train_examples']} examples to learn from, {task['test_examples']} to test on, "
+        f"{_count(epochs, 'epoch')}, {_count(seeds, 'seed')}, {run['started'][:10]}"
     )
 
 
-def package_file(name: str) -> str:
-    """The text of a file that lies beside this one."""
-    return files("normwise.lab.report").joinpath(name).read_text(encoding="utf-8")
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _colours() -> str:
-    """Style rules that give every optimizer its colour in both modes."""
-    return colours(
-        {
-            **{f"o-{name}": style for name, style in STYLES.items()},
-            **{f"t-{name}": style for name, style in TOY_STYLES.items()},
-        }
-    )
-
-
-def colours(names: Mapping[str, Style]) -> str:
-    """Style rules that give every class in ``names`` its colour in both modes."""
-    light = "".join(f".{name}{{--c:{style.light}}}" for name, style in names.items())
-    dark = "".join(f"@ .{name}{{--c:{style.dark}}}" for name, style in names.items())
-    chosen = dark.replace("@", ':root[data-theme="dark"]')
-    preferred = dark.replace("@", ':root:not([data-theme="light"])')
-    return f"{light}{chosen}@media (prefers-color-scheme:dark){{{preferred}}}"
-
-
-def json_in_html(content: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _subtitle(run: Mapping[str, Any], settings: Settings) -> str:
-    labels = ", ".join(CONTENDERS[name].label for name in settings.optimizers)
-    seeds = "1 seed" if settings.seeds == 1 else f"{settings.seeds} seeds"
-    task = run["task"]
-    return escape(
-        f"{labels} on {task['title']}: {task['train_examples']} images to learn from, "
-        f"{task['test_examples']} to test on, {settings.epochs} epochs, {seeds}, "
-        f"{run['started'][:10]}"
-    )
-
-
-def _notice(run: Mapping[str, Any], table: Sequence[Row]) -> str:
+def _notices(run: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """What keeps this from being a whole comparison, if anything does."""
     notes = []
     if run["status"] == "interrupted":
         notes.append(
             "Interrupted: this report shows what had been finished. Means are over finished seeds; "
-            "where an optimizer has none, over its unfinished ones up to the last common epoch."
+            "where a method has none, over its unfinished ones up to the last common epoch."
         )
-    notes += [
-        f"{row.label}, seed {seed}: failed, {error}. It counts in no mean."
-        for row in table
-        for seed, error in row.failed.items()
+    return notes + [
+        f"{row['label']}, seed {failure['seed']}: failed, {failure['error']}. It counts in no mean."
+        for row in rows
+        for failure in row["failed"]
     ]
-    return "".join(f'<p class="notice" role="note">{escape(note)}</p>' for note in notes)
 
 
-def _toggles(settings: Settings) -> str:
-    return "".join(
-        f'<button type="button" class="toggle o-{name}" data-toggle="{name}" aria-pressed="true">'
-        f'<span class="key{" dashed" if STYLES[name].dash else ""}"></span>'
-        f"{escape(CONTENDERS[name].label)}</button>"
-        for name in settings.optimizers
+def comparison_table(comparison: Comparison, summary: Mapping[str, Any]) -> Table:
+    """The numbers at the end of a comparison: method, accuracy and verdict first."""
+    columns = (
+        Column("method", words=True),
+        Column("accuracy", "test, %"),
+        Column("verdict", words=True),
+        Column("difference", "points"),
+        Column("norm growth", "end ÷ start"),
+        Column("effective lr", "at the end"),
+        Column("norms’ share", "÷ start"),
+        Column("loss", "training"),
+        Column("step", "ms"),
+        Column("optimizer", "ms"),
+        Column("seeds", "finished"),
     )
+    found = {f["projected"]: f for f in summary["findings"]}
+    rows = []
+    for row in summary["optimizers"]:
+        n, finding = row["numbers"], found.get(row["label"])
+        colour, dash = comparison.marks[row["name"]]
+        cells = (
+            row["label"],
+            _spread(n.get("test_accuracy"), lambda v: f"{100 * v:.2f}"),
+            "" if finding is None else _verdict(finding["verdict"]),
+            "" if finding is None else _difference(finding),
+            _spread(n.get("norm_growth"), lambda v: f"{v:.2f}"),
+            _mean(n.get("effective_lr"), lambda v: f"{v:.2e}"),
+            _mean(n.get("relative_effective_lr"), lambda v: f"{v:.2f}"),
+            _mean(n.get("train_loss"), lambda v: f"{v:.4f}"),
+            "–" if row["step_ms"] is None else f"{row['step_ms']:.2f}",
+            "–" if row["optimizer_ms"] is None else f"{row['optimizer_ms']:.2f}",
+            _seeds(row, comparison.run["settings"]["seeds"]),
+        )
+        rows.append(Row(cells, row["name"], colour, bool(dash)))
+    return Table(columns, tuple(rows))
 
 
-def _table(table: Sequence[Row], settings: Settings) -> str:
-    heads = (
-        ("optimizer", ""),
-        ("test accuracy", "%"),
-        ("training loss", "nats"),
-        ("norm growth", "end ÷ start"),
-        ("effective lr", "at the end"),
-        ("share of norms", "÷ start"),
-        ("step", "ms"),
-        ("optimizer", "ms"),
-        ("seeds", "finished"),
-    )
-    head = "".join(f'<th scope="col">{h}<small>{unit}</small></th>' for h, unit in heads)
-    body = "".join(_table_row(row, settings) for row in table)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _table_row(row: Row, settings: Settings) -> str:
-    n = row.numbers
-    state = f"{len(row.finished)} of {settings.seeds}"
-    if row.failed:
-        state += f"<small>{len(row.failed)} failed</small>"
-    if not row.finished and row.unfinished and n:
-        state += f"<small>epoch {row.epoch}</small>"
-    cells = (
-        _number(n.get("test_accuracy"), lambda v: f"{100 * v:.2f}"),
-        _number(n.get("train_loss"), lambda v: f"{v:.4f}"),
-        _number(n.get("norm_growth"), lambda v: f"{v:.2f}"),
-        f"{n['effective_lr'].mean:.2e}" if "effective_lr" in n else "–",
-        _number(n.get("relative_effective_lr"), lambda v: f"{v:.2f}"),
-        "–" if row.step_ms is None else f"{row.step_ms:.2f}",
-        "–" if row.optimizer_ms is None else f"{row.optimizer_ms:.2f}",
-        state,
-    )
-    data = "".join(f"<td>{cell}</td>" for cell in cells)
-    key = f'<span class="key{" dashed" if STYLES[row.name].dash else ""}"></span>'
+def _verdict(said: str) -> str:
     return (
-        f'<tr class="o-{row.name}" data-optimizer="{row.name}"><th scope="row">{key}'
-        f"{escape(row.label)}</th>{data}</tr>"
+        said
+        if said in ("better", "worse")
+        else "one seed"
+        if "one seed" in said
+        else "within chance"
     )
 
 
-def _number(value: Spread | None, text: Callable[[float], str]) -> str:
-    if value is None:
-        return "–"
-    sd = "" if value.sd is None else f"<small>± {text(value.sd)}</small>"
-    return f"{text(value.mean)}{sd}"
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
 
 
-def definitions(items: Sequence[tuple[str, str]]) -> str:
-    """Names and values as the content of a ``dl``."""
-    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in items)
+def _difference(finding: Mapping[str, Any]) -> Cell:
+    half = finding["half_width"]
+    note = "" if half is None else f"± {100 * half:.2f}"
+    return Cell(_signed(100 * finding["difference"]), note)
 
 
-def _settings_items(s: Settings, run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    drops = ", ".join(str(epoch) for epoch in s.drop_epochs()) or "none"
+def _mean(value: Mapping[str, Any] | None, text: Callable[[float], str]) -> str:
+    return "–" if value is None else text(value["mean"])
+
+
+def _spread(value: Mapping[str, Any] | None, text: Callable[[float], str]) -> Cell:
+    sd = None if value is None else value["sd"]
+    return Cell(_mean(value, text), "" if sd is None else f"± {text(sd)}")
+
+
+def _seeds(row: Mapping[str, Any], seeds: int) -> Cell:
+    notes = []
+    if row["failed"]:
+        notes.append(f"{len(row['failed'])} failed")
+    if not row["finished"] and row["unfinished"] and row["numbers"]:
+        notes.append(f"epoch {row['epoch']}")
+    return Cell(f"{len(row['finished'])} of {seeds}", ", ".join(notes))
+
+
+def _layers(comparison: Comparison, layers: Mapping[str, Monitor]) -> list[dict[str, Any]]:
+    """What each monitor has measured; nothing where that was nothing."""
+    labels = {m["name"]: m["label"] for m in comparison.methods}
+    titles = {
+        "norms": "Norm",
+        "effective_lrs": "Effective learning rate",
+        "angles": "Angle per step",
+        "equilibrium": "Measured ÷ predicted equilibrium",
+    }
+    found = []
+    for name, monitor in layers.items():
+        if not monitor.history:
+            continue
+        alarms = [str(alarm) for alarm in monitor.raised]
+        said = _count(len(alarms), "alarm") if alarms else "no alarms"
+        found.append(
+            {
+                "name": name,
+                "label": labels.get(name, name),
+                "about": f"{_count(len(monitor.layers), 'layer')}, {said}",
+                "alarms": alarms,
+                "panels": [(titles[key], drawing) for key, drawing in monitor.panels().items()],
+            }
+        )
+    return found
+
+
+def _settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The settings as they are written down, after what the task is."""
     task = run["task"]
-    return [
+    items = [
         ("data", task["source"]),
         ("split", f"{task['train_examples']} training, {task['test_examples']} test examples"),
-        ("network", "four 3×3 convolutions, each with BatchNorm and ReLU; a linear classifier"),
-        ("scale-invariant", "each output channel of each convolution, known by construction"),
-        ("epochs, batch size", f"{s.epochs}, {s.batch_size}"),
-        ("steps an epoch", str(task["steps_per_epoch"])),
-        ("learning rate", f"SGD and SGDP {s.lr_sgd:g}, AdamW and AdamP {s.lr_adam:g}"),
-        ("schedule", f"× {s.lr_factor:g} after epochs {drops}"),
-        ("momentum", f"{s.momentum:g} (SGD, SGDP), no Nesterov"),
-        ("betas, eps", f"{s.betas[0]:g} and {s.betas[1]:g}, {s.eps:g} (AdamW, AdamP)"),
-        (
-            "weight decay",
-            f"{s.weight_decay_sgd:g} (L2 in SGD, decoupled in SGDP), {s.weight_decay_adam:g} "
-            "(AdamW, AdamP); none on biases and BatchNorm",
-        ),
-        ("gate of the projection", f"the papers' cosine test, delta {s.delta:g}"),
-        ("decay where projected", f"× {s.wd_ratio:g}"),
-        ("seeds", f"0 to {s.seeds - 1}; the same start and batches for every optimizer"),
     ]
+    if "network" in task:
+        items.append(("network", task["network"]))
+    if "steps_per_epoch" in task:
+        items.append(("steps per epoch", str(task["steps_per_epoch"])))
+    for name, value in run["settings"].items():
+        items.append((name.replace("_", " "), _shown(value)))
+    return items
 
 
-def _environment_items(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _environment(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     e = run["environment"]
     items = [(name, str(value)) for name, value in e["versions"].items()]
     items += [

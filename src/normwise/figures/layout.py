@@ -1,0 +1,523 @@
+"""From a chart to a drawing: where everything lies, whatever it is drawn with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from normwise.figures.charts import Axis, Chart, Dots, Figure, Heat, Line, Lines, Plane, Shares
+from normwise.figures.palette import ramp
+from normwise.figures.scales import Scale, power_text
+from normwise.figures.shapes import (
+    Circle,
+    Drawing,
+    Group,
+    Path,
+    Shape,
+    Text,
+    moved,
+    shortened,
+    text_width,
+    wrapped,
+)
+
+__all__ = ["apart", "draw", "draw_figure", "natural_height"]
+
+LABEL = 15.0
+"""The least distance between two labels, in pixels."""
+
+_NAMED = 30  # rows or lines; the names of more could not be read
+_GAP = 14.0
+_TOP, _BOTTOM = 26.0, 40.0
+_KEY = 22.0
+_ROW = 17.0
+
+
+def apart(places: Sequence[float], top: float, bottom: float, gap: float = LABEL) -> list[float]:
+    """``places`` moved as little as need be, in squares, to be ``gap`` apart and inside.
+
+    Isotonic regression: each place less the room of those before it must not fall.
+
+    Raises:
+        ValueError: if there is no room for so many.
+    """
+    if (len(places) - 1) * gap > bottom - top + 1e-9:
+        raise ValueError(f"{len(places)} labels do not fit between {top:g} and {bottom:g}")
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    blocks: list[tuple[float, int]] = []  # means and sizes
+    for k, i in enumerate(order):
+        mean, size = places[i] - k * gap, 1
+        while blocks and blocks[-1][0] > mean:
+            before, count = blocks.pop()
+            mean, size = (mean * size + before * count) / (size + count), size + count
+        blocks.append((mean, size))
+    last = bottom - (len(places) - 1) * gap
+    moved_to = [min(max(mean, top), last) for mean, size in blocks for _ in range(size)]
+    result = [0.0] * len(places)
+    for k, i in enumerate(order):
+        result[i] = moved_to[k] + k * gap
+    return result
+
+
+def natural_height(chart: Chart, width: float) -> float:
+    """The height in pixels that suits a chart of this width, without its title."""
+    if isinstance(chart, Lines):
+        named = _named(chart.lines)
+        return max(
+            min(0.62 * width, 340.0), _TOP + _BOTTOM + LABEL * len(named), 210.0
+        ) + _order_key(chart)
+    if isinstance(chart, Dots | Heat):
+        rows = len(chart.rows)
+        each = _ROW + 11 if isinstance(chart, Heat) and chart.text else _ROW
+        body = each * rows if rows <= _NAMED else max(_ROW * _NAMED, min(3.0 * rows, 900.0))
+        key = _KEY if isinstance(chart, Heat) or len(chart.series) > 1 else 6.0
+        return key + body + _BOTTOM
+    if isinstance(chart, Shares):
+        return 26.0 + len(_share_lines(chart, width)) * 20
+    return width * (chart.top - chart.bottom) / (chart.right - chart.left)
+
+
+def draw(
+    chart: Chart, width: float, height: float | None = None, *, titled: bool = True
+) -> Drawing:
+    """A chart as a drawing.
+
+    Args:
+        chart: what to draw, not empty.
+        width: in pixels.
+        height: of the chart without its title (default: what suits it).
+        titled: whether title and note stand over it; a page may say them itself.
+    """
+    height = natural_height(chart, width) if height is None else height
+    drawers = {Lines: _lines, Dots: _dots, Heat: _heat, Shares: _shares, Plane: _plane}
+    shapes, hover = drawers[type(chart)](chart, width, height)  # type: ignore[operator]
+    if not titled:
+        return Drawing(width, height, chart.title, tuple(shapes), hover)
+    head = list(_head(chart.title, chart.note, width, 14))
+    used = _head_height(chart.title, chart.note, width, 14)
+    body = [moved(shape, 0, used) for shape in shapes]
+    return Drawing(width, height + used, chart.title, (*head, *body))
+
+
+def draw_figure(figure: Figure) -> Drawing:
+    """All charts of a figure as one drawing; those of a row are equally high."""
+    charts = [chart for chart in figure.charts if not chart.empty]
+    columns = min(figure.columns or len(figure.charts), max(len(charts), 1))
+    width = float(figure.width or 560 * columns)
+    margin, gutter = 18.0, 30.0
+    inner = width - 2 * margin
+    shapes = [moved(s, margin, margin) for s in _head(figure.title, figure.note, inner, 17)]
+    y = margin + _head_height(figure.title, figure.note, inner, 17)
+    if not charts:
+        shapes.append(Text(margin, y + 14, "Nothing to draw: no run came far enough.", size=13))
+        y += 34
+    cell = (inner - (columns - 1) * gutter) / columns
+    for start in range(0, len(charts), columns):
+        row = charts[start : start + columns]
+        heads = max(_head_height(c.title, c.note, cell, 14) for c in row)
+        tall = max(natural_height(c, cell) for c in row)
+        for k, chart in enumerate(row):
+            x = margin + k * (cell + gutter)
+            shapes += [moved(s, x, y) for s in _head(chart.title, chart.note, cell, 14)]
+            high = natural_height(chart, cell) if isinstance(chart, Plane | Shares) else tall
+            inside = draw(chart, cell, high, titled=False).shapes
+            shapes += [moved(s, x, y + heads) for s in inside]
+        y += heads + tall + 22
+    return Drawing(width, y - 22 + margin, figure.title, tuple(shapes))
+
+
+def _head(title: str, note: str, width: float, size: float) -> Iterator[Text]:
+    y = 0.0
+    for line in wrapped(title, width, size, bold=True):
+        y += size * 1.25
+        yield Text(0, y, line, "ink", size, bold=True)
+    for line in wrapped(note, width):
+        y += 16
+        yield Text(0, y, line)
+
+
+def _head_height(title: str, note: str, width: float, size: float) -> float:
+    lines = (
+        len(wrapped(title, width, size, bold=True)) * size * 1.25 + len(wrapped(note, width)) * 16
+    )
+    return lines + 10 if lines else 0.0
+
+
+# Lines
+
+
+def _named(lines: Sequence[Line]) -> list[Line]:
+    """The lines with a name at their ends: all that are drawn, or none where they are too many."""
+    drawn = [line for line in lines if line.drawn and line.label]
+    return drawn if len(drawn) <= _NAMED else []
+
+
+def _order_key(chart: Lines) -> float:
+    """The height of the strip that says which of too many lines come first."""
+    return 20.0 if sum(line.drawn and bool(line.label) for line in chart.lines) > _NAMED else 0.0
+
+
+def _lines(chart: Lines, width: float, height: float) -> tuple[list[Shape], dict[str, Any]]:
+    lines = [line for line in chart.lines if line.drawn]
+    named = _named(lines)
+    room = 0.42 * width
+    labels = [shortened(line.label, room, 13, bold=True) for line in named]
+    right = width - (_GAP + max(text_width(t, 13, bold=True) for t in labels) if named else 10.0)
+    height -= _order_key(chart)
+    values = [
+        v
+        for line in lines
+        for v in (*line.y, *line.low, *line.high, *([] if line.level is None else [line.level]))
+    ]
+    across = chart.x.spacing.scale([v for line in lines for v in line.x], 6 if width > 450 else 5)
+    up = chart.y.spacing.scale([*values, *chart.y.holds], 5)
+    left = 10 + max(text_width(text) for _, text in up.ticks)
+    top, bottom = _TOP if chart.y.label else 8.0, height - _BOTTOM
+
+    def x(value: float) -> float:
+        return left + across.place(value) * (right - left)
+
+    def y(value: float) -> float:
+        return bottom - min(max(up.place(value), 0.0), 1.0) * (bottom - top)
+
+    shapes: list[Shape] = [Text(0, 12, shortened(chart.y.label, width))]
+    for value, text in up.ticks:
+        at = y(value)
+        shapes.append(Path(((left, at), (right, at)), "line", crisp=True))
+        shapes.append(Text(left - 8, at + 4, text, anchor="end"))
+    shapes += [
+        Path(((x(rule), top), (x(rule), bottom)), "strong-line", dash=(1, 3))
+        for rule in chart.rules
+        if 0 <= across.place(rule) <= 1
+    ]
+    shapes += _under(chart.x, across, left, right, bottom)
+    places = dict(
+        zip(
+            map(id, named),
+            apart([y(_end(line)[1]) for line in named], top, bottom) if named else [],
+            strict=True,
+        )
+    )
+    texts = dict(zip(map(id, named), labels, strict=True))
+    for line in lines:
+        drawn = [Path(part, line.colour, width=2.2, dash=line.dash) for part in _runs(line, x, y)]
+        inside: list[Shape] = []
+        if line.low and line.low != line.high:
+            there = [
+                (x(a), y(b)) for a, b in zip(line.x, line.high, strict=True) if math.isfinite(b)
+            ]
+            back = [(x(a), y(b)) for a, b in zip(line.x, line.low, strict=True) if math.isfinite(b)]
+            inside.append(Path((*there, *back[::-1]), fill=line.colour, opacity=0.14))
+        if line.level is not None and math.isfinite(line.level):
+            at = y(line.level)
+            inside.append(Path(((left, at), (right, at)), line.colour, dash=(1, 3)))
+        inside += drawn
+        end_x, end_y = (f(v) for f, v in zip((x, y), _end(line), strict=True))
+        if named or len(drawn) == 0 or all(len(part.points) < 2 for part in drawn):
+            inside.append(Circle(end_x, end_y, 3, line.colour))
+        if id(line) in places:
+            at, text = places[id(line)], texts[id(line)]
+            if abs(at - end_y) > 2 or right - end_x > 2:
+                points = ((end_x + 4, end_y), (right + _GAP - 3, at))
+                inside.append(Path(points, line.colour, opacity=0.45))
+            whole = line.label if text != line.label else ""
+            inside.append(
+                Text(right + _GAP, at + 4.5, text, line.colour, 13, bold=True, whole=whole)
+            )
+        shapes.append(Group(line.name, tuple(inside)))
+    if _order_key(chart):
+        drawn_lines = [line for line in lines if line.label]
+        shapes += _strip(
+            drawn_lines[0].label, drawn_lines[-1].label, "order", left, right, height + 12
+        )
+    hover = {
+        "top": round(top, 1),
+        "bottom": round(bottom, 1),
+        "axis": chart.x.label,
+        "lines": [
+            {
+                "name": line.name,
+                "label": line.label or line.name,
+                "colour": line.colour,
+                "points": [
+                    [round(x(a), 1), round(y(b), 1), _plain(a), _hovered(chart.y, line, k)]
+                    for k, (a, b) in enumerate(zip(line.x, line.y, strict=True))
+                    if math.isfinite(b)
+                ],
+            }
+            for line in lines
+        ],
+    }
+    return shapes, hover
+
+
+def _end(line: Line) -> tuple[float, float]:
+    return next((a, b) for a, b in zip(line.x[::-1], line.y[::-1], strict=True) if math.isfinite(b))
+
+
+def _runs(line: Line, x: Any, y: Any) -> list[tuple[tuple[float, float], ...]]:
+    """The points of a line, anew after each value that is not finite."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for a, b in zip(line.x, line.y, strict=True):
+        if math.isfinite(b):
+            runs[-1].append((x(a), y(b)))
+        elif runs[-1]:
+            runs.append([])
+    return [tuple(run) for run in runs if len(run) > 1]
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:.3g}"
+
+
+def _hovered(axis: Axis, line: Line, k: int) -> str:
+    mean = axis.text(line.y[k])
+    if not line.low or line.low == line.high or not math.isfinite(line.low[k]):
+        return mean
+    return f"{mean} ({axis.text(line.low[k])} – {axis.text(line.high[k])})"
+
+
+def _under(axis: Axis, scale: Scale, left: float, right: float, y: float) -> list[Shape]:
+    """Ticks and label of a horizontal axis; a tick without room for its text has none."""
+    shapes: list[Shape] = []
+    until = -math.inf
+    for value, text in scale.ticks:
+        at, half = left + scale.place(value) * (right - left), text_width(text) / 2
+        if at - half >= until:
+            shapes.append(Text(at, y + 18, text, anchor="middle"))
+            until = at + half + 6
+    label = shortened(axis.label, right + 8)
+    half = text_width(label) / 2
+    at = max(half, min((left + right) / 2, right + 8 - half))
+    shapes.append(Text(at, y + 35, label, anchor="middle"))
+    return shapes
+
+
+def _strip(low: str, high: str, kind: str, left: float, right: float, y: float) -> list[Shape]:
+    """A strip of a ramp's colours between two words."""
+    length, x = 110.0, left
+    words = shortened(low, (right - left - length) / 2 - 12)
+    shapes: list[Shape] = [Text(x, y + 4, words)]
+    x += text_width(words) + 8
+    for k in range(12):
+        a, b = x + k * length / 12, x + (k + 1) * length / 12
+        points = ((a, y - 5), (b, y - 5), (b, y + 5), (a, y + 5))
+        shapes.append(Path(points, fill=ramp(kind, k / 11), crisp=True))
+    words = shortened(high, max(right - x - length - 8, 40))
+    shapes.append(Text(x + length + 8, y + 4, words))
+    return shapes
+
+
+# Rows
+
+
+def _row_names(rows: Sequence[str], width: float) -> tuple[list[str], float]:
+    """The names as far as they fit, and the room they take."""
+    if len(rows) > _NAMED:
+        return [], 8.0
+    names = [shortened(row, 0.4 * width) for row in rows]
+    return names, 10 + max((text_width(name) for name in names), default=0.0)
+
+
+def _named_rows(
+    rows: Sequence[str], names: Sequence[str], left: float, middle: Sequence[float]
+) -> Iterator[Shape]:
+    for row, name, y in zip(rows, names, middle, strict=False):
+        whole = row if name != row else ""
+        yield Text(left - 8, y + 4, name, "ink", anchor="end", whole=whole)
+
+
+def _dots(chart: Dots, width: float, height: float) -> tuple[list[Shape], None]:
+    names, left = _row_names(chart.rows, width)
+    right = width - 14
+    keyed = len(chart.series) > 1
+    top, bottom = (_KEY if keyed else 6.0), height - _BOTTOM
+    values = [v for s in chart.series for v in (*s.values, *s.low, *s.high)]
+    holds = [*chart.x.holds, *([] if chart.reference is None else [chart.reference])]
+    holds += chart.band or ()
+    scale = chart.x.spacing.scale([*values, *holds], 5 if width > 450 else 3)
+
+    def x(value: float) -> float:
+        return left + min(max(scale.place(value), 0.0), 1.0) * (right - left)
+
+    step = (bottom - top) / max(len(chart.rows), 1)
+    middle = [top + (k + 0.5) * step for k in range(len(chart.rows))]
+    shapes: list[Shape] = []
+    if chart.band is not None:
+        a, b = x(chart.band[0]), x(chart.band[1])
+        points = ((a, top), (b, top), (b, bottom), (a, bottom))
+        shapes.append(Path(points, fill="muted", opacity=0.12))
+    for value, _ in scale.ticks:
+        shapes.append(Path(((x(value), top), (x(value), bottom)), "line", crisp=True))
+    if chart.reference is not None:
+        at = x(chart.reference)
+        shapes.append(Path(((at, top), (at, bottom)), "muted", crisp=True))
+    key_x = left
+    for number, series in enumerate(chart.series):
+        shift = (number - (len(chart.series) - 1) / 2) * min(step / 3, 6) if keyed else 0.0
+        inside: list[Shape] = []
+        for row, value in enumerate(series.values):
+            if not math.isfinite(value):
+                continue
+            y, colour = middle[row] + shift, series.colour(row)
+            if series.low and math.isfinite(series.low[row]):
+                ends = ((x(series.low[row]), y), (x(series.high[row]), y))
+                inside.append(Path(ends, colour, width=2, opacity=0.6))
+            if chart.bars:
+                half = min(step * 0.42, 6.0)
+                corners = ((left, y - half), (x(value), y - half), (x(value), y + half))
+                inside.append(Path((*corners, (left, y + half)), fill=colour))
+            else:
+                inside.append(Circle(x(value), y, min(4.0, max(step / 2.5, 1.5)), colour))
+        shapes.append(Group(series.label, tuple(inside)))
+        if keyed:
+            shapes.append(Circle(key_x + 5, 8, 4, series.colour(0)))
+            shapes.append(Text(key_x + 14, 12, series.label, "ink"))
+            key_x += 34 + text_width(series.label)
+    shapes += _under(chart.x, scale, left, right, bottom)
+    shapes += _named_rows(chart.rows, names, left, middle)
+    return shapes, None
+
+
+def _heat(chart: Heat, width: float, height: float) -> tuple[list[Shape], None]:
+    names, left = _row_names(chart.rows, width)
+    right, top, bottom = width - 4, _KEY, height - _BOTTOM
+    finite = [v for row in chart.values for v in row if math.isfinite(v)]
+    if chart.spacing.name == "LOG":
+        finite = [v for v in finite if v > 0] or [1.0]
+    low, high = min(finite) if chart.least is None else chart.least, max(finite)
+
+    def share(value: float) -> float:
+        if chart.spacing.name == "LOG":
+            return math.log(max(value, low) / low) / (math.log(high / low) or 1.0)
+        return (value - low) / ((high - low) or 1.0)
+
+    columns = max(len(chart.columns), 1)
+    across, down = (right - left) / columns, (bottom - top) / max(len(chart.rows), 1)
+    shapes: list[Shape] = []
+    for i, row in enumerate(chart.values):
+        y = top + i * down
+        # Cells of one shade side by side are one shape.
+        shades = [ramp("heat", share(v)) if math.isfinite(v) else "" for v in row]
+        starts = [0, *(j for j in range(1, len(row)) if shades[j] != shades[j - 1]), len(row)]
+        for a, b in pairwise(starts):
+            if shades[a]:
+                x0, x1 = left + a * across, left + b * across
+                corners = ((x0, y), (x1, y), (x1, y + down), (x0, y + down))
+                shapes.append(Path(corners, fill=shades[a], crisp=True))
+        if chart.text is not None:
+            for j, value in enumerate(row):
+                if math.isfinite(value):
+                    at, fill = left + (j + 0.5) * across, "card" if share(value) > 0.5 else "ink"
+                    shapes.append(Text(at, y + down / 2 + 4, chart.text(value), fill, 11, "middle"))
+    if chart.outlined is not None:
+        x0, y0 = left + chart.outlined[1] * across, top + chart.outlined[0] * down
+        x1, y1 = x0 + across, y0 + down
+        shapes.append(Path(((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)), "orange", width=2.4))
+    until = -math.inf
+    for j, name in enumerate(chart.columns):
+        at, half = left + (j + 0.5) * across, text_width(name) / 2
+        if name and at - half >= until:
+            shapes.append(Text(min(at, right - half), bottom + 18, name, anchor="middle"))
+            until = at + half + (24 if columns > 12 else 4)
+    shapes.append(Text((left + right) / 2, bottom + 35, chart.x, anchor="middle"))
+    say = chart.text or (lambda v: power_text(v) if v > 0 else f"{v:.2g}")
+    unit = f" {chart.unit}" if chart.unit else ""
+    least = "≤ " if chart.least is not None else ""
+    shapes += _strip(f"{least}{say(low)}", f"{say(high)}{unit}", "heat", left, right, 9)
+    shapes += _named_rows(
+        chart.rows, names, left, [top + (k + 0.5) * down for k in range(len(chart.rows))]
+    )
+    if not names:
+        shapes.append(Text(0, bottom + 35, f"{len(chart.rows)} rows, the first on top"))
+    return shapes, None
+
+
+def _share_lines(chart: Shares, width: float) -> list[list[tuple[str, str]]]:
+    """The key, in lines that fit."""
+    lines: list[list[tuple[str, str]]] = [[]]
+    used = 0.0
+    for name, share, colour in chart.parts:
+        text = f"{name}, {share:.0%}" if share >= 0.005 else f"{name}, {share:.1%}"
+        need = text_width(text) + 34
+        if lines[-1] and used + need > width:
+            lines.append([])
+            used = 0.0
+        lines[-1].append((text, colour))
+        used += need
+    return lines
+
+
+def _shares(chart: Shares, width: float, height: float) -> tuple[list[Shape], None]:
+    shapes: list[Shape] = []
+    x = 0.0
+    for _, share, colour in chart.parts:
+        end = x + share * width
+        shapes.append(Path(((x, 0), (end, 0), (end, 18), (x, 18)), fill=colour))
+        x = end
+    for k, line in enumerate(_share_lines(chart, width)):
+        x = 0.0
+        for text, colour in line:
+            shapes.append(Circle(x + 5, 34 + 20 * k, 4, colour))
+            shapes.append(Text(x + 14, 38 + 20 * k, text, "ink"))
+            x += text_width(text) + 34
+    return shapes, None
+
+
+def _plane(chart: Plane, width: float, height: float) -> tuple[list[Shape], None]:
+    unit = width / (chart.right - chart.left)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (x - chart.left) * unit, (chart.top - y) * unit
+
+    def edge(angle: float) -> tuple[float, float]:
+        """Where the ray at this angle leaves what is shown."""
+        c, s = math.cos(angle), math.sin(angle)
+        to_side = (chart.right if c > 0 else chart.left) / c if abs(c) > 1e-9 else math.inf
+        to_end = (chart.top if s > 0 else chart.bottom) / s if abs(s) > 1e-9 else math.inf
+        length = min(to_side, to_end)
+        return place(length * c, length * s)
+
+    corners = [
+        math.atan2(y, x) for x in (chart.left, chart.right) for y in (chart.bottom, chart.top)
+    ]
+    angles = sorted([*(math.pi * k / 90 for k in range(-90, 91)), *corners])
+    shapes: list[Shape] = [
+        Path(
+            (place(0, 0), edge(a), edge(b)),
+            fill="muted",
+            opacity=round(0.5 * chart.shade((a + b) / 2), 3),
+            crisp=True,
+        )
+        for a, b in pairwise(angles)
+    ]
+    for radius, text in chart.rings:
+        turn = [
+            place(radius * math.cos(t), radius * math.sin(t))
+            for t in (math.pi * k / 60 for k in range(-60, 61))
+        ]
+        part: list[tuple[float, float]] = []
+        for point in [*turn, (-1.0, -1.0)]:
+            if 0 <= point[0] <= width and 0 <= point[1] <= height:
+                part.append(point)
+            elif part:
+                shapes.append(Path(tuple(part), "strong-line", dash=(2, 4)))
+                part = []
+        x, y = place(0, -radius)
+        shapes.append(Text(x - 8, y - 5, text, anchor="end"))
+    for path in chart.paths:
+        points = tuple(place(x, y) for x, y in zip(path.x, path.y, strict=True))
+        inside = (
+            Path(points, path.colour, width=2.2, dash=path.dash),
+            Circle(*points[-1], 4.5, path.colour),
+        )
+        shapes.append(Group(path.name, inside))
+    for x, y, name in chart.points:
+        at = place(x, y)
+        shapes += [
+            Circle(*at, 4.5, "ink"),
+            Text(at[0] - 10, at[1] + 4, name, "ink", 13, "end", bold=True),
+        ]
+    return shapes, None

@@ -1,0 +1,119 @@
+"""Drawings painted by matplotlib: PNG, PDF, and figures that Python can work with."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+from normwise.figures.charts import Figure
+from normwise.figures.layout import draw_figure
+from normwise.figures.palette import COLOURS
+from normwise.figures.shapes import Circle, Group, Shape, Text
+from normwise.figures.svg import document
+
+__all__ = ["matplotlib_figure", "png", "save"]
+
+# A drawing's pixel is 1/96 inch, as in a browser; matplotlib measures in points of 1/72.
+_POINTS = 72 / 96
+
+
+def matplotlib_figure(figure: Figure, ground: Literal["light", "dark"] = "light") -> Any:
+    """A figure as one of matplotlib's.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure as Canvas
+    except ImportError as error:
+        raise ImportError(
+            "drawing needs matplotlib; install it with `pip install normwise[lab]`"
+        ) from error
+    drawing = draw_figure(figure)
+    canvas = Canvas(
+        figsize=(drawing.width / 96, drawing.height / 96),
+        dpi=192,
+        facecolor=getattr(COLOURS["card"], ground),
+    )
+    FigureCanvasAgg(canvas)
+    ax = canvas.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, drawing.width), ylim=(drawing.height, 0))
+    ax.axis("off")
+    _paint(ax, drawing.shapes, ground)
+    return canvas
+
+
+def png(figure: Figure, ground: Literal["light", "dark"] = "light") -> bytes:
+    """A figure as the bytes of a PNG file, two dots a pixel.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    buffer = io.BytesIO()
+    matplotlib_figure(figure, ground).savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: str | FilePath) -> None:
+    """Write a figure into a file whose suffix says the format.
+
+    ``.svg`` needs no matplotlib and follows the reader's light or dark system; ``.png``, ``.pdf``
+    and what else matplotlib writes are for a light ground.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    path = FilePath(path)
+    if path.suffix.lower() == ".svg":
+        path.write_text(document(figure), encoding="utf-8")
+    else:
+        matplotlib_figure(figure).savefig(path)
+
+
+def _paint(ax: Any, shapes: tuple[Shape, ...], ground: str) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Circle as Disk
+    from matplotlib.patches import Polygon
+
+    def colour(name: str) -> str:
+        return str(getattr(COLOURS[name], ground)) if name else "none"
+
+    for shape in shapes:
+        if isinstance(shape, Group):
+            _paint(ax, shape.shapes, ground)
+        elif isinstance(shape, Text):
+            ax.text(
+                shape.x,
+                shape.y,
+                shape.text.replace("$", r"\$"),
+                color=colour(shape.fill),
+                fontsize=shape.size * _POINTS,
+                ha={"start": "left", "middle": "center", "end": "right"}[shape.anchor],
+                va="baseline",
+                fontweight="bold" if shape.bold else "normal",
+            )
+        elif isinstance(shape, Circle):
+            ax.add_patch(Disk((shape.x, shape.y), shape.radius, fc=colour(shape.fill), ec="none"))
+        elif shape.fill:
+            ax.add_patch(
+                Polygon(
+                    shape.points,
+                    fc=colour(shape.fill),
+                    ec="none",
+                    alpha=shape.opacity,
+                    antialiased=not shape.crisp,
+                )
+            )
+        else:
+            ax.add_line(
+                Line2D(
+                    *zip(*shape.points, strict=True),
+                    color=colour(shape.stroke),
+                    linewidth=shape.width * _POINTS,
+                    linestyle=(0, shape.dash) if shape.dash else "-",
+                    alpha=shape.opacity,
+                    solid_joinstyle="round",
+                )
+            )
