@@ -133,8 +133,8 @@ OPTIMIZERS = {
     "SGDP": (sgdp, 1e-3),
     "AdamW": (adamw, 0.1),
     "AdamP": (adamp, 0.1),
-    "tangential NAdam": (nadam, 0.1),
-    "AdamP, norms fixed": (fixed, 0.1),
+    "tangential": (nadam, 0.1),
+    "fixed norms": (fixed, 0.1),
 }
 
 
@@ -215,6 +215,8 @@ def picture(problem: Problem, courses: dict[str, Course]) -> Figure:
             panel("Angle per step, rad", "angle", Spacing.LOG),
             panel("Training loss", "loss", Spacing.LOG),
         ),
+        columns=2,
+        width=820,
     )
 
 
