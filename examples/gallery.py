@@ -118,7 +118,8 @@ def adamp(groups: Groups, report: nw.Report) -> torch.optim.Optimizer:
 
 
 def nadam(groups: Groups, report: nw.Report) -> torch.optim.Optimizer:
-    return nw.tangential(torch.optim.NAdam(groups, lr=3e-3), report)
+    inner = torch.optim.NAdam(groups, lr=3e-3, decoupled_weight_decay=True)
+    return nw.tangential(inner, report)
 
 
 def fixed(groups: Groups, report: nw.Report) -> torch.optim.Optimizer:
@@ -222,7 +223,7 @@ def picture(problem: Problem, courses: dict[str, Course]) -> Figure:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--out", type=Path, default=Path("gallery"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
