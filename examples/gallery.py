@@ -172,7 +172,10 @@ def train(problem: Problem, make: Callable, weight_decay: float, steps: int) -> 
     torch.manual_seed(0)
     model, data = problem.network(), problem.batches()
     report = nw.analyze(model, next(data)[0][:16], joint=False)
-    optimizer = make(report.param_groups(weight_decay=weight_decay), report)
+    # Decay on the scale-invariant weights alone, where all that it does is seen in the pictures.
+    groups = report.param_groups(weight_decay=weight_decay)
+    groups = [g if g["view"] is not None else {**g, "weight_decay": 0.0} for g in groups]
+    optimizer = make(groups, report)
     schedule = CosineAnnealingLR(optimizer, steps)
     every, losses = max(1, steps // POINTS), []
     with nw.Monitor(model, optimizer, report, every=every, rules=[]) as monitor:
@@ -225,9 +228,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--out", type=Path, default=Path("gallery"))
+    parser.add_argument("--only", choices=[p.title for p in PROBLEMS], help="one of the problems")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for problem in PROBLEMS:
+    for problem in (p for p in PROBLEMS if arguments.only in (None, p.title)):
         for kind, contenders in (("optimizers", OPTIMIZERS), ("policies", POLICIES)):
             courses = {
                 name: train(problem, make, weight_decay, arguments.steps)

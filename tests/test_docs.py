@@ -65,6 +65,8 @@ def test_commands_exist_and_take_their_arguments(words, tmp_path, monkeypatch, c
     """Quick ones run; the others are parsed, or gone through dry."""
     if words[0] == "make":
         subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True)
+    elif words[0] == "python":
+        assert (ROOT / words[1]).exists()
     elif words[0] == "pip":
         assert words[1] == "install"
         extras = re.findall(r"\[(\w+)\]", words[2])
