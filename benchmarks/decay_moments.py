@@ -203,6 +203,7 @@ def draw(results: dict, means: dict[str, Tensor], picture: Path) -> None:
             "%",
             text=lambda value: f"{value:.0f}" if value < best - 6 else f"{value:.1f}",
             least=best - 6,
+            most=best,
             outlined=outlined(mean),
         )
         for coupling, mean in means.items()

@@ -8,15 +8,22 @@ Run from the repository's root::
 The weights alone: forward and backward of all 53 convolutions. The bound moves the bytes that any
 implementation must (read W and write W'; read W and the gradient, write the gradient): a copy, and
 an addition, of the same tensors. All variants run in turn in one process, so that other load on
-the machine falls on all of them; the table gives medians and their ratios.
+the machine falls on all of them; the table gives medians and their ratios, and the time of the
+processor and page faults beside them. To keep the C library (glibc) from returning memory to the
+operating system between calls, which costs more than the arithmetic::
+
+    MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_MMAP_THRESHOLD_=33554432 \\
+        python benchmarks/weight_standardization.py
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +31,7 @@ from torch import Tensor, nn
 
 from normwise import View
 from normwise.reparam import weight_standardize
-from normwise.reparam.functional import weight_standard
+from normwise.reparam.functional import weight_standardization
 
 
 class Bottleneck(nn.Module):
@@ -84,27 +91,55 @@ class UsualWays(nn.Module):
         return usual_ways(w)
 
 
-def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every variant in every round, after one round of warming up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+@dataclass(frozen=True)
+class Cost:
+    """What one call took.
+
+    Attributes:
+        wall: seconds.
+        cpu: seconds of all threads together, the operating system's included.
+        faults: pages of memory that the operating system handed over anew during it. Where they are
+            many they take longer than the arithmetic, and they fall on whichever variant comes
+            next after the C library has returned memory.
+    """
+
+    wall: float
+    cpu: float
+    faults: int
+
+
+def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[Cost]]:
+    """The costs of every variant in every round, after one round of warming up."""
+    costs: dict[str, list[Cost]] = {name: [] for name in variants}
     for index in range(rounds + 1):
         for name, run in variants.items():
-            start = time.perf_counter()
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            start, cpu = time.perf_counter(), time.process_time()
             result = run()
+            cost = Cost(
+                time.perf_counter() - start,
+                time.process_time() - cpu,
+                resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults,
+            )
             if index:
-                seconds[name].append(time.perf_counter() - start)
+                costs[name].append(cost)
             del result
-    return seconds
+    return costs
 
 
-def show(seconds: dict[str, list[float]], title: str) -> None:
-    base = statistics.median(next(iter(seconds.values())))
-    width = max(map(len, seconds))
-    print(f"{title:<{width}}  median ms   least ms   ratio of medians")
-    for name, values in seconds.items():
-        median = statistics.median(values)
+def show(costs: dict[str, list[Cost]], title: str) -> None:
+    base = statistics.median(c.wall for c in next(iter(costs.values())))
+    width = max(map(len, costs))
+    print(
+        f"{title:<{width}}  median ms   least ms   ratio  median CPU ms  least CPU ms  page faults"
+    )
+    for name, values in costs.items():
+        wall, cpu = sorted(c.wall for c in values), sorted(c.cpu for c in values)
+        median = statistics.median(wall)
         print(
-            f"{name:<{width}}  {1e3 * median:9.1f}  {1e3 * min(values):9.1f}  {median / base:10.3f}"
+            f"{name:<{width}}  {1e3 * median:9.1f}  {1e3 * wall[0]:9.1f}  {median / base:6.3f}"
+            f"  {1e3 * statistics.median(cpu):13.1f}  {1e3 * cpu[0]:12.1f}"
+            f"  {statistics.median(c.faults for c in values):11.0f}"
         )
 
 
@@ -125,12 +160,15 @@ def weights_alone(rounds: int) -> None:
         return lambda: torch.autograd.grad([function(w) for w in weights], weights, gradients)
 
     def with_gain() -> object:
-        out = [weight_standard(w, View.channel(), g) for w, g in zip(weights, gains, strict=True)]
+        out = [
+            weight_standardization(w, View.channel(), g)
+            for w, g in zip(weights, gains, strict=True)
+        ]
         return torch.autograd.grad(out, weights + gains, gradients)
 
     variants = {
         "bound: copy, then add": bound,
-        "normwise": both_ways(lambda w: weight_standard(w, View.channel())),
+        "normwise": both_ways(lambda w: weight_standardization(w, View.channel())),
         "normwise, with a gain": with_gain,
         "timm: one batch_norm": both_ways(timms_way),
         "mean, std, subtract, divide": both_ways(usual_ways),

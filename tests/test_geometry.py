@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normwise import View
-from normwise.geometry import cosine, norms, radial, tangential
+from normwise.geometry import cosine, global_norm, norms, radial, tangential
 
 VIEWS = ["channel", "channel(1)", "blocks(2)", "blocks(3, 1)", "layer"]
 FORMATS = ["contiguous", "channels_last", "transposed", "strided"]
@@ -182,3 +182,17 @@ def test_a_view_that_does_not_fit_is_an_error_that_shows_both(view, shape):
 def test_impossible_views_cannot_be_made(make):
     with pytest.raises(ValueError, match="must be"):
         make()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_the_global_norm_is_that_of_all_entries_together_from_1e_minus_30_to_1e30(size):
+    tensors = [torch.randn(3, 4), torch.zeros(2), torch.randn(5).double(), torch.randn(2, 2, 2)]
+    whole = torch.cat([t.double().flatten() for t in tensors]).norm()
+    norm = global_norm([size * t for t in tensors])
+    assert norm.shape == ()
+    assert float(norm) == pytest.approx(size * float(whole), rel=1e-6)
+
+
+def test_the_global_norm_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="global_norm of no tensors"):
+        global_norm([])

@@ -1,22 +1,24 @@
 """See and control the norms of neural-network weights."""
 
-from normwise import decay, theory
+from normwise import decay, init, reparam, theory
 from normwise.decay import EpsilonShiftedL2
 from normwise.geometry import View
-from normwise.invariance import JointSet, ParameterReport, Report, analyze
+from normwise.invariance import ParameterReport, Report, Symmetry, Term, analyze
 from normwise.monitor import Monitor
 from normwise.optim import SGDP, SGDW, AdamP, tangential
+from normwise.perturb import AWP, RWP
 from normwise.reparam import center_weight_normalize, fold, weight_normalize, weight_standardize
 from normwise.updates import UpdateRule, describe
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AWP",
+    "RWP",
     "SGDP",
     "SGDW",
     "AdamP",
     "EpsilonShiftedL2",
-    "JointSet",
     "Monitor",
     "ParameterReport",
     "Report",
@@ -28,6 +30,8 @@ __all__ = [
     "decay",
     "describe",
     "fold",
+    "init",
+    "reparam",
     "tangential",
     "theory",
     "weight_normalize",

@@ -7,14 +7,14 @@ projects, or measures an angle does it through the functions of this file.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["View", "cosine", "norms", "radial", "tangential", "unit"]
+__all__ = ["View", "cosine", "global_norm", "norms", "radial", "tangential", "unit"]
 
 _SPELLING = re.compile(
     r"(?P<kind>channel|blocks|layer)(?:\((?P<number>\d+)(?:,\s*(?P<dim>\d+))?\))?"
@@ -171,6 +171,29 @@ def dot(a: Tensor, b: Tensor, dim: int = 1) -> Tensor:
 def norms(w: Tensor, view: View) -> Tensor:
     """The Euclidean norm of each slice of ``w``, shape ``(slices,)``, in float32 or better."""
     return slice_norms(view.slices(at_least_float32(w))).flatten()
+
+
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The Euclidean norm of all entries of many tensors together, in float32 or better.
+
+    It neither overflows nor underflows, as :func:`slice_norms` does not.
+
+    Args:
+        tensors: of any shapes and dtypes; the result is on the device of the first.
+
+    Returns:
+        A tensor of no dimension.
+
+    Raises:
+        ValueError: if there is no tensor.
+    """
+    whole = [norms(t, View.layer()) for t in tensors]
+    if not whole:
+        raise ValueError("global_norm of no tensors; give one or more")
+    together = torch.cat(
+        [n.to(whole[0].device, torch.promote_types(n.dtype, whole[0].dtype)) for n in whole]
+    )
+    return slice_norms(together.unsqueeze(0)).squeeze()
 
 
 def cosine(a: Tensor, b: Tensor, view: View) -> Tensor:

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,6 +29,7 @@ __all__ = [
     "own_rule",
     "register",
     "rule_of",
+    "unknown_rule",
 ]
 
 Number = float | Tensor
@@ -194,7 +195,6 @@ def is_zero(value: Number) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
-@runtime_checkable
 class Describes(Protocol):
     """An optimizer that describes itself."""
 
@@ -223,7 +223,11 @@ _found: weakref.WeakKeyDictionary[type, Describer | None] = weakref.WeakKeyDicti
 
 
 def attached_to(optimizer: Optimizer) -> list[Attached]:
-    """What is attached to ``optimizer`` at present; a list to append to and remove from."""
+    """What is attached to ``optimizer`` at present; a list to append to and remove from.
+
+    Args:
+        optimizer: any.
+    """
     return _attached.setdefault(optimizer, [])
 
 
@@ -284,23 +288,34 @@ def rule_of(optimizer: Optimizer, group: Group, p: Tensor | None = None) -> Upda
 
 
 def own_rule(optimizer: Optimizer, group: Group, p: Tensor | None = None) -> UpdateRule:
-    """As :func:`rule_of`, of what ``optimizer`` does by itself, without what is attached to it."""
+    """What ``optimizer`` does by itself, without what is attached to it.
+
+    Args:
+        optimizer: any.
+        group: one of its parameter groups.
+        p: as of :func:`rule_of`.
+    """
     describer = _describer_of(type(optimizer))
-    if isinstance(optimizer, Describes) and describer is None:
-        rule = optimizer.update_rule(group, p)
-    elif describer is not None:
+    if describer is not None:
         rule = describer(optimizer, group)
+    elif hasattr(optimizer, "update_rule"):
+        rule = cast(Describes, optimizer).update_rule(group, p)
     elif isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         return rule_of(inner, group, p)
     else:
-        rule = _unknown(optimizer, group)
+        rule = unknown_rule(optimizer, group)
     if p is not None:
         rule = _of_weight(rule, group, p)
     return rule
 
 
 def decoupled(group: Group, rate: float = 1.0) -> dict[str, Any]:
-    """The fields of a rule whose group decays by 1 − rate·η·``weight_decay``."""
+    """The fields of a rule whose group decays by 1 − rate·η·``weight_decay``.
+
+    Args:
+        group: a parameter group.
+        rate: what ηλ is multiplied by (default: 1).
+    """
     decay = group["weight_decay"] * rate
     return {
         "coupling": Coupling.DECOUPLED,
@@ -319,7 +334,8 @@ def _of_weight(rule: UpdateRule, group: Group, p: Tensor) -> UpdateRule:
     return rule
 
 
-def _unknown(optimizer: Optimizer, group: Group) -> UpdateRule:
+def unknown_rule(optimizer: Optimizer, group: Group) -> UpdateRule:
+    """The rule of a group of which only the learning rate is known."""
     decays = not is_zero(group.get("weight_decay", 0.0))
     return UpdateRule(
         type(optimizer).__name__,

@@ -597,3 +597,20 @@ def test_a_policy_keeps_no_optimizer_alive():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_two_policies_and_a_scheduler_in_any_order_warn_of_nothing():
+    """torch's schedulers look for marks of theirs on ``optimizer.step``."""
+    for order in itertools.permutations(("schedule", "first", "second")):
+        one, two = weight(), weight(seed=4)
+        optimizer = torch.optim.AdamW([{"params": [one]}, {"params": [two]}], weight_decay=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for what in order:
+                if what == "schedule":
+                    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0)
+                else:
+                    Decoupled(DECAY).attach(optimizer, on=0 if what == "first" else 1)
+            one.grad, two.grad = torch.ones_like(one), torch.ones_like(two)
+            optimizer.step()
+            scheduler.step()

@@ -23,7 +23,6 @@ from normwise.figures import (
     Lines,
     Plane,
     Series,
-    Shares,
     Spacing,
     document,
     marks,
@@ -73,7 +72,6 @@ CHARTS = {
         "Heat", "", ("a", "b"), ("1", "2"), ((1.0, 2.0), (math.nan, 4.0)), "step", "%",
         text=lambda v: f"{v:.0f}", outlined=(1, 1),
     ),
-    "shares": Shares("Shares", "", (("x", 0.7, "blue"), ("y", 0.3, "orange"))),
     "plane": Plane(
         "Plane", "", (Line("p", "p", (0.0, 1.0), (1.0, 0.0)),), -2, 2, -2, 2,
         lambda angle: 0.5, ((1.0, "1"),), ((0.0, 1.0, "start"),),

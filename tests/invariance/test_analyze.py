@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from normwise.invariance import analyze
-from normwise.invariance.analyze import random_factors
 from normwise.invariance.euler import chance_of_error
 
 
@@ -58,8 +57,8 @@ def test_each_normalization_makes_the_slices_that_it_averages_over():
     assert report["3.weight"].why == "each block of 4 rows feeds `4` (GroupNorm)"
     assert report["10.weight"].why == "feeds `11` (RMSNorm)"
     assert report["16.weight"].why == ""
-    (joint,) = report.sets
-    assert joint.exponents == {"13.weight": 1, "13.bias": 1}
+    (joint,) = (symmetry for symmetry in report.symmetries if not symmetry.is_view)
+    assert str(joint) == "13.weight, 13.bias"
     assert joint.why == "absorbed by `14`"
     assert all(report[name].residual < 1e-13 for name in report.views())
     assert all(row.residual > 1e-8 for row in report if row.kind in ("none", "joint"))
@@ -71,12 +70,11 @@ def test_outputs_do_not_change_when_every_invariant_slice_is_scaled():
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.GroupNorm(4, 8)
     )
     x = torch.randn(4, 3, 8, 8)
-    views = analyze(net, x).views()
-    assert set(views) == {"0.weight"}  # the bias of the other takes part
-    before, generator = net(x), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, view in views.items():
-            net.get_parameter(name).mul_(random_factors(net.get_parameter(name), view, generator))
+    report = analyze(net, x)
+    assert set(report.views()) == {"0.weight"}  # the bias of the other takes part
+    before, weight = net(x), net[0].weight.clone()
+    report.rescale_()
+    assert not torch.allclose(net[0].weight, weight, rtol=1e-2)
     torch.testing.assert_close(net(x), before, rtol=1e-3, atol=1e-3)
 
 
@@ -123,7 +121,9 @@ def test_a_fused_projection_is_invariant_only_in_the_rows_that_are_normalized():
             return self.out(torch.tanh(y.transpose(1, 2).flatten(2)))
 
     report = analyze(Attention(), torch.randn(2, 5, 8))
-    assert report["qkv.weight"].verdict == "none"
+    assert report["qkv.weight"].verdict == "balanced"
+    assert "qkv.weight rows 0–15, in runs of 4: 4 units" in map(str, report.symmetries)
+    assert "qkv.weight rows 16–23 ↔ out.weight columns: 8 units" not in map(str, report.symmetries)
     assert report["qkv.weight"].why == "only rows 0–15 are invariant, in blocks of 4"
 
 
@@ -183,11 +183,10 @@ def test_a_homogeneous_network_trades_scale_between_its_layers():
         def forward(self, x):
             return self.b(torch.relu(self.a(x)).square())
 
-    report = analyze(Net(), torch.randn(5, 6))
-    assert [joint.exponents for joint in report.sets] == [{"a.weight": 1, "b.weight": -2}] or [
-        joint.exponents for joint in report.sets
-    ] == [{"a.weight": -1, "b.weight": 2}]
-    assert not report.sets[0].is_scale
+    report = analyze(Net(), torch.randn(50, 6))
+    (trade,) = report.symmetries
+    assert str(trade) == "a.weight rows ↔ b.weight columns ^2: 8 units"
+    assert not trade.is_scale
     assert found(report) == {"a.weight": "balanced", "b.weight": "balanced"}
 
 
@@ -195,14 +194,15 @@ def test_a_single_output_is_enough():
     """One number a forward gives one independent draw a point; more points make up for it."""
     net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 1))
     report = analyze(net, lambda model: model(torch.ones(4, 6).cumsum(1)).sum())
-    assert [joint.exponents for joint in report.sets] == [{"0.weight": 1, "0.bias": 1}]
+    assert [str(symmetry) for symmetry in report.symmetries] == ["0.weight, 0.bias"]
 
 
-def test_without_joint_symmetries_a_weight_beside_a_bias_counts_as_not_invariant():
+def test_without_joint_symmetries_a_weight_beside_a_bias_is_said_to_be_unexamined():
     net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 2))
     report = analyze(net, torch.randn(5, 6), joint=False)
-    assert report.sets == ()
-    assert report["0.weight"].verdict == "none"
+    assert report.symmetries == ()
+    assert {row.verdict for row in report} == {"not looked for"}
+    assert "were not looked for" in report.advice(0.1, 0.1)
 
 
 def test_evaluation_mode_normalizes_nothing_by_running_statistics():

@@ -111,7 +111,7 @@ def test_json_round_trip(report, model):
     again = Report.from_json(report.to_json())
     assert str(again) == str(report)
     assert again.views() == report.views()
-    assert again.sets == report.sets
+    assert again.symmetries == report.symmetries
     assert math.isnan(again["7.weight"].residual_with_eps)
     with pytest.raises(ValueError, match="give `model=`"):
         again.param_groups(weight_decay=0.1)

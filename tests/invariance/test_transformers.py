@@ -45,29 +45,51 @@ def verdicts(report, *, matrices=False):
     return {row.name: row.verdict for row in report if not (matrices and row.is_vector)}
 
 
+def families(report):
+    """The symmetries of more than one weight, as the report prints them."""
+    return {str(symmetry) for symmetry in report.symmetries if not symmetry.is_view}
+
+
 def scale_sets(report):
-    return [set(joint.exponents) for joint in report.sets if joint.is_scale]
+    return [set(s.parameters) for s in report.symmetries if s.is_scale and not s.is_view]
 
 
-def resnet_sets(depths):
-    """Joint scale sets of a bottleneck ResNet, from its structure.
+def resnet_families(depths, sizes, embedding):
+    """The families of a bottleneck ResNet, channel by channel, from its structure.
 
-    conv–bn–relu–conv–bn–relu–conv–bn, plus the shortcut, relu. A ReLU lets scale pass, and every
-    convolution is followed by a batch norm. So the gain and bias of each of the first two norms of
-    a block are absorbed by the next norm; those of the last norms of a stage's blocks, with its
-    shortcut's, are summed into one stream, which the next stage's first norms absorb; the last
-    stage's stream is read by the classifier, which absorbs nothing.
+    conv–bn–relu–conv–bn–relu–conv–bn, plus the shortcut, relu. A ReLU lets scale pass: a channel's
+    gain and bias against the column of the next convolution. The last norms of a stage's blocks and
+    its shortcut's are summed into one stream, which the convolutions of the next blocks and stage
+    read; the last stage's is read by the classifier.
     """
-    gains = ("weight", "bias")
-    sets = [{f"resnet.embedder.embedder.normalization.{g}" for g in gains}]
+    parts = ("weight", "bias")
+    found = []
+
+    def add(norms, readers, units):
+        up = sorted(f"{norm}.{part}" for norm in norms for part in parts)
+        down = sorted(f"{reader}.weight columns" for reader in readers)
+        found.append((up, down, units))
+
+    def stage(s):
+        return f"resnet.encoder.stages.{s}.layers"
+
     for s, depth in enumerate(depths):
-        stage = f"resnet.encoder.stages.{s}.layers"
         for b in range(depth):
-            sets += [{f"{stage}.{b}.layer.{i}.normalization.{g}" for g in gains} for i in (0, 1)]
+            block = f"{stage(s)}.{b}.layer"
+            for i in (0, 1):
+                add([f"{block}.{i}.normalization"], [f"{block}.{i + 1}.convolution"], sizes[s] // 4)
+        norms = [f"{stage(s)}.{b}.layer.2.normalization" for b in range(depth)]
+        norms.append(f"{stage(s)}.0.shortcut.normalization")
+        readers = [f"{stage(s)}.{b}.layer.0.convolution" for b in range(1, depth)]
         if s + 1 < len(depths):
-            stream = {f"{stage}.{b}.layer.2.normalization.{g}" for b in range(depth) for g in gains}
-            sets.append(stream | {f"{stage}.0.shortcut.normalization.{g}" for g in gains})
-    return sets
+            readers.append(f"{stage(s + 1)}.0.layer.0.convolution")
+            readers.append(f"{stage(s + 1)}.0.shortcut.convolution")
+        else:
+            readers.append("classifier.1")
+        add(norms, readers, sizes[s])
+    first = [f"{stage(0)}.0.layer.0.convolution", f"{stage(0)}.0.shortcut.convolution"]
+    add(["resnet.embedder.embedder.normalization"], first, embedding)
+    return sorted(found)
 
 
 def check_resnet(config, size, convolutions):
@@ -81,14 +103,13 @@ def check_resnet(config, size, convolutions):
     for name in found:
         norm = name.replace("convolution.weight", "normalization")
         assert report[name].why == f"feeds `{norm}` (BatchNorm2d)"
-    key = sorted
-    expected = resnet_sets(config.depths)
-    assert sorted(map(key, scale_sets(report))) == sorted(map(key, expected))
-    (trade,) = (joint for joint in report.sets if not joint.is_scale)
-    assert trade.exponents["classifier.1.weight"] == -1
-    last = len(config.depths) - 1
-    assert all(
-        name.startswith(f"resnet.encoder.stages.{last}.") for name in list(trade.exponents)[:-1]
+    found = []
+    for symmetry in report.symmetries:
+        if not symmetry.is_view:
+            up, down = ([str(t) for t in symmetry.terms if t.exponent == a] for a in (1, -1))
+            found.append((sorted(up), sorted(down), symmetry.units))
+    assert sorted(found) == resnet_families(
+        config.depths, config.hidden_sizes, config.embedding_size
     )
 
 
@@ -157,6 +178,8 @@ def test_convnext_with_layer_norm_after_convolutions():
         f"{block}.dwconv.bias",
         f"{block}.layer_scale_parameter",
     } in sets
+    gain = f"{block}.pwconv2.weight rows, {block}.pwconv2.bias ↔ {block}.layer_scale_parameter"
+    assert any(set(gain.split(" ↔ ")) == set(f.split(":")[0].split(" ↔ ")) for f in families(report))
     assert not report.views()
 
 
@@ -178,31 +201,69 @@ def writers(report, *names):
     return {row.name for row in report if row.name.endswith(names)}
 
 
-def test_llama():
-    """The embedding, o_proj and down_proj of every layer write the stream, and norms read it.
+def llama_like(layer, *, readers="qkv", norms=True):
+    """Families of a block of Llama with 4 heads of queries and 2 of keys and values, of 8 rows.
 
-    The rest trade scale: q with k, v with o and up with down, which enter as products; the gain of
-    a norm with the projections that read it.
+    A norm's gain against the columns of what reads it. Queries against keys: a rotary embedding
+    turns rows j and j + 4 of a head together, and both query heads of a group see one key. Values
+    against the output's columns in both query heads. The gated unit is linear in up alone.
     """
+    start = f"model.layers.{layer}."
+    attention, mlp = start + "self_attn", start + "mlp"
+    found = {
+        f"{attention}.v_proj.weight rows ↔ "
+        f"{attention}.o_proj.weight columns, 2 at a time 8 apart: 16 units",
+        f"{mlp}.up_proj.weight rows ↔ {mlp}.down_proj.weight columns: 48 units",
+    }
+    if norms:
+        listed = ", ".join(f"{attention}.{x}_proj.weight columns" for x in "qkv")
+        found |= {
+            f"{start}input_layernorm.weight ↔ {listed}: 32 units",
+            f"{start}post_attention_layernorm.weight ↔ "
+            f"{mlp}.gate_proj.weight columns, {mlp}.up_proj.weight columns: 32 units",
+        }
+    return found
+
+
+def rotary(layer):
+    attention = f"model.layers.{layer}.self_attn"
+    return (
+        f"{attention}.q_proj.weight rows, 4 at a time 4 apart ↔ "
+        f"{attention}.k_proj.weight rows, 2 at a time 4 apart: 8 units"
+    )
+
+
+STREAM = ", ".join(
+    ["model.embed_tokens.weight"]
+    + [
+        f"model.layers.{layer}.{name}"
+        for layer in (0, 1)
+        for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+    ]
+)
+HEAD = "model.norm.weight ↔ lm_head.weight columns: 32 units"
+
+
+def test_llama():
+    """The embedding, o_proj and down_proj of every layer write the stream, and norms read it."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LANGUAGE))
     report = analyze(model, tokens())
     assert not report.views()
-    (stream,) = scale_sets(report)
-    assert stream == writers(report, "embed_tokens.weight", "o_proj.weight", "down_proj.weight")
-    assert len(stream) == 5
-    trades = [joint.exponents for joint in report.sets if not joint.is_scale]
-    assert len(trades) == 2 * 5 + 1
-    for layer in (0, 1):
-        start = f"model.layers.{layer}."
-        q, k, v, o = (f"{start}self_attn.{x}_proj.weight" for x in "qkvo")
-        gate, up, down = (f"{start}mlp.{x}_proj.weight" for x in ("gate", "up", "down"))
-        assert {q: 1, k: -1} in trades
-        assert {v: 1, o: -1} in trades
-        assert {up: 1, down: -1} in trades
-        assert {f"{start}input_layernorm.weight": -1, q: 1, k: 1, v: 1} in trades
-        assert {f"{start}post_attention_layernorm.weight": -1, gate: 1, up: 1} in trades
-    assert {"model.norm.weight": 1, "lm_head.weight": -1} in trades
-    assert {row.name for row in report if row.kind == "joint"} == stream
+    blocks = llama_like(0) | llama_like(1) | {rotary(0), rotary(1)}
+    assert families(report) == blocks | {STREAM, HEAD}
+    assert {row.name for row in report if row.kind == "joint"} == set(STREAM.split(", "))
+    roles = {row.name: str(row.role) for row in report}
+    assert roles["model.embed_tokens.weight"] == "embedding"
+    assert roles["lm_head.weight"] == "readout"
+    assert roles["model.norm.weight"] == "gain"
+    attention = "model.layers.1.self_attn"
+    assert [roles[f"{attention}.{x}_proj.weight"] for x in "qkvo"] == [
+        "hidden, 4 heads",
+        "hidden, 2 heads",
+        "hidden, 2 heads",
+        "hidden, 4 heads",
+    ]
+    assert roles["model.layers.1.mlp.up_proj.weight"] == "hidden"
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -210,49 +271,64 @@ def test_gpt2(tied):
     """Embeddings and both c_proj, with their biases, write the stream.
 
     Tied to the head, the token embedding cannot grow without the logits growing, unless the last
-    norm's gain and bias shrink: then they belong to the set, with exponent −1. A key's bias shifts
-    all of a query's scores alike, so that softmax removes it: a third of c_attn.bias is without
-    effect.
+    norm's gain and bias shrink: then they belong to the family, with exponent −1. A key's bias
+    shifts all of a query's scores alike, so that softmax removes it: a third of c_attn.bias is
+    without effect. The weights are stored with inputs first, so that what a norm feeds are rows.
     """
     config = transformers.GPT2Config(tie_word_embeddings=tied, **GPT2)
     report = analyze(transformers.GPT2LMHeadModel(config), tokens())
     assert not report.views()
-    stream = writers(report, "wte.weight", "wpe.weight", "c_proj.weight", "c_proj.bias")
-    assert len(stream) == 2 + 2 * 4
-    last = {"transformer.ln_f.weight", "transformer.ln_f.bias"}
-    largest = max(report.sets, key=lambda joint: len(joint.exponents))
-    expected = dict.fromkeys(stream, 1) | (dict.fromkeys(last, -1) if tied else {})
-    assert largest.exponents == expected
-    assert largest.is_scale == (not tied)
-    if tied:
-        assert report["lm_head.weight"].name == "transformer.wte.weight"
-    others = [joint.exponents for joint in report.sets if joint is not largest]
+    expected = set()
+    stream = ["transformer.wte.weight", "transformer.wpe.weight"]
     for layer in (0, 1):
         start = f"transformer.h.{layer}."
-        for norm, reader in (("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_fc")):
-            exponents = {f"{start}{norm}.weight": 1, f"{start}{norm}.bias": 1}
-            assert exponents | {f"{start}{reader}.weight": -1} in others
-        row = report[f"{start}attn.c_attn.bias"]
-        assert row.why == "32 of 96 rows have zero gradient"
-    head = [dict.fromkeys(sorted(last, reverse=True), 1) | {"lm_head.weight": -1}]
-    assert len(others) == (4 if tied else 5)
-    assert tied or head[0] in others
+        qkv, fc = f"{start}attn.c_attn", f"{start}mlp.c_fc"
+        for norm, reader in ((f"{start}ln_1", qkv), (f"{start}ln_2", fc)):
+            expected.add(f"{norm}.weight, {norm}.bias ↔ {reader}.weight rows: 32 units")
+        expected |= {
+            f"{qkv}.bias entries 0–31, {qkv}.weight columns 0–31 ↔ {qkv}.weight columns 32–63: "
+            "32 units",
+            f"{qkv}.bias entries 64–95, {qkv}.weight columns 64–95 ↔ "
+            f"{start}attn.c_proj.weight rows: 32 units",
+        }
+        stream += [f"{start}{p}.c_proj.{kind}" for p in ("attn", "mlp") for kind in ("bias", "weight")]
+        assert report[f"{qkv}.bias"].why == "32 of 96 rows have zero gradient"
+        assert report[f"{qkv}.weight"].role.heads == 4
+        assert report[f"{qkv}.weight"].role.parts == (
+            "columns 0–31",
+            "columns 32–63",
+            "columns 64–95",
+        )
+    last = "transformer.ln_f.weight, transformer.ln_f.bias"
+    if tied:
+        expected.add(f"{', '.join(stream)} ↔ {last}")
+        assert report["lm_head.weight"].name == "transformer.wte.weight"
+        assert report["lm_head.weight"].role.kind == "tied"
+    else:
+        expected |= {", ".join(stream), f"{last} ↔ lm_head.weight columns: 32 units"}
+    assert families(report) == expected
 
 
 def test_qwen3_with_a_norm_on_each_head_of_queries_and_keys():
-    """4 heads of queries and 2 of keys, of 8 rows each, feed q_norm and k_norm."""
+    """4 heads of queries and 2 of keys, of 8 rows each, feed q_norm and k_norm.
+
+    The gains of these are what is left to trade between queries and keys, one a rotated pair.
+    """
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(head_dim=8, **LANGUAGE))
     report = analyze(model, tokens())
-    expected = {}
+    expected, gains = {}, set()
     for layer in (0, 1):
         attention = f"model.layers.{layer}.self_attn"
         expected[f"{attention}.q_proj.weight"] = "blocks(4)"
         expected[f"{attention}.k_proj.weight"] = "blocks(2)"
         why = report[f"{attention}.q_proj.weight"].why
         assert why == f"each block of 8 rows feeds `{attention}.q_norm` (Qwen3RMSNorm)"
+        gains.add(
+            f"{attention}.q_norm.weight entries, 2 at a time 4 apart ↔ "
+            f"{attention}.k_norm.weight entries, 2 at a time 4 apart: 4 units"
+        )
     assert {name: str(view) for name, view in report.views().items()} == expected
-    (stream,) = scale_sets(report)
-    assert stream == writers(report, "embed_tokens.weight", "o_proj.weight", "down_proj.weight")
+    assert families(report) == llama_like(0) | llama_like(1) | gains | {STREAM, HEAD}
 
 
 def test_olmo2_with_norms_over_all_heads_and_after_each_branch():

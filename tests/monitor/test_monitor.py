@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 
 import pytest
 import torch
@@ -15,8 +16,15 @@ from torch._subclasses.fake_tensor import (
 import normwise
 import normwise.monitor
 from normwise import View
+from normwise.decay import Decoupled
 from normwise.monitor import JsonLines, Monitor, every
-from normwise.theory import Update, adamw_equilibrium, effective_lr, sgd_equilibrium
+from normwise.theory import (
+    Update,
+    adamw_equilibrium,
+    adamw_time_to_equilibrium,
+    effective_lr,
+    sgd_equilibrium,
+)
 
 VIEWS = {"0.weight": "channel", "3.weight": "blocks(2)"}
 
@@ -201,6 +209,8 @@ def test_tangential_is_measured_after_its_projection(make_training):
         ({"report": {}}, "nothing to watch"),
         ({"alarms": "shout"}, "Invalid alarms: 'shout'"),
         ({"fetch_every": 0}, "Invalid fetch_every: 0"),
+        ({"fetch_every": "4"}, "Invalid fetch_every: '4'"),
+        ({"keep": 0}, "Invalid keep: 0"),
         ({"every": 0}, "Invalid interval: 0"),
         ({"quantities": []}, "the rule NotFinite needs norm, scaled_gradient"),
         (
@@ -254,3 +264,130 @@ def test_an_error_in_training_still_leaves_what_was_measured(training, tmp_path)
     with pytest.raises(ZeroDivisionError):
         train_and_fail()
     assert len(path.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantities": ["norm"]}, "Invalid quantity: 'norm'; must be a Quantity, such as Norm()"),
+        ({"writers": [3]}, "Invalid writer: 3; must be a function of a Measurement"),
+        ({"rules": [3]}, "Invalid rule: 3; must be an AlarmRule"),
+        ({"check_finite": 1}, "Invalid check_finite: 1; must be a trigger, such as every(1)"),
+        ({"update": "sgd"}, "Invalid update: 'sgd'"),
+        ({"optimizer": 3}, "Invalid optimizer: 3; must be a torch optimizer"),
+        ({"model": 3}, "Invalid model: 3; must be a module"),
+    ],
+)
+def test_a_wrong_type_is_told_in_one_line(training, options, message):
+    given = {"model": training.model, "optimizer": training.optimizer, "report": VIEWS}
+    with pytest.raises(TypeError, match=re.escape(message)):
+        Monitor(**{**given, **options})
+
+
+def test_a_writer_that_fails_is_dropped_with_one_warning_and_the_training_goes_on(training, caplog):
+    def full_disk(m):
+        raise OSError(28, "No space left on device")
+
+    class Unclosable:
+        def __call__(self, m):
+            pass
+
+        def close(self):
+            raise OSError(5, "Input/output error")
+
+    kept = []
+    writers = [full_disk, kept.append, Unclosable()]
+    with Monitor(
+        training.model, training.optimizer, VIEWS, every=1, fetch_every=1, writers=writers
+    ) as monitor:
+        training.run(3)
+        assert monitor.writers == writers[1:]
+    assert [m.step for m in kept] == [1, 2, 3]
+    assert monitor.writers == [kept.append]
+    warned = [r.getMessage() for r in caplog.records if r.name == "normwise.monitor"]
+    assert len(warned) == 2
+    assert "full_disk" in warned[0]
+    assert "dropped" in warned[0]
+
+
+def test_a_watched_weight_that_changes_its_shape_is_named(training):
+    with Monitor(training.model, training.optimizer, VIEWS, every=1):
+        training.run(1)
+        training.model[0].weight.data = torch.zeros(6, 2, 2, 2)
+        for p in training.model.parameters():
+            p.grad = None
+        with pytest.raises(
+            RuntimeError, match=r"0\.weight had shape \(6, 2, 3, 3\).*\(6, 2, 2, 2\)"
+        ):
+            training.optimizer.step()
+
+
+def test_the_history_is_bounded_and_spans_the_run(training):
+    with Monitor(
+        training.model, training.optimizer, VIEWS, every=1, fetch_every=1, keep=8
+    ) as monitor:
+        training.run(50)
+    steps = monitor.series("norm")[0]
+    assert steps == [1, 9, 17, 25, 33, 41, 49, 50]
+    assert len(monitor.history[-1].slices) > 0
+    assert all(m.slices.numel() == 0 for m in monitor.history[:-1])
+
+
+def test_a_monitor_prints_as_a_summary(make_training):
+    """A run of a few steps under a small decay: it says that, and how far, it has not settled."""
+    training = make_training(
+        lambda p: normwise.AdamP(p, lr=1e-3, weight_decay=0.1, view="channel", wd_ratio=0.1)
+    )
+    with Monitor(training.model, training.optimizer, VIEWS, every=1) as monitor:
+        assert str(monitor).startswith("2 weights, 8 slices; 0 measurements in 0 steps")
+        training.run(3)
+    text = str(monitor)
+    time = max(monitor.history[-1]["steps_to_equilibrium"].values())
+    assert "step 3: norms, from" in text
+    assert "0 of 2 weights are within 10%" in text
+    assert f"up to {math.ceil(time):,} more steps" in text
+    assert 10_000 < time < math.inf
+
+    plain = make_training(lambda p: torch.optim.SGD(p, lr=0.1))
+    with Monitor(plain.model, plain.optimizer, VIEWS, every=1) as monitor:
+        plain.run(1)
+    assert "no equilibrium of the norms is known" in str(monitor)
+
+
+def test_the_steps_to_equilibrium_are_those_of_the_theory(make_training):
+    training = make_training(lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1))
+    with Monitor(training.model, training.optimizer, VIEWS) as monitor:
+        training.run(1)
+    m = monitor.history[0]
+    ratio = m["norm"]["0.weight"] / m["predicted_norm"]["0.weight"]
+    expected = adamw_time_to_equilibrium(0.01, 0.1, ratio)
+    assert m["steps_to_equilibrium"]["0.weight"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0])
+def test_a_gate_is_taken_as_the_cosines_let_it_stand(make_training, delta):
+    """Shut at a threshold of 0: AdamW's prediction; open where gradients are orthogonal."""
+    training = make_training(
+        lambda p: normwise.AdamP(p, lr=0.01, weight_decay=0.1, wd_ratio=0.5, delta=delta)
+    )
+    with Monitor(training.model, training.optimizer, {"0.weight": "channel"}) as monitor:
+        training.run(1)
+    m = monitor.history[0]
+    angle = m["predicted_angular_update"]["0.weight"]
+    if delta:
+        assert angle == pytest.approx(math.sqrt(2 * 0.01 * 0.1 * 0.5))
+    else:
+        assert angle == pytest.approx(adamw_equilibrium(0.01, 0.1, 18).angle)
+
+
+def test_a_monitor_follows_a_weight_into_the_group_that_a_policy_splits_off(make_training):
+    training = make_training(lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0))
+    weight = training.model[3].weight
+    with Monitor(training.model, training.optimizer, VIEWS) as monitor:
+        Decoupled(0.1).attach(training.optimizer, on=[weight])
+        training.run(1)
+    m = monitor.history[0]
+    assert math.isnan(m["predicted_norm"]["0.weight"])
+    entries = weight.numel() // 2
+    expected = adamw_equilibrium(0.01, 0.1, entries).norm
+    assert m["predicted_norm"]["3.weight"] == pytest.approx(expected)

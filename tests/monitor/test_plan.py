@@ -6,13 +6,16 @@ import math
 import pytest
 import torch
 
+import normwise
 from normwise import cli
-from normwise.monitor.plan import Settings, Weights, plan
+from normwise.monitor.plan import OPTIMIZERS, Settings, Weights, plan
 from normwise.theory import (
     adamw_equilibrium,
     adamw_without_decay,
+    equilibrium_of,
     lion_equilibrium_angle,
     sgd_equilibrium,
+    time_to_equilibrium,
 )
 
 SGD = ["plan", "--optimizer", "sgd", "--lr", "0.1", "--weight-decay", "5e-4"]
@@ -118,3 +121,112 @@ def test_refusals_say_why(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["plan", *arguments.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+MAKERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.01),
+    "sgdw": lambda p: normwise.SGDW(p, lr=0.01, momentum=0.9, weight_decay=0.01),
+    "sgdp": lambda p: normwise.SGDP(p, lr=0.01, momentum=0.9, weight_decay=0.01, view="channel"),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.01),
+    "adamp": lambda p: normwise.AdamP(p, lr=0.01, weight_decay=0.01, view="channel"),
+    "muon": lambda p: torch.optim.Muon(p, lr=0.01, momentum=0.95, weight_decay=0.01),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_plan_is_that_of_the_optimizer_itself(name, capsys):
+    p = torch.nn.Parameter(torch.zeros(32, 32))
+    optimizer = MAKERS[name]([p])
+    rule = normwise.updates.rule_of(optimizer, optimizer.param_groups[0], p)
+    expected = equilibrium_of(rule, gradient_square=1.0, entries=32, shape=(32, 32))
+    options = ["--lr", "0.01", "--weight-decay", "0.01", "--entries", "32", "--json"]
+    assert cli.main(["plan", "--optimizer", name, *options]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["norm"] == pytest.approx(expected.norm)
+    assert row["angle"] == pytest.approx(expected.angle)
+    assert row["settles"] == pytest.approx(time_to_equilibrium(rule, 1 / expected.norm))
+
+
+def test_every_optimizer_that_is_offered_is_planned():
+    assert set(OPTIMIZERS) == {*MAKERS, "lion"}
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgdp", "adamw", "adamp", "muon"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_what_a_start_counts_for_is_what_a_start_at_twice_the_norm_changes(name, schedule):
+    settings = Settings(name, 0.01, 0.01, 4000, momentum=0.5, schedule=schedule)
+    one, two = plan(settings, [Weights("w", 1, 64, norm) for norm in (1.3, 2.6)]).rows
+    assert two.final_norm / one.final_norm - 1 == pytest.approx(one.remembered, rel=0.02)
+
+
+def test_that_all_settle_does_not_say_that_the_start_is_forgotten():
+    """Under a cosine the learning rate ends small: twice the norm ends more than 2% higher."""
+    settings = Settings("sgd", 0.1, 5e-4, 1500, momentum=0.9, schedule="cosine")
+    found = plan(settings, [Weights("a", 1, 10, 5.2), Weights("b", 1, 10, 6.0)])
+    ends = [row.final_norm for row in found.rows]
+    assert all(row.settles < 1500 for row in found.rows)
+    twice = plan(settings, [Weights("b", 1, 10, 12.0)]).rows[0].final_norm
+    assert twice / ends[1] > 1.02
+    (note,) = [note for note in found.notes if "at the start" in note and "counts" in note]
+    assert f"up to {twice / ends[1] - 1:.0%} higher" in note
+
+
+def test_a_start_at_the_equilibrium_is_told_as_that():
+    norm = sgd_equilibrium(0.1, 5e-4, 1.0, 0.9).norm
+    text = str(plan(Settings("sgd", 0.1, 5e-4, 10, 0.9), [Weights("w", 1, 10, 1.05 * norm)]))
+    assert "from the start" in text
+    assert "All start within 10%" in text
+    assert " 0 steps" not in text
+
+
+def test_a_small_share_is_not_told_as_nothing():
+    text = str(plan(Settings("adamw", 1e-4, 0.01, 10), [Weights("w", 1, 10, 1.0)]))
+    assert "loses 0.0001% of its norm per step" in text
+
+
+def test_a_plan_says_where_a_run_does_not_settle():
+    """The default wd_ratio of 0.1 makes AdamP ten times as slow."""
+    slow, fast = (
+        plan(Settings("adamp", 1e-3, 0.1, 20_000, wd_ratio=rho), [Weights("w", 1, 576, 1.0)])
+        for rho in (0.1, 1.0)
+    )
+    assert slow.rows[0].settles > 20_000 > fast.rows[0].settles
+    assert "Not settled within the 20,000 steps: 1 of 1" in str(slow)
+    assert "wd_ratio 0.1 makes that 10 times as long" in str(slow)
+    assert "beyond the run" in str(slow)
+    assert "Not settled" not in str(fast)
+
+
+def test_muon_plans_matrices_and_names_what_it_leaves():
+    weights = [Weights("conv", 8, 27, 1.0, (8, 3, 3, 3)), Weights("linear", 8, 27, 1.0, (8, 27))]
+    found = plan(Settings("muon", 0.02, 0.1, 100, momentum=0.95), weights)
+    assert [row.weights.name for row in found.rows] == ["linear"]
+    assert "Muon takes matrices only, and not conv." in str(found)
+    with pytest.raises(ValueError, match="no weight to plan for that muon can train"):
+        plan(Settings("muon", 0.02, 0.1, 100), weights[:1])
+
+
+def test_a_network_without_invariant_weights_is_told_what_to_do(tmp_path, monkeypatch, capsys):
+    (tmp_path / "plain.py").write_text(
+        "import torch\ndef build():\n    return torch.nn.Linear(3, 2), torch.randn(4, 3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert (
+        cli.main(
+            [
+                "plan",
+                "--optimizer",
+                "sgd",
+                "--lr",
+                "1",
+                "--weight-decay",
+                "0",
+                "--model",
+                "plain:build",
+            ]
+        )
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert "has no scale-invariant weight" in error
+    assert "normwise inspect" in error

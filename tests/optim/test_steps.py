@@ -7,7 +7,6 @@ import pytest
 import torch
 from optimizer_table import MAKERS
 from torch import nn
-from torch._inductor.exc import InductorError
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -150,17 +149,8 @@ def test_a_step_compiles_whole_and_once_for_a_whole_schedule(name, options, fore
     assert counts[-1] == counts[1] <= 2
 
 
-# Torch's CPU code generator crashes on some explicit views of weights of 3 or more dimensions. Only
-# that crash is expected, and only there; a wrong result fails. Which of them crash varies.
-INDUCTOR_CRASHES = pytest.mark.xfail(
-    raises=InductorError,
-    strict=False,
-    reason="pytorch#196570: inductor crashes on some explicit views",
-)
-BY_INDUCTOR = [
-    pytest.param(*case, marks=[INDUCTOR_CRASHES] if case[1].get("view") == "channel" else [])
-    for case in COMPILED
-]
+# Torch's CPU code generator fails on reductions over slices (pytorch#196570): it is not shown them.
+BY_INDUCTOR = [*COMPILED, ("sgdp", {"view": "channel", "norm": "fixed"})]
 
 
 @pytest.mark.slow

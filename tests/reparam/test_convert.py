@@ -172,3 +172,22 @@ def test_a_frozen_weight_stays_frozen():
     fold(model)
     assert not model[0].weight.requires_grad
     assert isinstance(WeightNorm().view.dim, int)
+
+
+def test_complex_layers_and_layers_without_outputs_are_left_alone_with_the_reason():
+    model = nn.ModuleDict(
+        {
+            "complex": nn.Linear(3, 3, dtype=torch.complex64),
+            "empty": nn.Linear(3, 0),
+            "without inputs": nn.Linear(0, 3),
+            "plain": nn.Linear(3, 3),
+        }
+    )
+    for convert in (weight_normalize, center_weight_normalize, weight_standardize):
+        report = convert(model, only=["*"])
+        assert report.left_alone == {
+            "complex.weight": "complex",
+            "empty.weight": "has no entries",
+            "without inputs.weight": "has no entries",
+        }
+        fold(model)

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from normwise.decay.attached import check_unscheduled, split_groups
+from normwise.decay.checks import check_number
 from normwise.geometry import View, at_least_float32, unit
 from normwise.sharding import Layout, is_sharded, lay_out, local, sum_over_ranks_
 from normwise.updates import Coupling, UpdateRule, attached_to
@@ -64,6 +65,12 @@ def shifted_decay(w: Tensor, view: View, scale: Scale, eps: float) -> Tensor:
     (1 − ε/‖W‖)W for each slice, or (1 − ε/v)W + (ε/v)m ([ES] Eqs. 27 and 28): W less ε times its
     direction. A slice of root mean square below 1e-15, or that is constant in the second form, has
     no direction and decays as under plain L2.
+
+    Args:
+        w: a weight whose slices the forward pass divides by their norm or by their std.
+        view: the slices; each has mean m and biased std v.
+        scale: ``"norm"`` for the first form (WN, CWN), ``"std"`` for the second (WS).
+        eps: ε, a norm in the first form and a std in the second.
     """
     decay = at_least_float32(w).clone()
     slices = view.slices(decay)
@@ -436,8 +443,13 @@ def _as_groups(
     if isinstance(modules, nn.Module):
         yield {"modules": [modules]}
         return
-    items = list(modules)
+    items = list(modules) if isinstance(modules, Iterable) else [modules]
+    if not items:
+        raise ValueError("EpsilonShiftedL2 was given no module; give it a model, or modules")
     if not all(isinstance(item, Mapping) for item in items):
+        for item in items:
+            if not isinstance(item, nn.Module):
+                raise TypeError(f"Invalid modules: {item!r} is neither a module nor a group")
         yield {"modules": items}
         return
     for item in items:
@@ -521,14 +533,12 @@ def _placed_gradient(p: Tensor) -> Tensor:
 
 
 def _check(group: DecayGroup) -> None:
-    if not 0 <= group.weight_decay < math.inf:
-        raise ValueError(
-            f"Invalid weight_decay value: {group.weight_decay}; must be finite and 0 or more"
-        )
-    if not 0 < group.eps < math.inf:
+    check_number("weight_decay value", group.weight_decay)
+    if isinstance(group.eps, int | float) and group.eps == 0:
         raise ValueError(
             f"Invalid eps: {group.eps}; must be finite and above 0 (at 0 this is plain L2)"
         )
+    check_number("eps", group.eps, positive=True)
 
 
 def _exclude(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, float]:

@@ -7,23 +7,16 @@ parameter of a model in one, and say why.
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
 
+from normwise.decay.checks import check_number
 from normwise.geometry import View
 
 __all__ = ["Groups", "Rule", "by_analysis", "by_rules"]
-
-
-def _check(weight_decay: float) -> None:
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(
-            f"Invalid weight_decay value: {weight_decay}; must be finite and 0 or more"
-        )
 
 
 class _Row(Protocol):
@@ -48,6 +41,7 @@ class Rule:
         max_ndim: the largest number of dimensions; 1 takes biases, gains and scales.
 
     Raises:
+        TypeError: for a condition of another type.
         ValueError: for λ that is negative or not finite, or no condition at all.
     """
 
@@ -57,7 +51,16 @@ class Rule:
     max_ndim: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self.weight_decay)
+        check_number("weight_decay value", self.weight_decay)
+        for name, values, kind, wanted in (
+            ("names", self.names, str, "a pattern, or a tuple of patterns"),
+            ("modules", self.modules, type, "a class of modules, or a tuple of classes"),
+        ):
+            for value in values if isinstance(values, tuple) else (values,):
+                if not isinstance(value, kind):
+                    raise TypeError(f"Invalid {name}: {value!r}; must be {wanted}")
+        if self.max_ndim is not None and not isinstance(self.max_ndim, int):
+            raise TypeError(f"Invalid max_ndim: {self.max_ndim!r}; must be a whole number")
         if not self.names and not self.modules and self.max_ndim is None:
             raise ValueError("a rule needs a condition: names, modules or max_ndim")
 
@@ -121,7 +124,10 @@ def by_rules(
     Raises:
         ValueError: for λ that is negative or not finite, or a rule that no parameter falls to.
     """
-    _check(weight_decay)
+    check_number("weight_decay value", weight_decay)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"Invalid rule: {rule!r}; must be a normwise.decay.Rule")
     labels = [(str(rule), rule.weight_decay) for rule in rules] + [("all others", weight_decay)]
     members: list[list[tuple[str, nn.Parameter]]] = [[] for _ in labels]
     for name, p in model.named_parameters():
@@ -158,7 +164,7 @@ def by_analysis(
     labels = [("scale-invariant", invariant), ("plain", plain), ("vector", vector)]
     members: list[list[tuple[str, nn.Parameter]]] = [[], [], []]
     for decay in (invariant, plain, vector):
-        _check(decay)
+        check_number("weight_decay value", decay)
     for name, p in model.named_parameters():
         if p.requires_grad:
             try:

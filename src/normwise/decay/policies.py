@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normwise.decay.attached import check_unscheduled, label, scheduled, split_groups
+from normwise.decay.checks import check_number
 from normwise.updates import Coupling, UpdateRule, attached_to, own_rule
 
 __all__ = ["L2", "AttachedPolicy", "Cautious", "Corrected", "Decoupled", "Effect", "Policy"]
@@ -66,10 +67,8 @@ class Policy:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
-            raise ValueError(
-                f"Invalid weight_decay value: {self.weight_decay}; must be finite and 0 or more"
-            )
+        if self.weight_decay is not None:
+            check_number("weight_decay value", self.weight_decay)
 
     def effect(self, decay: Number, lr: Number, reference: Number, own: UpdateRule) -> Effect:
         """What λ = ``decay`` does at the learning rate ``lr``.
@@ -340,8 +339,8 @@ class Corrected(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_lr is not None and not 0 < self.max_lr < math.inf:
-            raise ValueError(f"Invalid max_lr: {self.max_lr}; must be finite and above 0")
+        if self.max_lr is not None:
+            check_number("max_lr", self.max_lr, positive=True)
 
     def attach(self, optimizer: Optimizer, on: On | None = None) -> AttachedPolicy:
         """As :meth:`Policy.attach`, but ``on`` must be given."""
@@ -420,6 +419,7 @@ class AttachedPolicy:
         optimizer = self._optimizer()
         if optimizer is None:
             raise ReferenceError(f"the optimizer of {self.policy} is gone")
+        group = self._own_options(group)
         own = own_rule(optimizer, group)
         return self.policy.effect(group["weight_decay"], group["lr"], self._lr(group), own)
 
@@ -428,7 +428,15 @@ class AttachedPolicy:
         optimizer = self._optimizer()
         if optimizer is None:
             return rule
-        return self.policy._changed_rule(optimizer, group, rule, self._lr(group))
+        own = self._own_options(group)
+        return self.policy._changed_rule(optimizer, own, rule, self._lr(own))
+
+    def _own_options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group as it is between steps, also for who asks in the middle of one."""
+        for current, kept, _ in self._in_step:
+            if current is group:
+                return {**group, **kept}
+        return group
 
     def __str__(self) -> str:
         optimizer = self._optimizer()
@@ -482,9 +490,10 @@ def _after_failure(optimizer: Optimizer, restore: Callable[[], None]) -> None:
     As torch's learning-rate schedulers do, it replaces the method of this one optimizer, and holds
     no reference to it. They look for ``__func__``.
     """
+    method: Any = optimizer.step
     # A method's function, or the function that a scheduler has put in its place.
-    inner = getattr(optimizer.step, "__func__", optimizer.step)
-    is_method = inner is not optimizer.step
+    inner: Callable[..., Any] = getattr(method, "__func__", method)
+    is_method = inner is not method
     reference = weakref.ref(optimizer)
 
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -494,11 +503,11 @@ def _after_failure(optimizer: Optimizer, restore: Callable[[], None]) -> None:
             restore()
             raise
 
-    @functools.wraps(inner)
     def bound(*args: Any, **kwargs: Any) -> Any:
         return step(cast(Optimizer, reference()), *args, **kwargs)
 
-    bound.__func__ = step  # type: ignore[attr-defined]
+    functools.update_wrapper(bound, method)
+    vars(bound).update(__wrapped__=inner, __func__=step)
     optimizer.step = bound  # type: ignore[method-assign]
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from normwise.decay.attached import scheduled
+from normwise.decay.checks import check_number
 from normwise.decay.epsilon_shifted import EpsilonShiftedL2
 from normwise.decay.policies import AttachedPolicy, Decoupled, On
 from normwise.decay.schedules import Restarts
@@ -40,6 +41,7 @@ class DecayScheduler:
         groups: the numbers or names of the groups to drive (default: all).
 
     Raises:
+        TypeError: for a target or a schedule of another type.
         ValueError: for an unknown group, a group that another scheduler drives, a number of
             functions that is not that of the groups, or, in the step where it comes, a factor that
             is negative or not finite.
@@ -56,7 +58,14 @@ class DecayScheduler:
         self.target = target
         self.groups = _numbers(self._all(), groups)
         self._count = len(self._all())
-        schedules = [schedule] * len(self.groups) if callable(schedule) else list(schedule)
+        if callable(schedule):
+            schedule = [schedule] * len(self.groups)
+        if not isinstance(schedule, Sequence) or not all(map(callable, schedule)):
+            raise TypeError(
+                f"Invalid schedule: {schedule!r}; must be a function of the step, such as "
+                "Cosine(100), or a list with one for each group"
+            )
+        schedules = list(schedule)
         if len(schedules) != len(self.groups):
             raise ValueError(f"{len(schedules)} functions for {len(self.groups)} groups")
         self.schedules = schedules
@@ -177,11 +186,9 @@ def normalized(norm_weight_decay: float, batch_size: int, samples: int, epochs: 
     Raises:
         ValueError: for a negative λ_norm, or another number that is not positive.
     """
-    if not 0 <= norm_weight_decay < math.inf:
-        raise ValueError(f"Invalid norm_weight_decay: {norm_weight_decay}; must be 0 or more")
+    check_number("norm_weight_decay", norm_weight_decay)
     for name, value in (("batch_size", batch_size), ("samples", samples), ("epochs", epochs)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"Invalid {name}: {value}; must be above 0")
+        check_number(name, value, positive=True)
     return norm_weight_decay * math.sqrt(batch_size / (samples * epochs))
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from normwise.decay.checks import check_at_least_one
+
 __all__ = ["Cosine", "Linear", "Piecewise", "Restarts", "Schedule", "Window", "early", "late"]
 
 
@@ -27,7 +29,7 @@ class Schedule:
 
     def then(self, steps: int, other: Callable[[int], float]) -> Schedule:
         """This for ``steps`` steps, and then ``other``, from its beginning."""
-        return _Then(self, _checked_steps(steps), other)
+        return _Then(self, check_at_least_one("number of steps", steps), other)
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,38 @@ class Window(Schedule):
     stop: float = math.inf
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop:
-            raise ValueError(f"Invalid window: from {self.start} to {self.stop}")
+        are_numbers = all(isinstance(step, int | float) for step in (self.start, self.stop))
+        if not (are_numbers and 0 <= self.start < self.stop):
+            raise ValueError(
+                f"Invalid window: from {self.start!r} to {self.stop!r}; must be two steps, the "
+                "second after the first"
+            )
 
     def __call__(self, step: int) -> float:
         return float(self.start <= step < self.stop)
 
 
 def early(steps: int) -> Window:
-    """Decay for the first ``steps`` steps and never after (arXiv 2012.13841)."""
-    return Window(0, _checked_steps(steps))
+    """Decay for the first ``steps`` steps and never after (arXiv 2012.13841).
+
+    Args:
+        steps: a whole number, 1 or more.
+
+    Raises:
+        ValueError: for another.
+    """
+    return Window(0, check_at_least_one("number of steps", steps))
 
 
 def late(start: int) -> Window:
-    """No decay before step ``start``, and full decay from there on."""
+    """No decay before step ``start``, and full decay from there on.
+
+    Args:
+        start: a step, counted from 0.
+
+    Raises:
+        ValueError: for a negative one, or what is no number.
+    """
     return Window(start)
 
 
@@ -64,7 +84,7 @@ class Linear(Schedule):
     last: float = 0.0
 
     def __post_init__(self) -> None:
-        _checked_steps(self.steps)
+        check_at_least_one("number of steps", self.steps)
 
     def __call__(self, step: int) -> float:
         return self.first + (self.last - self.first) * min(step / self.steps, 1)
@@ -79,7 +99,7 @@ class Cosine(Schedule):
     last: float = 0.0
 
     def __post_init__(self) -> None:
-        _checked_steps(self.steps)
+        check_at_least_one("number of steps", self.steps)
 
     def __call__(self, step: int) -> float:
         angle = math.pi * min(step / self.steps, 1)
@@ -125,9 +145,8 @@ class Restarts(Schedule):
     factor: int = 1
 
     def __post_init__(self) -> None:
-        _checked_steps(self.steps)
-        if self.factor < 1:
-            raise ValueError(f"Invalid factor: {self.factor}; must be 1 or more")
+        check_at_least_one("number of steps", self.steps)
+        check_at_least_one("factor", self.factor)
 
     def __call__(self, step: int) -> float:
         length, end = self.steps, self.steps
@@ -162,9 +181,3 @@ class _Then(Schedule):
 
     def __call__(self, step: int) -> float:
         return self.first(step) if step < self.steps else self.second(step - self.steps)
-
-
-def _checked_steps(steps: int) -> int:
-    if steps < 1:
-        raise ValueError(f"Invalid number of steps: {steps}; must be 1 or more")
-    return steps

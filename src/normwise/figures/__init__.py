@@ -10,7 +10,6 @@ from normwise.figures.charts import (
     Lines,
     Plane,
     Series,
-    Shares,
 )
 from normwise.figures.palette import COLOURS, DASHED, HUES, Colour, css, marks, ramp
 from normwise.figures.raster import matplotlib_figure, png, save
@@ -31,7 +30,6 @@ __all__ = [
     "Lines",
     "Plane",
     "Series",
-    "Shares",
     "Spacing",
     "css",
     "document",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from normwise.figures.scales import Spacing
 
-__all__ = ["Axis", "Chart", "Dots", "Figure", "Heat", "Line", "Lines", "Plane", "Series", "Shares"]
+__all__ = ["Axis", "Chart", "Dots", "Figure", "Heat", "Line", "Lines", "Plane", "Series"]
 
 
 def _three_digits(value: float) -> str:
@@ -142,7 +142,7 @@ class Heat:
         unit: of the values.
         spacing: of the shades.
         text: what is written into a cell; None for nothing.
-        least: what is below this has the palest shade; None for the least value.
+        least, most: what is beyond has the last shade; None for the values' own ends.
         outlined: a row and column to draw a frame around; None for none.
     """
 
@@ -156,26 +156,13 @@ class Heat:
     spacing: Spacing = Spacing.LINEAR
     text: Callable[[float], str] | None = None
     least: float | None = None
+    most: float | None = None
     outlined: tuple[int, int] | None = None
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to draw."""
         return not any(math.isfinite(v) for row in self.values for v in row)
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Parts of a whole as one bar: names, shares from 0 to 1, colours."""
-
-    title: str
-    note: str
-    parts: tuple[tuple[str, float, str], ...]
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to draw."""
-        return not any(share > 0 for _, share, _ in self.parts)
 
 
 @dataclass(frozen=True)
@@ -207,7 +194,7 @@ class Plane:
         return not any(path.drawn for path in self.paths)
 
 
-Chart = Lines | Dots | Heat | Shares | Plane
+Chart = Lines | Dots | Heat | Plane
 
 
 @dataclass(frozen=True)

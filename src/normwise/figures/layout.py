@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from normwise.figures.charts import Axis, Chart, Dots, Figure, Heat, Line, Lines, Plane, Shares
+from normwise.figures.charts import Axis, Chart, Dots, Figure, Heat, Line, Lines, Plane
 from normwise.figures.palette import ramp
 from normwise.figures.scales import Scale, power_text
 from normwise.figures.shapes import (
@@ -74,8 +74,6 @@ def natural_height(chart: Chart, width: float) -> float:
         body = each * rows if rows <= _NAMED else max(_ROW * _NAMED, min(3.0 * rows, 900.0))
         key = _KEY if isinstance(chart, Heat) or len(chart.series) > 1 else 6.0
         return key + body + _BOTTOM
-    if isinstance(chart, Shares):
-        return 26.0 + len(_share_lines(chart, width)) * 20
     return width * (chart.top - chart.bottom) / (chart.right - chart.left)
 
 
@@ -91,7 +89,7 @@ def draw(
         titled: whether title and note stand over it; a page may say them itself.
     """
     height = natural_height(chart, width) if height is None else height
-    drawers = {Lines: _lines, Dots: _dots, Heat: _heat, Shares: _shares, Plane: _plane}
+    drawers = {Lines: _lines, Dots: _dots, Heat: _heat, Plane: _plane}
     shapes, hover = drawers[type(chart)](chart, width, height)  # type: ignore[operator]
     if not titled:
         return Drawing(width, height, chart.title, tuple(shapes), hover)
@@ -121,7 +119,7 @@ def draw_figure(figure: Figure) -> Drawing:
         for k, chart in enumerate(row):
             x = margin + k * (cell + gutter)
             shapes += [moved(s, x, y) for s in _head(chart.title, chart.note, cell, 14)]
-            high = natural_height(chart, cell) if isinstance(chart, Plane | Shares) else tall
+            high = natural_height(chart, cell) if isinstance(chart, Plane) else tall
             inside = draw(chart, cell, high, titled=False).shapes
             shapes += [moved(s, x, y + heads) for s in inside]
         y += heads + tall + 22
@@ -387,7 +385,8 @@ def _heat(chart: Heat, width: float, height: float) -> tuple[list[Shape], None]:
     finite = [v for row in chart.values for v in row if math.isfinite(v)]
     if chart.spacing.name == "LOG":
         finite = [v for v in finite if v > 0] or [1.0]
-    low, high = min(finite) if chart.least is None else chart.least, max(finite)
+    low = min(finite) if chart.least is None else chart.least
+    high = max(finite) if chart.most is None else chart.most
 
     def share(value: float) -> float:
         if chart.spacing.name == "LOG":
@@ -432,37 +431,6 @@ def _heat(chart: Heat, width: float, height: float) -> tuple[list[Shape], None]:
     )
     if not names:
         shapes.append(Text(0, bottom + 35, f"{len(chart.rows)} rows, the first on top"))
-    return shapes, None
-
-
-def _share_lines(chart: Shares, width: float) -> list[list[tuple[str, str]]]:
-    """The key, in lines that fit."""
-    lines: list[list[tuple[str, str]]] = [[]]
-    used = 0.0
-    for name, share, colour in chart.parts:
-        text = f"{name}, {share:.0%}" if share >= 0.005 else f"{name}, {share:.1%}"
-        need = text_width(text) + 34
-        if lines[-1] and used + need > width:
-            lines.append([])
-            used = 0.0
-        lines[-1].append((text, colour))
-        used += need
-    return lines
-
-
-def _shares(chart: Shares, width: float, height: float) -> tuple[list[Shape], None]:
-    shapes: list[Shape] = []
-    x = 0.0
-    for _, share, colour in chart.parts:
-        end = x + share * width
-        shapes.append(Path(((x, 0), (end, 0), (end, 18), (x, 18)), fill=colour))
-        x = end
-    for k, line in enumerate(_share_lines(chart, width)):
-        x = 0.0
-        for text, colour in line:
-            shapes.append(Circle(x + 5, 34 + 20 * k, 4, colour))
-            shapes.append(Text(x + 14, 38 + 20 * k, text, "ink"))
-            x += text_width(text) + 34
     return shapes, None
 
 

@@ -73,6 +73,7 @@ def save(figure: Figure, path: str | FilePath) -> None:
 
 
 def _paint(ax: Any, shapes: tuple[Shape, ...], ground: str) -> None:
+    """Shapes in their order, each over those before it."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Circle as Disk
     from matplotlib.patches import Polygon
@@ -81,6 +82,7 @@ def _paint(ax: Any, shapes: tuple[Shape, ...], ground: str) -> None:
         return str(getattr(COLOURS[name], ground)) if name else "none"
 
     for shape in shapes:
+        order = len(ax.get_children())
         if isinstance(shape, Group):
             _paint(ax, shape.shapes, ground)
         elif isinstance(shape, Text):
@@ -93,17 +95,23 @@ def _paint(ax: Any, shapes: tuple[Shape, ...], ground: str) -> None:
                 ha={"start": "left", "middle": "center", "end": "right"}[shape.anchor],
                 va="baseline",
                 fontweight="bold" if shape.bold else "normal",
+                zorder=order,
             )
         elif isinstance(shape, Circle):
-            ax.add_patch(Disk((shape.x, shape.y), shape.radius, fc=colour(shape.fill), ec="none"))
+            place = (shape.x, shape.y)
+            ax.add_patch(Disk(place, shape.radius, fc=colour(shape.fill), ec="none", zorder=order))
         elif shape.fill:
+            tint = COLOURS[shape.fill]
+            if shape.crisp:  # neighbours overlap by a pixel, which must not show
+                tint = COLOURS["card"].towards(tint, shape.opacity)
             ax.add_patch(
                 Polygon(
                     shape.points,
-                    fc=colour(shape.fill),
+                    fc=getattr(tint, ground),
                     ec="none",
-                    alpha=shape.opacity,
+                    alpha=None if shape.crisp else shape.opacity,
                     antialiased=not shape.crisp,
+                    zorder=order,
                 )
             )
         else:
@@ -115,5 +123,6 @@ def _paint(ax: Any, shapes: tuple[Shape, ...], ground: str) -> None:
                     linestyle=(0, shape.dash) if shape.dash else "-",
                     alpha=shape.opacity,
                     solid_joinstyle="round",
+                    zorder=order,
                 )
             )

@@ -33,13 +33,12 @@ class Path:
 
 @dataclass(frozen=True)
 class Circle:
-    """A disk, or a ring if it has a ``stroke``."""
+    """A disk."""
 
     x: float
     y: float
     radius: float
-    fill: str = ""
-    stroke: str = ""
+    fill: str
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from html import escape
 from normwise.figures.charts import Chart, Figure
 from normwise.figures.layout import draw, draw_figure
 from normwise.figures.palette import COLOURS
-from normwise.figures.shapes import Circle, Drawing, Group, Shape, Text
+from normwise.figures.shapes import Circle, Drawing, Group, Path, Shape, Text
 
 __all__ = ["document", "piece"]
 
@@ -59,7 +59,7 @@ def _ground(drawing: Drawing) -> str:
 def _colours(shape: Shape) -> set[str]:
     if isinstance(shape, Group):
         return {c for inner in shape.shapes for c in _colours(inner)}
-    own = {shape.fill, "" if isinstance(shape, Text) else shape.stroke}
+    own = {shape.fill, shape.stroke if isinstance(shape, Path) else ""}
     return (own | {"card"}) - {""}
 
 
@@ -79,8 +79,6 @@ def _element(drawing: Drawing, attributes: str, first: str = "") -> str:
 def _paint(kind: str, colour: str) -> str:
     """A colour as the page's variable, and as itself where there is none."""
     name = "fill" if kind == "f" else "stroke"
-    if not colour:
-        return f'{name}="none"' if kind == "f" else ""
     return f'class="{kind}-{colour}" {name}="{COLOURS[colour].light}"'
 
 
@@ -97,11 +95,8 @@ def _shape(shape: Shape) -> str:
             f"{_paint('f', shape.fill)}>{escape(shape.text)}{whole}</text>"
         )
     if isinstance(shape, Circle):
-        paint = _paint("s", shape.stroke) if shape.stroke else ""
-        fill = _paint("f", shape.fill)
-        return (
-            f'<circle cx="{shape.x:.1f}" cy="{shape.y:.1f}" r="{shape.radius:g}" {fill} {paint}/>'
-        )
+        place = f'cx="{shape.x:.1f}" cy="{shape.y:.1f}" r="{shape.radius:g}"'
+        return f"<circle {place} {_paint('f', shape.fill)}/>"
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in shape.points)
     crisp = ' shape-rendering="crispEdges"' if shape.crisp else ""
     if shape.fill:

@@ -1,6 +1,7 @@
 """Find scale-invariant weights, explain them, and make parameter groups of them."""
 
 from normwise.invariance.analyze import analyze
-from normwise.invariance.report import JointSet, ParameterReport, Report
+from normwise.invariance.report import ParameterReport, Report
+from normwise.invariance.symmetry import Slices, Symmetry, Term
 
-__all__ = ["JointSet", "ParameterReport", "Report", "analyze"]
+__all__ = ["ParameterReport", "Report", "Slices", "Symmetry", "Term", "analyze"]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from normwise.geometry import View
-from normwise.invariance.euler import Evidence, Finding, chance_of_error, euler_products
+from normwise.invariance.euler import Evidence, Finding, chance_of_error, index_sets
 from normwise.invariance.explain import Explainer
-from normwise.invariance.joint import RowSpace, null_space, sparse_basis, unit_pairs
-from normwise.invariance.report import JointSet, Kind, ParameterReport, Report
-from normwise.invariance.specimen import TOLERANCE, Specimen, built
+from normwise.invariance.families import find_families
+from normwise.invariance.replica import TOLERANCE, Replica, built
+from normwise.invariance.report import Kind, ParameterReport, Report
+from normwise.invariance.roles import find_roles
+from normwise.invariance.symmetry import Slices, Symmetry, Term
 
 __all__ = ["analyze"]
 
@@ -74,58 +75,67 @@ def analyze(
         raise ValueError(f"Invalid mode: {mode!r}; must be 'train' or 'eval'")
     with torch.inference_mode(False), torch.enable_grad():
         subject = model if factory is None else built(factory, seed)
-        specimen = Specimen(subject, batch_or_forward, seed=seed, mode=mode)
-        _check_repeatable(specimen)
-        rows, sets, notes = _examined(specimen, draws, joint=joint)
-    report = Report(rows, sets, draws, mode, notes, dict(model.named_parameters()))
+        replica = Replica(subject, batch_or_forward, seed=seed, mode=mode)
+        _check_repeatable(replica)
+        rows, symmetries, notes = _examined(replica, draws, joint=joint)
+    report = Report(rows, symmetries, draws, mode, notes, dict(model.named_parameters()))
     return report if factory is None else _carried_over(report, model)
 
 
 def _examined(
-    specimen: Specimen, draws: int, *, joint: bool
-) -> tuple[tuple[ParameterReport, ...], tuple[JointSet, ...], tuple[str, ...]]:
-    """The rows, joint symmetries and notes of a report."""
-    with_eps = _evidence_as_is(specimen)
-    evidence = _gather(specimen, draws)
-    findings = {name: evidence[name].find() for name in specimen.params}
-    candidates = [n for n, finding in findings.items() if not finding.view and finding.has_gradient]
-    relations: list[dict[str, float]] = []
-    if joint and len(candidates) > 1:
-        relations = _relations(specimen, candidates, evidence, draws)
+    replica: Replica, draws: int, *, joint: bool
+) -> tuple[tuple[ParameterReport, ...], tuple[Symmetry, ...], tuple[str, ...]]:
+    """The rows, symmetries and notes of a report."""
+    with_eps = _evidence_as_is(replica)
+    evidence = _gather(replica, draws)
+    findings = {name: evidence[name].find() for name in replica.params}
+    families = find_families(replica, evidence, findings) if joint else []
+    views = {name: finding.view for name, finding in findings.items() if finding.view}
+    claims = [*(_of_view(replica, name, view) for name, view in views.items()), *families]
 
-    views, relations, notes = _confirmed(specimen, findings, relations)
-    explainer = Explainer(specimen)
-    sets = _explained_sets(explainer, relations)
+    claims, notes = _confirmed(replica, claims)
+    views = {s.terms[0].parameter: v for s in claims if s.is_view and (v := s.terms[0].view)}
+    explainer = Explainer(replica)
+    symmetries = _explained(explainer, claims)
     kinds = {
-        name: _kind(name, finding, views.get(name), sets, evidence[name])
+        name: _kind(name, finding, views, symmetries, evidence[name], joint=joint)
         for name, finding in findings.items()
     }
     absorbers = _absorbers(explainer, views, kinds)
-    aliases = specimen.aliases()
+    aliases = replica.aliases()
+    roles = find_roles(replica, claims)
     rows = []
     for name, finding in findings.items():
         view = views.get(name)
         rows.append(
             ParameterReport(
                 name=name,
-                shape=tuple(specimen.params[name].shape),
+                shape=tuple(replica.params[name].shape),
                 kind=kinds[name],
                 view=view,
                 residual=finding.residual,
                 residual_with_eps=with_eps[name].residual_in(view) if view else math.nan,
                 chance=chance_of_error(finding.entries, draws) if view else 1.0,
                 why=_why(explainer, name, finding, view, kinds[name], absorbers.get(name)),
-                frozen=not specimen.source[name].requires_grad,
+                frozen=not replica.source[name].requires_grad,
                 aliases=aliases.get(name, ()),
+                role=roles[name],
             )
         )
-    return tuple(rows), sets, tuple(notes)
+    return tuple(rows), symmetries, tuple(notes)
 
 
-def _check_repeatable(specimen: Specimen) -> None:
+def _of_view(replica: Replica, name: str, view: View) -> Symmetry:
+    """A weight's own scale invariance, the symmetry of one term."""
+    shape = tuple(replica.params[name].shape)
+    slices = Slices.of_view(view, shape)
+    return Symmetry((Term(name, shape, slices, 1.0),), slices.count)
+
+
+def _check_repeatable(replica: Replica) -> None:
     """Two forwards with the same random numbers must return the same."""
-    specimen.move(None)
-    first, second = specimen.run(shrink=1), specimen.run(shrink=1)
+    replica.move(None)
+    first, second = replica.run(shrink=1), replica.run(shrink=1)
     difference = _difference(first, second)
     if difference > TOLERANCE:
         raise ValueError(
@@ -149,171 +159,123 @@ def _difference(first: list[Tensor], second: list[Tensor]) -> float:
     return worst
 
 
-def _evidence_as_is(specimen: Specimen) -> dict[str, Evidence]:
+def _evidence_as_is(replica: Replica) -> dict[str, Evidence]:
     """One draw at the model's own weights and epsilons."""
-    specimen.move(None)
-    names = list(specimen.params)
-    outputs = specimen.run(shrink=1, graph=True)
-    grads = specimen.gradients(outputs, specimen.cotangents(outputs, -1), names, shrink=1)
+    replica.move(None)
+    names = list(replica.params)
+    outputs = replica.run(shrink=1, graph=True)
+    grads = replica.gradients(outputs, replica.cotangents(outputs, -1), names, shrink=1)
     evidence = {}
     for name, g in zip(names, grads, strict=True):
-        evidence[name] = Evidence(specimen.params[name].shape)
+        evidence[name] = _no_evidence(replica, name)
         if g is not None:
-            evidence[name].add(specimen.params[name], g)
+            evidence[name].add(replica.params[name], g)
     return evidence
 
 
-def _gather(specimen: Specimen, draws: int) -> dict[str, Evidence]:
+def _no_evidence(replica: Replica, name: str) -> Evidence:
+    shape = replica.params[name].shape
+    return Evidence(shape, index_sets(shape, replica.groups(name)))
+
+
+def _gather(replica: Replica, draws: int) -> dict[str, Evidence]:
     """The Euler products of all parameters, each draw at a point of its own."""
-    names = list(specimen.params)
-    evidence = {name: Evidence(specimen.params[name].shape) for name in names}
+    names = list(replica.params)
+    evidence = {name: _no_evidence(replica, name) for name in names}
     for draw in range(draws):
-        specimen.move(draw)
-        outputs = specimen.run(graph=True)
-        cotangents = specimen.cotangents(outputs, draw)
-        grads = specimen.gradients(outputs, cotangents, names, retain=draw == 0)
+        replica.move(draw)
+        outputs = replica.run(graph=True)
+        cotangents = replica.cotangents(outputs, draw)
+        grads = replica.gradients(outputs, cotangents, names, retain=draw == 0)
         for name, g in zip(names, grads, strict=True):
             if g is not None:
-                evidence[name].add(specimen.params[name], g)
+                evidence[name].add(replica.params[name], g)
         if draw == 0:
             # Linear in the cotangents: all that differs is rounding.
-            other = specimen.gradients(outputs, [c * math.pi for c in cotangents], names)
+            other = replica.gradients(outputs, [c * math.pi for c in cotangents], names)
             for name, g, h in zip(names, grads, other, strict=True):
                 if g is not None and h is not None:
-                    evidence[name].add_noise(specimen.params[name], g - h / math.pi)
+                    evidence[name].add_noise(replica.params[name], g - h / math.pi)
         del outputs, grads
     return evidence
 
 
-def _relations(
-    specimen: Specimen, names: list[str], evidence: dict[str, Evidence], draws: int
-) -> list[dict[str, float]]:
-    """The joint symmetries of these parameters."""
-    names = specimen.in_order_of_use(names)
-    base = torch.tensor([evidence[name].totals for name in names], dtype=torch.float64).T
-    known = unit_pairs(base) if draws > 1 else []
-    # A pair leaves one of its two tensors to look for, in the rest of the symmetries.
-    left = [t for t in range(len(names)) if t not in {int(a.nonzero()[-1]) for a in known}]
-    space = RowSpace(base[:, left])
-    rows, point, news = list(base), draws, True
-    # A draw that is a combination of those before tells that its point has shown all it can; the
-    # first draw of a point, that no point would show more.
-    while news:
-        news = False
-        for row in _products(specimen, names, point):
-            if not space.add(row[left]):
-                break
-            rows.append(row)
-            news = True
-        point += 1
-    products = torch.stack(rows)
-    found = null_space(products[:, left])
-    null = torch.zeros(len(names), found.shape[1], dtype=torch.float64)
-    null[left] = found
-    generator = torch.Generator().manual_seed(specimen.seed)
-    basis = sparse_basis(products, null, known, generator)
-    return [
-        {name: float(a) for name, a in zip(names, relation, strict=True) if a} for relation in basis
-    ]
-
-
-def _products(specimen: Specimen, names: list[str], point: int) -> Iterator[Tensor]:
-    """Draw after draw at one point, without end."""
-    specimen.move(point)
-    outputs = specimen.run(graph=True)
-    for draw in count():
-        cotangents = specimen.cotangents(outputs, 100_000 * point + draw)
-        grads = specimen.gradients(outputs, cotangents, names, retain=True)
-        products = [
-            0.0 if g is None else float(euler_products(specimen.params[name], g).sum())
-            for name, g in zip(names, grads, strict=True)
-        ]
-        yield torch.tensor(products, dtype=torch.float64)
-
-
 def _confirmed(
-    specimen: Specimen, findings: dict[str, Finding], relations: list[dict[str, float]]
-) -> tuple[dict[str, View], list[dict[str, float]], list[str]]:
+    replica: Replica, claims: list[Symmetry]
+) -> tuple[list[Symmetry], list[str]]:
     """What survives finite scaling, and a note for each claim that does not."""
-    generator = torch.Generator().manual_seed(specimen.seed + 1)
-    specimen.move(0)
-    before = specimen.run()
-    views = {name: finding.view for name, finding in findings.items() if finding.view}
+    generator = torch.Generator().manual_seed(replica.seed + 1)
+    replica.move(0)
+    before = replica.run()
+    factors = [symmetry.factors(_factors(symmetry.units, generator)) for symmetry in claims]
 
-    def change(claims: list[dict[str, Tensor | float]]) -> float:
-        factors: dict[str, Tensor | float] = {}
-        for claim in claims:
-            for name, factor in claim.items():
-                factors[name] = factors.get(name, 1.0) * factor
-        with specimen.scaled(factors):
-            return _difference(before, specimen.run())
+    def change(scaled: list[dict[str, Tensor]]) -> float:
+        with replica.scaled(_product(scaled)):
+            return _difference(before, replica.run())
 
-    alone: list[dict[str, Tensor | float]] = [
-        {name: random_factors(specimen.params[name], view, generator)}
-        for name, view in views.items()
-    ]
-    together: list[dict[str, Tensor | float]] = [
-        {name: c**a for name, a in exponents.items()}
-        for exponents, c in zip(relations, _factors(len(relations), generator), strict=True)
-    ]
-    notes: list[str] = []
-    if change([*alone, *together]) <= TOLERANCE:
-        return views, relations, notes
-    for name, claim in zip(list(views), alone, strict=True):
-        if (by := change([claim])) > TOLERANCE:
-            del views[name]
-            notes.append(f"{name} passed for small changes of scale, but not for large ({by:.0e})")
-    kept = []
-    for exponents, claim in zip(relations, together, strict=True):
-        if (by := change([claim])) > TOLERANCE:
-            text = str(JointSet(exponents))
+    if change(factors) <= TOLERANCE:
+        return claims, []
+    kept, notes = [], []
+    for symmetry, factor in zip(claims, factors, strict=True):
+        if (by := change([factor])) > TOLERANCE:
+            text = str(symmetry)
             notes.append(f"{text} passed for small changes of scale, but not for large ({by:.0e})")
         else:
-            kept.append(exponents)
-    return views, kept, notes
+            kept.append(symmetry)
+    return kept, notes
 
 
-def random_factors(w: Tensor, view: View, generator: torch.Generator) -> Tensor:
-    """A tensor like ``w`` that holds one factor from [½, 2] for each slice of ``view``."""
-    factors = torch.empty_like(w.detach(), dtype=torch.float64)
-    slices = view.slices(factors)
-    values = torch.tensor(_factors(len(slices), generator), dtype=torch.float64).to(w.device)
-    slices.copy_(values.view(-1, *(1 for _ in slices.shape[1:])).expand_as(slices))
+def _product(claims: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What all claims together multiply each parameter by."""
+    factors: dict[str, Tensor] = {}
+    for claim in claims:
+        for name, factor in claim.items():
+            factors[name] = factors[name] * factor if name in factors else factor
     return factors
 
 
-def _factors(count: int, generator: torch.Generator) -> list[float]:
-    exponents = 2 * torch.rand(count, generator=generator, dtype=torch.float64) - 1
-    values: list[float] = exponents.exp2().tolist()
-    return values
+def _factors(count: int, generator: torch.Generator) -> Tensor:
+    """Factors from [1/8, 8], wide enough to leave the linear part of a hard activation."""
+    return (6 * torch.rand(count, generator=generator, dtype=torch.float64) - 3).exp2()
 
 
 def _kind(
     name: str,
     finding: Finding,
-    view: View | None,
-    sets: tuple[JointSet, ...],
+    views: Mapping[str, View],
+    symmetries: Sequence[Symmetry],
     evidence: Evidence,
+    *,
+    joint: bool,
 ) -> Kind:
-    if view is not None:
+    if name in views:
         return "invariant"
     if not finding.has_gradient:
         return "no effect" if evidence.sums else "unused"
-    mine = [joint for joint in sets if name in joint.exponents]
-    if any(joint.is_scale for joint in mine):
+    if not joint:
+        return "not looked for"
+    mine = [symmetry for symmetry in symmetries if name in symmetry.parameters]
+    if any(_is_scale(symmetry, views) for symmetry in mine):
         return "joint"
     return "balanced" if mine else "none"
+
+
+def _is_scale(symmetry: Symmetry, views: Mapping[str, View]) -> bool:
+    """Whether all grow together, but for weights whose own invariance takes what they lose."""
+    rest = {term.exponent > 0 for term in symmetry.terms if term.parameter not in views}
+    return len(rest) == 1 and len(symmetry.parameters) > 1
 
 
 def _absorbers(
     explainer: Explainer, views: dict[str, View], kinds: dict[str, Kind]
 ) -> dict[str, str | None]:
     """A module that absorbs the scale of each invariant or ineffective parameter."""
-    specimen = explainer.specimen
-    generator = torch.Generator().manual_seed(specimen.seed + 2)
-    scaled = {
-        name: random_factors(specimen.params[name], view, generator) for name, view in views.items()
-    }
+    replica = explainer.replica
+    generator = torch.Generator().manual_seed(replica.seed + 2)
+    scaled = {}
+    for name, view in views.items():
+        symmetry = _of_view(replica, name, view)
+        scaled |= symmetry.factors(_factors(symmetry.units, generator))
     without_effect = {name: 1.5 for name, kind in kinds.items() if kind == "no effect"}
     absorbers: dict[str, str | None] = {}
     # Apart, since a weight and the bias beside it reach the same modules.
@@ -331,7 +293,7 @@ def _why(
     kind: Kind,
     absorber: str | None,
 ) -> str:
-    shape = explainer.specimen.params[name].shape
+    shape = explainer.replica.params[name].shape
     words = []
     if view is not None and absorber is not None:
         sentence = explainer.sentence(name, absorber)
@@ -356,31 +318,25 @@ def _rows(dim: int) -> str:
     return "rows" if dim == 0 else "columns" if dim == 1 else f"channels of dimension {dim}"
 
 
-def _explained_sets(
-    explainer: Explainer, relations: list[dict[str, float]]
-) -> tuple[JointSet, ...]:
-    claims = [{name: 1.5**a for name, a in exponents.items()} for exponents in relations]
+def _explained(explainer: Explainer, symmetries: list[Symmetry]) -> tuple[Symmetry, ...]:
+    """The symmetries in which all grow together, with the modules that absorb the change.
+
+    Where one weight is traded against another the terms say all there is to say.
+    """
+    scales = [s for s in symmetries if s.is_scale and len(s.terms) > 1]
+    claims = [s.factors(torch.full((s.units,), 1.5, dtype=torch.float64)) for s in scales]
     # A gain and its bias are absorbed at one place, other sets at many.
-    pairs = [i for i, a in enumerate(relations) if len(a) == 2 and JointSet(a).is_scale]
+    pairs = [i for i, s in enumerate(scales) if len(s.terms) == 2]
     found = dict(zip(pairs, explainer.one_absorber([claims[i] for i in pairs]), strict=True))
-    sets = []
-    for i, exponents in enumerate(relations):
+    words = {}
+    for i, symmetry in enumerate(scales):
         one = found.get(i)
         modules = explainer.absorbers(claims[i]) if one is None else [one]
-        # A module that owns some of a set gives back what it took: there the factors cancel. A
-        # module around it does so too, but says less.
-        owners = [module for module in modules if explainer.contains(module, exponents)]
-        inner = [m for m in owners if not any(_is_inside(other, m) for other in owners)]
-        outside = [module for module in modules if module not in owners]
-        words = [f"absorbed by {_listed(outside)}"] if outside else []
-        if inner and not JointSet(exponents).is_scale:
-            words.append(f"cancels inside {_listed(inner)}")
-        sets.append(JointSet(exponents, "; ".join(words)))
-    return tuple(sets)
-
-
-def _is_inside(module: str, outer: str) -> bool:
-    return module != outer and (not outer or module.startswith(outer + "."))
+        # A module that owns some of a set gives back what it took.
+        outside = [m for m in modules if not explainer.contains(m, symmetry.parameters)]
+        if outside:
+            words[symmetry] = f"absorbed by {_listed(outside)}"
+    return tuple(replace(s, why=words[s]) if s in words else s for s in symmetries)
 
 
 def _listed(modules: list[str]) -> str:
@@ -417,4 +373,28 @@ def _carried_over(report: Report, model: nn.Module) -> Report:
     if missing := params.keys() - {row.name for row in rows}:
         raise ValueError(f"the factory's network has no parameter {min(missing)!r}")
     note = "found on the factory's network; its blocks are taken to be as many in the model"
-    return replace(report, rows=tuple(rows), notes=(*report.notes, note))
+    notes, carried = [*report.notes, note], []
+    for symmetry in report.symmetries:
+        larger = _widened(symmetry, {name: tuple(p.shape) for name, p in params.items()})
+        if larger is None:
+            notes.append(f"{symmetry} has no counterpart in the model's shapes")
+        else:
+            carried.append(larger)
+    return replace(report, rows=tuple(rows), symmetries=tuple(carried), notes=tuple(notes))
+
+
+def _widened(symmetry: Symmetry, shapes: Mapping[str, tuple[int, ...]]) -> Symmetry | None:
+    """The family for parameters of other shapes, if one number of units fits all its terms."""
+    sizes = [
+        {slices.count: slices for slices in term.slices.resized(term.shape, shapes[term.parameter])}
+        for term in symmetry.terms
+    ]
+    common = set.intersection(*(set(size) for size in sizes))
+    if not common:
+        return None
+    units = max(common)
+    terms = tuple(
+        Term(term.parameter, shapes[term.parameter], size[units], term.exponent)
+        for term, size in zip(symmetry.terms, sizes, strict=True)
+    )
+    return replace(symmetry, terms=terms, units=units)

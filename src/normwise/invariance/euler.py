@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from normwise.geometry import View
-from normwise.invariance.specimen import TOLERANCE
+from normwise.invariance.replica import TOLERANCE
+from normwise.invariance.symmetry import by_index
 
-__all__ = ["Evidence", "Finding"]
+__all__ = ["Evidence", "Finding", "chance_of_error", "euler_products", "index_sets"]
+
+# More indices along two or three dimensions at once would cost more than all the rest.
+_MOST_INDICES = 16_384
 
 
 @dataclass(frozen=True)
@@ -39,46 +44,46 @@ class Finding:
 
 @dataclass
 class Evidence:
-    """What the draws said about one parameter: sums over channels, never the gradients.
+    """What the draws said about one parameter: sums over indices, never the gradients.
 
-    For the first two dimensions of a weight, or the only one, ``sums[dim]`` and ``sizes[dim]``
-    collect a draw's Σ w·g and Σ |w·g| over every channel, and ``noise[dim]`` the rounding of
-    Σ |w·g|: its change when the upstream gradient is multiplied by a number that is no power of 2
-    and the gradient divided by it again.
+    For each of its index ``sets`` (see :func:`index_sets`), ``sums[dims]`` and ``sizes[dims]`` collect a
+    draw's Σ w·g and Σ |w·g| at every index, and ``noise[dims]`` the rounding of Σ |w·g|: its change
+    when the upstream gradient is multiplied by a number that is no power of 2 and the gradient
+    divided by it again.
     """
 
     shape: torch.Size
-    sums: dict[int, list[Tensor]] = field(default_factory=dict)
-    sizes: dict[int, list[Tensor]] = field(default_factory=dict)
-    noise: dict[int, Tensor] = field(default_factory=dict)
-    totals: list[float] = field(default_factory=list)
+    sets: tuple[tuple[int, ...], ...]
+    sums: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
+    sizes: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
+    noise: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def add(self, w: Tensor, g: Tensor) -> None:
         """Add the gradient of one draw."""
         products = euler_products(w, g)
-        for dim in _dims(self.shape):
-            by_channel = _by_channel(products, dim)
-            self.sums.setdefault(dim, []).append(by_channel.sum(1).cpu())
-            self.sizes.setdefault(dim, []).append(by_channel.abs().sum(1).cpu())
-        self.totals.append(float(products.sum()))
+        sizes = products.abs()
+        for dims in self.sets:
+            self.sums.setdefault(dims, []).append(by_index(products, dims).cpu())
+            self.sizes.setdefault(dims, []).append(by_index(sizes, dims).cpu())
 
     def add_noise(self, w: Tensor, difference: Tensor) -> None:
         """Add the rounding of a gradient: the difference of two that should be equal."""
         products = euler_products(w, difference).abs()
-        for dim in _dims(self.shape):
-            self.noise[dim] = _by_channel(products, dim).sum(1).cpu()
+        for dims in self.sets:
+            self.noise[dims] = by_index(products, dims).cpu()
 
     def find(self) -> Finding:
         """The finest view in which every slice with a gradient passes in every draw."""
         if not self.sums:
             return Finding(None, 0.0, self.shape[0] if self.shape else 1, False, self.shape.numel())
-        live = {dim: self._live(dim) for dim in self.sums}
+        # Views run along the first or the second dimension.
+        live = {dim: self.live((dim,)) for dim in (0, 1) if (dim,) in self.sets}
         dead = int((~live[0]).sum())
         if not live[0].any():
             return Finding(None, 0.0, dead, False, self.shape.numel())
         found: tuple[int, Finding] | None = None
         part = None
-        for dim in self.sums:
+        for dim in live:
             channels = len(live[dim])
             per_channel = self.shape.numel() // channels
             for count in _divisors_downward(channels):
@@ -107,20 +112,20 @@ class Evidence:
         dim = view.dim
         if not self.sums:
             return math.nan
-        live = self.sizes[dim][0] > 0
+        live = self.sizes[(dim,)][0] > 0
         channels = len(live)
         count = {"layer": 1, "channel": channels}.get(view.kind, view.count)
         return float(self._residuals(dim, count, live).max()) if live.any() else math.nan
 
-    def _live(self, dim: int) -> Tensor:
-        """The channels whose gradient is more than rounding."""
-        size = self.sizes[dim][0]
-        return (size > 0) & (self.noise[dim] <= TOLERANCE * size)
+    def live(self, dims: tuple[int, ...]) -> Tensor:
+        """The indices whose gradient is more than rounding."""
+        size = self.sizes[dims][0]
+        return (size > 0) & (self.noise[dims] <= TOLERANCE * size)
 
     def _residuals(self, dim: int, count: int, live: Tensor) -> Tensor:
         """For each of ``count`` blocks the largest |Σ w·g| / Σ |w·g|; −1 without a live channel."""
-        sums = torch.stack(self.sums[dim]) * live
-        sizes = torch.stack(self.sizes[dim]) * live
+        sums = torch.stack(self.sums[(dim,)]) * live
+        sizes = torch.stack(self.sizes[(dim,)]) * live
         sums = sums.view(len(sums), count, -1).sum(2)
         sizes = sizes.view(len(sizes), count, -1).sum(2)
         # A draw in which a live block happens to have no gradient is no evidence.
@@ -144,14 +149,32 @@ def chance_of_error(entries: int, draws: int) -> float:
     return float(min(1.0, TOLERANCE * math.sqrt(entries)) ** draws)
 
 
-def _dims(shape: torch.Size) -> range:
-    return range(min(len(shape), 2) or 1)
+def index_sets(shape: Sequence[int], groups: int | None = None) -> tuple[tuple[int, ...], ...]:
+    """The dimensions whose indices may be units.
 
+    They are the first two and, in stacks of matrices (experts), the rest and the leading ones with
+    each of the last two.
 
-def _by_channel(products: Tensor, dim: int) -> Tensor:
-    if products.ndim == 0:
-        return products.reshape(1, 1)
-    return products.movedim(dim, 0).flatten(1) if products.ndim > 1 else products.unsqueeze(1)
+    Args:
+        shape: of the parameter.
+        groups: of the convolution of which it is the kernel, None if it is none. With groups, an
+            input channel is an index along both of the first dimensions.
+    """
+    if len(shape) < 2:
+        return ((0,),)
+    stacks: list[tuple[int, ...]] = []
+    if groups is not None:
+        stacks = [(0, 1)] if groups > 1 else []
+    elif len(shape) == 3:
+        stacks = [(2,), (0, 1), (0, 2)]
+    elif len(shape) == 4:
+        stacks = [(2,), (3,), (0, 1, 2), (0, 1, 3)]
+    sets: list[tuple[int, ...]] = [(0,), (1,)]
+    for dims in stacks:
+        sizes = [shape[d] for d in dims]
+        if min(sizes) > 1 and math.prod(sizes) <= min(_MOST_INDICES, math.prod(shape) // 2):
+            sets.append(dims)
+    return tuple(sets)
 
 
 def _view(dim: int, count: int, channels: int) -> View:

@@ -67,6 +67,10 @@ _POWERS = frozenset({"pow", "__pow__", "float_power"})
 _QUOTIENTS = frozenset({"div", "__truediv__", "true_divide", "divide", "__div__"})
 _RECIPROCALS = frozenset({"__rtruediv__", "__rdiv__", "reciprocal"})
 
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"}) | frozenset(
+    {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+)
+
 _STATISTIC, _LENGTH = 1, 2
 
 
@@ -88,6 +92,10 @@ class Exact(TorchFunctionMode):
         self.shrink = shrink
         #: The ids of the parameters that the forward used, in the order of their first use.
         self.used: dict[int, None] = {}
+        #: The groups of the convolutions that used a parameter as their kernel, by its id.
+        self.kernels: dict[int, int] = {}
+        #: The operations that used each parameter, and as which argument, in order.
+        self.uses: list[tuple[int, str, int | str]] = []
 
     def __torch_function__(
         self,
@@ -104,9 +112,14 @@ class Exact(TorchFunctionMode):
             return args[0].to(_CASTS[name])
         args = (*args[:1], *wide(args[1:])) if _writes_into_first(name) else wide(args)
         kwargs = {key: value if key == "out" else wide(value) for key, value in kwargs.items()}
-        for t in _tensors((*args, *kwargs.values())):
-            if isinstance(t, nn.Parameter):
-                self.used.setdefault(id(t))
+        for key, value in (*enumerate(args), *kwargs.items()):
+            for t in _tensors((value,)):
+                if isinstance(t, nn.Parameter):
+                    self.used.setdefault(id(t))
+                    self.uses.append((id(t), name, key))
+        if name in _CONVOLUTIONS and len(args) > 1:
+            groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
+            self.kernels[id(args[1])] = groups if isinstance(groups, int) else 1
         if func is torch.conv2d:
             func = _conv2d
         if self.shrink == 1:
@@ -137,7 +150,7 @@ class Exact(TorchFunctionMode):
         if not args:
             return args, kwargs
         is_root = name in ("sqrt", "rsqrt") or (
-            name in _POWERS and len(args) > 1 and args[1] in (0.5, -0.5)
+            name in _POWERS and len(args) > 1 and _is_number(args[1]) and args[1] in (0.5, -0.5)
         )
         if is_root or name in _RECIPROCALS:
             return (self._without(args[0], _STATISTIC if is_root else _LENGTH), *args[1:]), kwargs
@@ -223,6 +236,13 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value is one number, which no gradient reaches."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.requires_grad
+    return isinstance(value, (int, float))
+
+
 def _rank(t: Any) -> int:
     """0 for any tensor, 1 for a statistic, 2 for a length."""
     rank: int = getattr(t, "_normwise_rank", 0)
@@ -250,9 +270,6 @@ def _statistic_and_number(args: tuple[Any, ...]) -> tuple[Tensor, Any] | None:
     if len(args) != 2:
         return None
     for statistic, number in (args, args[::-1]):
-        is_number = isinstance(number, (int, float)) or (
-            isinstance(number, Tensor) and number.numel() == 1 and not number.requires_grad
-        )
-        if isinstance(statistic, Tensor) and _rank(statistic) and is_number:
+        if isinstance(statistic, Tensor) and _rank(statistic) and _is_number(number):
             return statistic, number
     return None

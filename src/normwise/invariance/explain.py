@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from normwise.invariance.specimen import TOLERANCE, Specimen, floating_tensors
+from normwise.invariance.replica import TOLERANCE, Replica, floating_tensors
 
 __all__ = ["Explainer"]
 
@@ -45,15 +45,15 @@ class _Run:
 
 
 class Explainer:
-    """Finds the modules of a specimen that absorb a change of scale.
+    """Finds the modules of a replica that absorb a change of scale.
 
     Args:
-        specimen: at the point where it will be scaled.
+        replica: at the point where it will be scaled.
     """
 
-    def __init__(self, specimen: Specimen) -> None:
-        self.specimen = specimen
-        self.names = {module: name for name, module in specimen.model.named_modules()}
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+        self.names = {module: name for name, module in replica.model.named_modules()}
         self._inside = {
             name: {id(p) for p in module.parameters()} for module, name in self.names.items()
         }
@@ -84,7 +84,7 @@ class Explainer:
 
     def _absorbing(self, i: int, claim: Factors, runs: list[_Run]) -> list[str]:
         """The modules of which the runs show that they absorb claim ``i``."""
-        own = {id(self.specimen.params[name]) for name in claim}
+        own = {id(self.replica.params[name]) for name in claim}
         mine = [run for run in runs if i in run.scaled]
         names: dict[str, None] = {}
         for at, call in enumerate(self._before):
@@ -103,7 +103,7 @@ class Explainer:
         for i in scaled:
             for name, factor in claims[i].items():
                 factors[name] = factors.get(name, 1.0) * factor
-        with self.specimen.scaled(factors):
+        with self.replica.scaled(factors):
             after = self._calls()
         if [call.module for call in after] != [call.module for call in self._before]:
             return None
@@ -116,16 +116,16 @@ class Explainer:
 
     def contains(self, module_name: str, parameters: Iterable[str]) -> bool:
         """Whether a module or what is in it owns one of the parameters."""
-        return any(id(self.specimen.params[p]) in self._inside[module_name] for p in parameters)
+        return any(id(self.replica.params[p]) in self._inside[module_name] for p in parameters)
 
     def described(self, module_name: str) -> str:
         """``name`` (Class)."""
-        module = self.specimen.model.get_submodule(module_name)
+        module = self.replica.model.get_submodule(module_name)
         return f"`{module_name or 'the model'}` ({type(module).__name__})"
 
     def sentence(self, parameter: str, absorber: str) -> str:
         """What it means for a parameter that this module absorbs its scale."""
-        model, around = self.specimen.model, absorber.rpartition(".")[0]
+        model, around = self.replica.model, absorber.rpartition(".")[0]
         if isinstance(model.get_submodule(around), ParametrizationList):
             kind = type(model.get_submodule(absorber)).__name__
             return f"normalized by its parametrization {kind}"
@@ -136,7 +136,7 @@ class Explainer:
         return f"normalized within the forward of {self.described(absorber)}"
 
     def _calls(self) -> list[_Call]:
-        """Run the specimen and list the calls of its modules, in the order of their return."""
+        """Run the replica and list the calls of its modules, in the order of their return."""
         calls: list[_Call] = []
         pending: list[list[Tensor]] = []
 
@@ -152,7 +152,7 @@ class Explainer:
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
         try:
-            self.specimen.run()
+            self.replica.run()
         finally:
             for handle in handles:
                 handle.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from normwise.figures import Axis, Dots, Figure, Series, Shares, Spacing, save
+from normwise.figures import Axis, Dots, Figure, Series, Spacing, save
 
 __all__ = ["draw"]
 
@@ -34,12 +34,15 @@ def draw(
     """
     total = max(sum(entries for _, entries, _ in parameters), 1)
     sums = {kind: sum(n for _, n, own in parameters if own == kind) for kind, _ in kinds}
-    shares = Shares(
+    present = [(kind, meaning) for kind, meaning in kinds if sums[kind]]
+    percent = tuple(100 * sums[kind] / total for kind, _ in present)
+    shares = Dots(
         "Share of all entries",
         "",
-        tuple(
-            (meaning, sums[kind] / total, _COLOURS[kind]) for kind, meaning in kinds if sums[kind]
-        ),
+        Axis("%", holds=(0.0, 100.0)),
+        tuple(meaning for _, meaning in present),
+        (Series("", percent, colours=tuple(_COLOURS[kind] for kind, _ in present)),),
+        bars=True,
     )
     sizes = Dots(
         "Entries of each parameter",

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from normwise.geometry import View
+from normwise.invariance.freedom import Freedom, ledger
+from normwise.invariance.roles import Role
+from normwise.invariance.symmetry import Slices, Symmetry, Term
 
-__all__ = ["JointSet", "ParameterReport", "Report"]
+__all__ = ["ParameterReport", "Report"]
 
-Kind = Literal["invariant", "joint", "balanced", "none", "no effect", "unused"]
+Kind = Literal[
+    "invariant", "joint", "balanced", "none", "not looked for", "no effect", "unused"
+]
 
 KINDS: dict[Kind, str] = {
     "invariant": "scale-invariant by itself",
     "joint": "scale-invariant together with others",
     "balanced": "its scale can be traded against others'",
     "none": "its scale matters",
+    "not looked for": "not invariant by itself; symmetries with others were not looked for",
     "no effect": "zero gradient: its value changes nothing",
     "unused": "not used by the forward: no evidence",
 }
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class ParameterReport:
         why: what makes it so, as seen by scaling it; empty where nothing was seen.
         frozen: whether it does not require a gradient.
         aliases: its other names, if it is tied.
+        role: what it is for, as seen from what the network does with it.
     """
 
     name: str
@@ -59,6 +67,7 @@ class ParameterReport:
     why: str
     frozen: bool = False
     aliases: tuple[str, ...] = ()
+    role: Role = Role("other", "")
 
     @property
     def entries(self) -> int:
@@ -80,43 +89,20 @@ class ParameterReport:
 
 
 @dataclass(frozen=True)
-class JointSet:
-    """Parameters that can be scaled together: w_t → c^exponent · w_t changes nothing, for c > 0.
-
-    Args:
-        exponents: by parameter name.
-        why: the modules that absorb the change, as seen by scaling; empty where none was seen.
-    """
-
-    exponents: dict[str, float]
-    why: str = ""
-
-    @property
-    def is_scale(self) -> bool:
-        """Whether all grow together: joint scale invariance, not one weight against another."""
-        return all(exponent > 0 for exponent in self.exponents.values())
-
-    def __str__(self) -> str:
-        return ", ".join(
-            name if exponent == 1 else f"{name}^{exponent:g}"
-            for name, exponent in self.exponents.items()
-        )
-
-
-@dataclass(frozen=True)
 class Report:
     """The scale invariances of a model. ``str(report)`` is a table.
 
     Args:
         rows: one for each parameter, in the model's order.
-        sets: a basis of the joint symmetries of the parameters that have none by themselves.
+        symmetries: families of slices that can be scaled together, from the views, which are
+            families of one weight, to whole parameters; independent of one another.
         draws: the number of random points and upstream gradients behind the verdicts.
         mode: whether the model was analyzed as in training or in evaluation.
         notes: what a reader must know beside the rows.
     """
 
     rows: tuple[ParameterReport, ...]
-    sets: tuple[JointSet, ...]
+    symmetries: tuple[Symmetry, ...]
     draws: int
     mode: str
     notes: tuple[str, ...] = ()
@@ -151,6 +137,63 @@ class Report:
         """
         params = self._bound(model)
         return {params[name]: view for name, view in self.views().items()}
+
+    def rescale_(self, model: nn.Module | None = None, *, seed: int = 0) -> dict[str, Tensor]:
+        """Rescale a model in place, at random along all symmetries: other weights, one function.
+
+        Every unit of every family is scaled by a factor of its own from [1/2, 2]. What the model
+        computes stays the same up to rounding and the epsilons of its normalizations.
+
+        Args:
+            model: the model to rescale (default: the model analyzed).
+            seed: of the factors (default: 0).
+
+        Returns:
+            What each parameter was multiplied by, by name, as a tensor that broadcasts against it.
+
+        Raises:
+            ValueError: see :meth:`param_groups`.
+        """
+        params = self._bound(model)
+        generator = torch.Generator().manual_seed(seed)
+        factors: dict[str, Tensor] = {}
+        for symmetry in self.symmetries:
+            exponents = 2 * torch.rand(symmetry.units, generator=generator, dtype=torch.float64) - 1
+            for name, factor in symmetry.factors(exponents.exp2()).items():
+                factors[name] = factors[name] * factor if name in factors else factor
+        with torch.no_grad():
+            for name, factor in factors.items():
+                p = params[name]
+                p.copy_(p * factor.to(p.device))
+        return factors
+
+    def freedom(self, fixed: Mapping[str, View | str] | Iterable[str] | None = None) -> Freedom:
+        """What it costs to fix norms: the freedom lost, and where a gain gives it back.
+
+        Args:
+            fixed: the view in which each parameter's norms are fixed, by name, or names of
+                parameters that are fixed as a whole (default: every matrix with a gradient, in the
+                view in which it is invariant, else as a whole).
+
+        Raises:
+            KeyError: for a parameter that the report does not have.
+            ValueError: for a view that does not fit its parameter.
+        """
+        if fixed is None:
+            fixed = {
+                row.name: row.view or View.layer()
+                for row in self.rows
+                if not row.is_vector and row.kind not in ("unused", "no effect")
+            }
+        elif not isinstance(fixed, Mapping):
+            fixed = {name: View.layer() for name in fixed}
+        views = {
+            self[name].name: View.parse(view) if isinstance(view, str) else view
+            for name, view in fixed.items()
+        }
+        for name, view in views.items():
+            view.check(self[name].shape)
+        return ledger(self.symmetries, {row.name: row.shape for row in self.rows}, views)
 
     def share(self, kind: Kind) -> float:
         """The share of the entries of all parameters that are of this kind, from 0 to 1."""
@@ -252,6 +295,11 @@ class Report:
                 "each set as a whole, if it decays all of a set alike"
             )
         lines.append(f"- other weights ({share(rest)}): on what they compute, as a regularizer")
+        unknown = [row for row in self.rows if row.kind == "not looked for"]
+        if unknown:
+            lines.append(
+                f"- of {share(unknown)} it is not known: symmetries with others were not looked for"
+            )
         if vectors:
             lines.append(
                 f"- biases, gains and scales ({share(vectors)}): on what they compute; "
@@ -274,7 +322,7 @@ class Report:
                 {key: None if value != value else value for key, value in row.items()}
                 for row in rows
             ],
-            "sets": [asdict(joint) for joint in self.sets],
+            "symmetries": [asdict(symmetry) for symmetry in self.symmetries],
         }
         return json.dumps(content, **options)
 
@@ -290,8 +338,8 @@ class Report:
             if content["format"] != _FORMAT:
                 raise ValueError(f"format {content['format']}; must be {_FORMAT}")
             rows = tuple(_row_from_json(row) for row in content["rows"])
-            sets = tuple(JointSet(**joint) for joint in content["sets"])
-            return cls(rows, sets, content["draws"], content["mode"], tuple(content["notes"]))
+            symmetries = tuple(_symmetry_from_json(item) for item in content["symmetries"])
+            return cls(rows, symmetries, content["draws"], content["mode"], tuple(content["notes"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"Invalid report: {error}") from error
 
@@ -306,7 +354,7 @@ class Report:
         draw([(row.name, row.entries, row.kind) for row in self.rows], list(KINDS.items()), path)
 
     def __str__(self) -> str:
-        header = ("parameter", "shape", "verdict", "residual", "why")
+        header = ("parameter", "shape", "verdict", "role", "residual", "why")
         table = [header]
         for row in self.rows:
             shape = "×".join(map(str, row.shape)) or "scalar"
@@ -314,7 +362,8 @@ class Report:
             why = row.why + (" (frozen)" if row.frozen else "")
             if row.aliases:
                 why = f"{why}; tied to {', '.join(row.aliases)}".lstrip("; ")
-            table.append((row.name, shape, row.verdict, residual, why))
+            head = f", {row.role.heads} heads" if row.role.heads else ""
+            table.append((row.name, shape, row.verdict, row.role.kind + head, residual, why))
         widths = [max(len(line[i]) for line in table) for i in range(len(header) - 1)]
         lines = [
             "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]])
@@ -322,11 +371,15 @@ class Report:
         ]
         lines = [line.rstrip() for line in lines]
         lines.insert(1, "─" * max(map(len, lines)))
-        if self.sets:
-            lines += ["", "joint symmetries (scale all by c, or by the power of c that is written)"]
-            for joint in self.sets:
-                kind = "scale" if joint.is_scale else "trade"
-                lines.append(f"  {kind}: {joint}" + (f": {joint.why}" if joint.why else ""))
+        shared = [s for s in self.symmetries if not (s.is_view and s.terms[0].view)]
+        if shared:
+            lines += [
+                "",
+                "symmetries (in each unit, scale what is on the left by c, on the right by 1/c, or",
+                "by the power of c that is written; the function stays the same)",
+            ]
+            for symmetry in shared:
+                lines.append(f"  {symmetry}" + (f"; {symmetry.why}" if symmetry.why else ""))
         lines += ["", self.summary()]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -350,6 +403,12 @@ class Report:
                 raise ValueError(f"the model has no parameter {row.name!r}, the report has")
             if row.view is not None:
                 row.view.check(params[row.name].shape)
+        for term in (term for symmetry in self.symmetries for term in symmetry.terms):
+            shape = tuple(params[term.parameter].shape)
+            if shape != term.shape:
+                raise ValueError(
+                    f"the model's {term.parameter!r} has shape {shape}, the report's {term.shape}"
+                )
         if model is not None:
             known = {row.name for row in self.rows}
             for name, p in params.items():
@@ -363,5 +422,17 @@ def _row_from_json(row: dict[str, Any]) -> ParameterReport:
         key: float("nan") if value is None else value for key, value in row.items()
     }
     values["view"] = None if row["view"] is None else View.parse(row["view"])
+    role = row["role"]
+    values["role"] = Role(**{**role, "parts": tuple(role["parts"])})
     values["shape"], values["aliases"] = tuple(row["shape"]), tuple(row["aliases"])
     return ParameterReport(**values)
+
+
+def _symmetry_from_json(item: dict[str, Any]) -> Symmetry:
+    terms = []
+    for term in item["terms"]:
+        slices = term["slices"]
+        digits = {key: tuple(map(tuple, slices[key])) for key in ("units", "within")}
+        made = Slices(tuple(slices["dims"]), slices["start"], **digits)
+        terms.append(Term(term["parameter"], tuple(term["shape"]), made, term["exponent"]))
+    return Symmetry(tuple(terms), item["units"], item["unseen"], item["why"])

@@ -79,7 +79,11 @@ class AlarmRule(ABC):
 
 
 def standard_rules(range_of: torch.dtype | None = None) -> tuple[AlarmRule, ...]:
-    """New rules with their defaults; ``range_of`` is that of :class:`RangeForecast`."""
+    """New rules with their defaults.
+
+    Args:
+        range_of: the dtype whose range counts, such as that of autocast (default: each weight's).
+    """
     return (
         NotFinite(),
         RangeForecast(range_of=range_of),

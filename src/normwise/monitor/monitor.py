@@ -90,8 +90,9 @@ class Monitor:
             copying the weights (default: only at measured steps).
         update: what sets the length of an update, for an optimizer that
             :func:`normwise.describe` does not know (default: what that says).
-        keep: the most measurements that ``history`` holds (default: 2000). When it is full, every
-            second one is dropped, so that what is left spans the run.
+        keep: the most measurements that ``history`` holds, 2 or more (default: 2000). When it is
+            full, every second one is dropped, and from then on only every second one kept beside
+            the latest, so that what is left spans the run evenly.
 
     Attributes:
         step: how many steps the optimizer has taken.
@@ -127,7 +128,8 @@ class Monitor:
         if not (alarms in ("log", "raise") or callable(alarms)):
             raise ValueError(f"Invalid alarms: {alarms!r}; must be 'log', 'raise' or a function")
         at_least_one("fetch_every", fetch_every)
-        at_least_one("keep", keep)
+        if at_least_one("keep", keep) < 2:
+            raise ValueError(f"Invalid keep: {keep}; must be 2 or more")
         _check_types("model", [model], nn.Module, "a module")
         _check_types("optimizer", [optimizer], Optimizer, "a torch optimizer")
         _check_types("quantity", quantities, Quantity, "a Quantity, such as Norm()")
@@ -139,7 +141,7 @@ class Monitor:
         self.update = update or describe(optimizer)[0].update
         self._trigger = every if isinstance(every, Trigger) else _interval(every)
         self._check_finite = check_finite
-        self._keep = keep
+        self._keep, self._stride, self._received = keep, 1, 0
         self._quantities = tuple(quantities)
         self._names = tuple(q.name for q in self._quantities)
         self._rules = tuple(standard_rules() if rules is None else rules)
@@ -355,9 +357,13 @@ class Monitor:
 
     def _update_rules(self) -> list[UpdateRule]:
         """What this step has done to each layer."""
-        groups = self._optimizer.param_groups
-        pairs = zip(self._layout.layers, self._layout.params, strict=True)
-        rules = [rule_of(self._optimizer, groups[layer.group], p) for layer, p in pairs]
+        # Looked up anew: policies split groups, and load_state_dict makes others.
+        groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
+        gone = UpdateRule("", self.update, math.nan)
+        rules = [
+            rule_of(self._optimizer, groups[p], p) if p in groups else gone
+            for p in self._layout.params
+        ]
         return [
             replace(rule, update=self.update) if rule.update is Update.UNKNOWN else rule
             for rule in rules
@@ -423,9 +429,15 @@ class Monitor:
     def _remember(self, m: Measurement) -> None:
         if self.history:
             self.history[-1] = _without_slices(self.history[-1])
-        if len(self.history) >= self._keep:
-            del self.history[::2]
+        if (self._received - 1) % self._stride:
+            self.history.pop()  # kept so far as the latest alone
         self.history.append(m)
+        self._received += 1
+        if len(self.history) > self._keep:
+            self._stride *= 2
+            self.history[:] = self.history[::2]
+            if self.history[-1] is not m:
+                self.history.append(m)
 
     def _try(self, writer: Writer, action: Callable[..., object], *args: object) -> None:
         """Call a writer, or its ``close``; drop one that fails, since the training goes on."""

@@ -58,17 +58,38 @@ class _LogSpaced(Trigger):
 
 
 def every(interval: int) -> Trigger:
-    """The first step, and every multiple of ``interval``."""
+    """The first step, and every multiple of ``interval``.
+
+    Args:
+        interval: in steps, 1 or more.
+
+    Raises:
+        ValueError: for another.
+    """
     return _Every(at_least_one("interval", interval))
 
 
 def first(steps: int) -> Trigger:
-    """The first so many ``steps``."""
+    """Every one of the first steps.
+
+    Args:
+        steps: how many, 1 or more.
+
+    Raises:
+        ValueError: for another number.
+    """
     return _First(at_least_one("steps", steps))
 
 
 def log_spaced(per_decade: int = 10) -> Trigger:
-    """About ``per_decade`` steps between 10^k and 10^(k+1): dense at first, ever rarer later."""
+    """Steps that are evenly spaced in their logarithm: dense at first, ever rarer later.
+
+    Args:
+        per_decade: about how many between 10^k and 10^(k+1), 1 or more (default: 10).
+
+    Raises:
+        ValueError: for another number.
+    """
     return _LogSpaced(at_least_one("per_decade", per_decade))
 
 

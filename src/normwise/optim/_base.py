@@ -122,9 +122,7 @@ class NormwiseOptimizer(Optimizer):
             found_inf=getattr(self, "found_inf", None) if in_kernel else None,
         )
         keeps = not (isinstance(rule, SGDRule) and rule.momentum == 0)
-        lists: list[list[Tensor | None]] = []
-        for key in self._form.keys:
-            lists.append([state[key] for state in states] if keeps else [None] * len(states))
+        lists = [_column(states, key) if keeps else [None] * len(states) for key in self._form.keys]
         return Part(params, grads, tuple(lists), step, group, AT_ONCE)
 
     def _step_parts(self, parts: list[Part], number: int) -> None:
@@ -145,10 +143,9 @@ class NormwiseOptimizer(Optimizer):
             plans += [FusedPlans() for _ in range(number + 1 - len(plans))]
             for part, members in plans[number].step_(fused):
                 left = part.only(members)
-                # Multi-tensor operators refuse to write to negative views.
-                tensors = (t for lists in left.tensors for t in lists if t is not None)
-                foreach = not any(map(Tensor.is_neg, tensors))
-                self._functional(*left.tensors, left.step, foreach=foreach, ending=left.ending)
+                self._functional(
+                    *left.tensors, left.step, foreach=not _is_negative(left), ending=left.ending
+                )
         for part in plain:
             self._functional(
                 *part.tensors, part.step, foreach=_use_foreach(part), ending=part.ending
@@ -254,6 +251,10 @@ def new_moment(p: Tensor) -> Tensor:
     return torch.zeros_like(p, dtype=computing_dtype(p.dtype), memory_format=torch.preserve_format)
 
 
+def _column(states: list[dict[str, Tensor]], key: str) -> list[Tensor | None]:
+    return [state[key] for state in states]
+
+
 def _with_view(group: dict[str, Any]) -> dict[str, Any]:
     return {**group, "view": as_view_option(group["view"])} if "view" in group else group
 
@@ -264,4 +265,11 @@ def _use_foreach(part: Part) -> bool:
         return _default_to_fused_or_foreach(
             part.params, part.group["differentiable"], use_fused=False
         )[1]
-    return bool(part.group["foreach"])
+    return bool(part.group["foreach"]) and not _is_negative(part)
+
+
+def _is_negative(part: Part) -> bool:
+    """Whether there are negative views, to which multi-tensor operators refuse to write."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(t is not None and t.is_neg() for tensors in part.tensors for t in tensors)

@@ -1,8 +1,13 @@
-"""Weight normalization, centered weight normalization and weight standardization.
+"""Weights that are computed from others: normalized, conditioned, 1-Lipschitz, of few values.
 
 Torch parametrizations that can be put on a model, taken off again and folded away.
 """
 
+from normwise.reparam.conditioning import (
+    ColumnConditioning,
+    RowColumnConditioning,
+    condition_weights,
+)
 from normwise.reparam.convert import (
     Conversion,
     ConvertedWeight,
@@ -12,28 +17,45 @@ from normwise.reparam.convert import (
     weight_standardize,
 )
 from normwise.reparam.folding import fold
+from normwise.reparam.layers import MeanOnlyBatchNorm, TranslatedReLU
+from normwise.reparam.lipschitz import AOL, SLL, ContractiveResidual
 from normwise.reparam.once import computed_once
+from normwise.reparam.optimizer import WeightNormalized
 from normwise.reparam.parametrizations import (
     CenteredWeightNorm,
+    DividedWeight,
     Divisor,
     WeightNorm,
     WeightParametrization,
     WeightStandardization,
 )
-from normwise.reparam.start import MeanOnlyBatchNorm, data_dependent_start
+from normwise.reparam.quantized import BinaryConnect, Draw, Oscillation, StatsQ, clip_after_steps
 
 __all__ = [
+    "AOL",
+    "SLL",
+    "BinaryConnect",
     "CenteredWeightNorm",
+    "ColumnConditioning",
+    "ContractiveResidual",
     "Conversion",
     "ConvertedWeight",
+    "DividedWeight",
     "Divisor",
+    "Draw",
     "MeanOnlyBatchNorm",
+    "Oscillation",
+    "RowColumnConditioning",
+    "StatsQ",
+    "TranslatedReLU",
     "WeightNorm",
+    "WeightNormalized",
     "WeightParametrization",
     "WeightStandardization",
     "center_weight_normalize",
+    "clip_after_steps",
     "computed_once",
-    "data_dependent_start",
+    "condition_weights",
     "fold",
     "reparametrize",
     "weight_normalize",

@@ -6,14 +6,16 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from normwise.geometry import View
 from normwise.reparam.checkpoint import LoadOtherFormats
 from normwise.reparam.parametrizations import (
+    CONVOLUTIONS,
+    TRANSPOSED,
     CenteredWeightNorm,
     WeightNorm,
     WeightParametrization,
@@ -36,8 +38,6 @@ __all__ = [
 # (Table V); with the 9 of a depthwise 3×3 convolution accuracy drops (Table IX).
 MIN_GROUPED_ENTRIES = 32
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -104,7 +104,30 @@ def weight_normalize(
     skip: Iterable[str | nn.Module] = (),
     eps: float | None = None,
 ) -> Conversion:
-    """:func:`reparametrize` with :class:`WeightNorm`; with the gain, outputs do not change."""
+    """Put weight normalization, g·W/‖W‖ an output channel, on the weights of ``model``, in place.
+
+    With the gain, which starts at ‖W‖, outputs do not change. Which weights are converted,
+    :func:`reparametrize` says.
+
+    Args:
+        model: any module.
+        gain: whether an output channel has a learnable gain, one number in the shape
+            ``(out, 1, ...)`` (default: True). Without it, rows of norm 1: see
+            :func:`condition_weights`.
+        only: modules to convert, and no others: modules, names, or patterns of names (default:
+            those that the rules choose).
+        skip: modules to leave alone, in the same ways; it overrules ``only`` (default: none).
+        eps: guard of the root mean square of a slice, which is divided by √(mean square + eps²)
+            (default: 1e-8, in float64 1e-12, in float16 1e-3).
+
+    Returns:
+        What was done with each weight; ``print`` it.
+
+    Raises:
+        ValueError: as :func:`reparametrize`.
+
+    Source: arXiv 1602.07868, Eq. 2.
+    """
     return reparametrize(model, WeightNorm, gain=gain, only=only, skip=skip, eps=eps)
 
 
@@ -116,7 +139,28 @@ def center_weight_normalize(
     skip: Iterable[str | nn.Module] = (),
     eps: float | None = None,
 ) -> Conversion:
-    """:func:`reparametrize` with :class:`CenteredWeightNorm`."""
+    """Put centered weight normalization, g·(W − W̄)/‖W − W̄‖, on ``model``, in place.
+
+    Outputs change where an output channel's weights have a mean, which is taken away.
+
+    Args:
+        model: any module.
+        gain: whether an output channel has a learnable gain, which starts at ‖W − W̄‖
+            (default: True).
+        only: as for :func:`weight_normalize`.
+        skip: as for :func:`weight_normalize`.
+        eps: guard of the std of a slice, which is divided by √(variance + eps²)
+            (default: 1e-8, in float64 1e-12, in float16 1e-3).
+
+    Returns:
+        What was done with each weight; ``print`` it.
+
+    Raises:
+        ValueError: as :func:`reparametrize`.
+
+    Source: Huang et al., "Centered weight normalization in accelerating training of deep neural
+    networks", ICCV 2017.
+    """
     return reparametrize(model, CenteredWeightNorm, gain=gain, only=only, skip=skip, eps=eps)
 
 
@@ -128,7 +172,28 @@ def weight_standardize(
     skip: Iterable[str | nn.Module] = (),
     eps: float | None = None,
 ) -> Conversion:
-    """:func:`reparametrize` with :class:`WeightStandardization`."""
+    """Put weight standardization, (W − W̄)/std(W) an output channel, on ``model``, in place.
+
+    The std is the biased one. Outputs change: the mean and the scale of each output channel's
+    weights are gone.
+
+    Args:
+        model: any module.
+        gain: whether an output channel has a learnable gain, which starts at std(W)
+            (default: False).
+        only: as for :func:`weight_normalize`.
+        skip: as for :func:`weight_normalize`.
+        eps: guard of the std of a slice, which is divided by √(variance + eps²)
+            (default: 1e-8, in float64 1e-12, in float16 1e-3).
+
+    Returns:
+        What was done with each weight; ``print`` it.
+
+    Raises:
+        ValueError: as :func:`reparametrize`.
+
+    Source: arXiv 1903.10520.
+    """
     return reparametrize(model, WeightStandardization, gain=gain, only=only, skip=skip, eps=eps)
 
 
@@ -136,22 +201,23 @@ def reparametrize(
     model: nn.Module,
     method: type[WeightParametrization],
     *,
-    gain: bool | None = None,
     only: Iterable[str | nn.Module] | None = None,
     skip: Iterable[str | nn.Module] = (),
-    eps: float | None = None,
+    **options: Any,
 ) -> Conversion:
     """Put a parametrization on the weights of ``model``, in place.
 
-    Convolutions, transposed convolutions and linear layers are converted, one slice an output
-    channel. Left alone are, and the report says which and why:
+    Convolutions, transposed convolutions and linear layers are converted, each in the slices that
+    the method says: one an output channel, unless its class says other. Left alone are, and the
+    report says which and why:
 
     - depthwise convolutions, and grouped ones with fewer than 32 entries a slice
       (arXiv 1911.05920, section 6.7 and Table IX);
     - the classifier: the last ``nn.Linear`` in the order of ``model.modules()``;
     - embeddings (a row is a vector, not an output channel) and recurrent layers;
     - a weight that several modules share, that another parametrization owns, that is not
-      initialized yet, or that has too few entries a slice.
+      initialized yet, that is complex, that has no entries or too few a slice, or that the method
+      is not for.
 
     ``only`` overrules the first three, and so converts embeddings (rows) and recurrent layers
     (rows: one a gate and unit; how the gates are stacked does not matter).
@@ -160,22 +226,22 @@ def reparametrize(
 
     Args:
         model: any module.
-        method: :class:`WeightNorm`, :class:`CenteredWeightNorm` or
-            :class:`WeightStandardization`.
-        gain: whether slices have a learnable gain (default: as the class says).
+        method: a class of parametrizations, such as :class:`WeightNorm` or :class:`AOL`.
         only: modules to convert, and no others: modules of ``model``, their names, or patterns of
             names such as ``"layer4.*"`` (default: those that the rules choose).
-        skip: modules to leave alone, in the same ways; it overrules ``only``.
-        eps: guard of the root mean square of a slice (default: by dtype, see the class).
+        skip: modules to leave alone, in the same ways; it overrules ``only`` (default: none).
+        **options: the class's own, such as ``gain`` and ``eps``; one that it does not have is a
+            ``TypeError``.
 
     Returns:
         What was done with each weight.
 
     Raises:
-        ValueError: for an invalid ``eps``, a name that matches no module, a model with nothing to
+        ValueError: for an invalid option, a name that matches no module, a model with nothing to
             convert, or a weight to convert that already has a parametrization of this library.
             The model is then as it was.
     """
+    method(**options)  # tells of invalid options before anything else is looked at
     chosen = None if only is None else _matching(model, only, "only")
     skipped = _matching(model, skip, "skip")
     classifier = next(
@@ -203,8 +269,10 @@ def reparametrize(
             reason = _rule(module, module is classifier)
         if reason is not None:
             return reason
-        view, groups = _slices(module)
-        parametrization = method(view, groups=groups, gain=gain, eps=eps)
+        if (unfit := method.why_not(module)) is not None:
+            return unfit
+        view, groups = method.slices_of(module)
+        parametrization = method(view, groups=groups, **options)
         try:
             parametrization.right_inverse(w.detach())
         except ValueError as error:
@@ -259,20 +327,17 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module | None]
             yield name, w, stack[0]
 
 
-def _slices(module: nn.Module) -> tuple[View, int]:
-    """The view of a module's output channels, and the groups of a transposed convolution."""
-    if isinstance(module, _TRANSPOSED):
-        return View.channel(1), module.groups
-    return View.channel(), 1
-
-
 def _why_not(module: nn.Module, name: str, w: Tensor, owner: nn.Module | None) -> str | None:
     """Why a weight cannot be converted, whatever the user names."""
     if owner is not None:
         return f"already parametrized by {type(owner).__name__}"
     if is_lazy(w):
         return "not initialized yet"
-    known = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_EMBEDDINGS)
+    if w.is_complex():
+        return "complex"
+    if w.numel() == 0:
+        return "has no entries"
+    known = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, *_EMBEDDINGS)
     if isinstance(module, _RECURRENT):
         return None if name.startswith("weight") else "not a weight of the recurrent layer"
     if not isinstance(module, known) or name != "weight":
@@ -288,7 +353,7 @@ def _rule(module: nn.Module, is_classifier: bool) -> str | None:
         return "recurrent; name it in only"
     if is_classifier:
         return "classifier: the last Linear"
-    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)) and module.groups > 1:
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and module.groups > 1:
         inputs = module.in_channels // module.groups
         if inputs == 1:
             return "depthwise convolution"

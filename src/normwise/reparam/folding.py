@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normwise.reparam.checkpoint import LoadOtherFormats
+from normwise.reparam.lipschitz import SLL
 from normwise.reparam.parametrizations import originals, owner, stacks
 from normwise.reparam.recurrent import ReleaseFlatWeights
 
@@ -17,6 +18,8 @@ __all__ = ["fold"]
 
 def fold(model: nn.Module) -> nn.Module:
     """Replace every weight that :func:`reparametrize` converted by its effective weight, in place.
+
+    :class:`SLL` layers inside of the model become :class:`ContractiveResidual` ones.
 
     Outputs are the same to rounding. Modules are again of their plain classes, and the state dict
     has the keys of the unconverted model, in its order. Parametrizations of other libraries stay,
@@ -40,7 +43,8 @@ def fold(model: nn.Module) -> nn.Module:
         names = [name for name, stack in stacks(module).items() if owner(stack) is not None]
         if names:
             hosts[module] = names
-    if not hosts:
+    folded = _fold_residual_layers(model)
+    if not hosts and not folded:
         raise ValueError("fold finds no weight that normwise has converted; nothing to fold")
     for module, names in hosts.items():
         owners = [o for name in names if (o := owner(stacks(module)[name])) is not None]
@@ -57,6 +61,18 @@ def fold(model: nn.Module) -> nn.Module:
             if name in module._parameters:
                 module._parameters[name] = module._parameters.pop(name)
     return model
+
+
+def _fold_residual_layers(model: nn.Module) -> dict[SLL, nn.Module]:
+    """What each :class:`SLL` layer inside of the model was replaced by, wherever it is used."""
+    folded: dict[SLL, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, SLL):
+                if child not in folded:
+                    folded[child] = child.folded().train(child.training)
+                parent._modules[name] = folded[child]
+    return folded
 
 
 def _fold_one(module: nn.Module, name: str) -> None:

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from normwise.geometry import View, at_least_float32
 
-__all__ = ["centered_weight_norm", "default_eps", "slice_scales", "weight_norm", "weight_standard"]
+__all__ = [
+    "centered_weight_norm",
+    "default_eps",
+    "slice_scales",
+    "weight_norm",
+    "weight_standardization",
+]
 
 
 def default_eps(dtype: torch.dtype) -> float:
@@ -57,7 +63,7 @@ def weight_norm(
     return restore((wide * scale.unsqueeze(1)).to(w.dtype))
 
 
-def weight_standard(
+def weight_standardization(
     w: Tensor, view: View, gain: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """g·(W − W̄)/std(W) for each slice, biased std. Arguments as for :func:`weight_norm`."""
@@ -84,7 +90,7 @@ def centered_weight_norm(
     slices = view.slices(w)
     # ‖W − W̄‖ = √n·std(W), so this is weight standardization with the gain g/√n.
     unit_gain = slices.new_ones(slices.shape[0]) if gain is None else gain.flatten()
-    return weight_standard(w, view, unit_gain / math.sqrt(math.prod(slices.shape[1:])), eps)
+    return weight_standardization(w, view, unit_gain / math.sqrt(math.prod(slices.shape[1:])), eps)
 
 
 def slice_scales(w: Tensor, view: View, eps: float | None = None, *, centered: bool) -> Tensor:

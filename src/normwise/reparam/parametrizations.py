@@ -15,11 +15,16 @@ from normwise.reparam import functional
 
 __all__ = [
     "CenteredWeightNorm",
+    "DividedWeight",
     "Divisor",
     "WeightNorm",
     "WeightParametrization",
     "WeightStandardization",
 ]
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class Divisor(str, Enum):
@@ -30,19 +35,101 @@ class Divisor(str, Enum):
 
 
 class WeightParametrization(nn.Module):
-    """Base of the three parametrizations. Not for direct use.
+    """Base of the parametrizations of this library. Not for direct use.
 
     An instance says of itself what others need to know, so that nobody guesses it from a shape:
-    ``view`` and ``groups`` (the slices), ``divides_by`` (a :class:`Divisor`), and ``normalized``
-    (which of the originals is the weight that is divided).
+    ``view`` and ``groups`` (the slices), ``divides_by`` (a :class:`Divisor` where the forward pass
+    divides each slice, so that its scale is lost), and ``normalized`` (which of the originals is
+    the weight).
 
     Args:
         view: the slices (default: ``View.channel()``, one an entry of dimension 0). The output
             channels of a transposed convolution are ``View.channel(1)``.
+        groups: of how many weights, stacked along dimension 0, the weight is made; the view splits
+            each of them (default: 1).
+
+    Raises:
+        ValueError: for ``groups`` below 1.
+    """
+
+    divides_by: ClassVar[Divisor | None] = None
+
+    def __init__(self, view: View | None = None, *, groups: int = 1) -> None:
+        super().__init__()
+        if groups < 1:
+            raise ValueError(f"Invalid groups: {groups}; must be 1 or more")
+        self.view = View.channel() if view is None else view
+        self.groups = groups
+        self.gain = False
+        # The effective weight while `computed_once` holds it.
+        self.held: Tensor | None = None
+        # The host's own parameters in their order before it was converted; `fold` restores it.
+        self.siblings: tuple[str, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside of `computed_once` is not in the context, and holds nothing.
+        return {**self.__dict__, "held": None}
+
+    @classmethod
+    def slices_of(cls, module: nn.Module) -> tuple[View, int]:
+        """The view and the groups that this method takes of a module's weight."""
+        return output_slices(module)
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Why the method does not apply to a module, or ``None`` if it does."""
+        return None
+
+    @property
+    def normalized(self) -> str:
+        """The name, in the ``ParametrizationList``, of the weight among the originals."""
+        return "original1" if self.gain else "original"
+
+    def forward(self, *originals: Tensor) -> Tensor:
+        """The effective weight, from ``(weight,)`` or ``(gain, weight)``."""
+        if self.held is not None:
+            return self.held
+        *gains, w = originals
+        gain = gains[0] if gains else None
+        if self.groups == 1:
+            return self._effective(w, gain)
+        pieces = w.chunk(self.groups)
+        piece_gains = [None] * self.groups if gain is None else gain.chunk(self.groups)
+        return torch.cat([self._effective(p, g) for p, g in zip(pieces, piece_gains, strict=True)])
+
+    def right_inverse(self, w: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The originals of an effective weight, or of the nearest that can be expressed.
+
+        Raises:
+            ValueError: if the groups or the view do not fit.
+        """
+        self._pieces(w)
+        return w
+
+    def _pieces(self, w: Tensor) -> tuple[Tensor, ...]:
+        pieces = w.chunk(self.groups)
+        if len(pieces) != self.groups or w.shape[0] % self.groups:
+            raise ValueError(f"{self.groups} groups do not fit a weight of shape {tuple(w.shape)}")
+        self.view.check(pieces[0].shape)
+        return pieces
+
+    def _effective(self, w: Tensor, gain: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        groups = f", groups={self.groups}" if self.groups > 1 else ""
+        return f"view={str(self.view)!r}{groups}"
+
+
+class DividedWeight(WeightParametrization):
+    """Base of the methods that divide each slice by its own size. Not for direct use.
+
+    Args:
+        view: see :class:`WeightParametrization`.
         groups: for a grouped transposed convolution, whose weight of shape
-            ``(in, out/groups, ...)`` is ``groups`` weights stacked along dimension 0: the view
-            splits each of them (default: 1). All other layers leave it at 1, a grouped
-            convolution too: its weight has one row an output channel.
+            ``(in, out/groups, ...)`` is ``groups`` weights stacked along dimension 0 (default: 1).
+            All other layers leave it at 1, a grouped convolution too: its weight has one row an
+            output channel.
         gain: whether each slice has a learnable gain (default: as the class says). With it the
             originals are the gain, in the shape of a broadcastable weight, and the weight.
         eps: guard of the root mean square of a slice
@@ -64,40 +151,10 @@ class WeightParametrization(nn.Module):
         gain: bool | None = None,
         eps: float | None = None,
     ) -> None:
-        super().__init__()
-        if eps is not None and not 0 <= eps < math.inf:
-            raise ValueError(f"Invalid eps: {eps}; must be finite and 0 or more")
-        if groups < 1:
-            raise ValueError(f"Invalid groups: {groups}; must be 1 or more")
-        self.view = View.channel() if view is None else view
-        self.groups = groups
+        super().__init__(view, groups=groups)
+        check_eps(eps)
         self.gain = self.default_gain if gain is None else gain
         self.eps = eps
-        # The effective weight while `computed_once` holds it.
-        self.held: Tensor | None = None
-        # The host's own parameters in their order before it was converted; `fold` restores it.
-        self.siblings: tuple[str, ...] = ()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy made inside of `computed_once` is not in the context, and holds nothing.
-        return {**self.__dict__, "held": None}
-
-    @property
-    def normalized(self) -> str:
-        """The name, in the ``ParametrizationList``, of the weight that is divided."""
-        return "original1" if self.gain else "original"
-
-    def forward(self, *originals: Tensor) -> Tensor:
-        """The effective weight, from ``(weight,)`` or ``(gain, weight)``."""
-        if self.held is not None:
-            return self.held
-        *gains, w = originals
-        gain = gains[0] if gains else None
-        if self.groups == 1:
-            return self._effective(w, gain)
-        pieces = w.chunk(self.groups)
-        piece_gains = [None] * self.groups if gain is None else gain.chunk(self.groups)
-        return torch.cat([self._effective(p, g) for p, g in zip(pieces, piece_gains, strict=True)])
 
     def right_inverse(self, w: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The originals of an effective weight: itself, or its slices' lengths and itself.
@@ -109,9 +166,7 @@ class WeightParametrization(nn.Module):
         Raises:
             ValueError: if a slice has too few entries, or the view does not fit.
         """
-        pieces = w.chunk(self.groups)
-        if len(pieces) != self.groups or w.shape[0] % self.groups:
-            raise ValueError(f"{self.groups} groups do not fit a weight of shape {tuple(w.shape)}")
+        pieces = self._pieces(w)
         entries = math.prod(self.view.slices(pieces[0]).shape[1:])
         if entries < 1 + self.centered:
             raise ValueError(
@@ -130,16 +185,12 @@ class WeightParametrization(nn.Module):
             shape[self.view.dim] = scales.numel()
         return (scale * scales).view(shape).to(piece.dtype)
 
-    def _effective(self, w: Tensor, gain: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
     def extra_repr(self) -> str:
-        groups = f", groups={self.groups}" if self.groups > 1 else ""
         eps = "" if self.eps is None else f", eps={self.eps}"
-        return f"view={str(self.view)!r}{groups}, gain={self.gain}{eps}"
+        return f"{super().extra_repr()}, gain={self.gain}{eps}"
 
 
-class WeightNorm(WeightParametrization):
+class WeightNorm(DividedWeight):
     """W' = g·W/‖W‖ (arXiv 1602.07868), with a gain by default.
 
     Without the gain it is weight conditioning (arXiv 2409.03424): rows of norm 1.
@@ -152,7 +203,7 @@ class WeightNorm(WeightParametrization):
         return functional.weight_norm(w, self.view, gain, self.eps)
 
 
-class CenteredWeightNorm(WeightParametrization):
+class CenteredWeightNorm(DividedWeight):
     """W' = g·(W − W̄)/‖W − W̄‖ (Huang et al., ICCV 2017), with a gain by default."""
 
     divides_by = Divisor.NORM
@@ -162,7 +213,7 @@ class CenteredWeightNorm(WeightParametrization):
         return functional.centered_weight_norm(w, self.view, gain, self.eps)
 
 
-class WeightStandardization(WeightParametrization):
+class WeightStandardization(DividedWeight):
     """W' = (W − W̄)/std(W) (arXiv 1903.10520), biased std, without a gain by default."""
 
     divides_by = Divisor.STD
@@ -170,7 +221,27 @@ class WeightStandardization(WeightParametrization):
     default_gain = False
 
     def _effective(self, w: Tensor, gain: Tensor | None) -> Tensor:
-        return functional.weight_standard(w, self.view, gain, self.eps)
+        return functional.weight_standardization(w, self.view, gain, self.eps)
+
+
+def check_eps(eps: float | None) -> None:
+    """Raise ``ValueError`` for a guard that is negative or not finite."""
+    if eps is not None and not 0 <= eps < math.inf:
+        raise ValueError(f"Invalid eps: {eps}; must be finite and 0 or more")
+
+
+def output_slices(module: nn.Module) -> tuple[View, int]:
+    """One slice an output channel: the view, and the groups of a transposed convolution."""
+    if isinstance(module, TRANSPOSED):
+        return View.channel(1), module.groups
+    return View.channel(), 1
+
+
+def input_slices(module: nn.Module) -> tuple[View, int]:
+    """One slice an input channel: the view, and the groups of a convolution."""
+    if isinstance(module, TRANSPOSED):
+        return View.channel(), 1
+    return View.channel(1), module.groups if isinstance(module, CONVOLUTIONS) else 1
 
 
 def stacks(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:

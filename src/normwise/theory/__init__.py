@@ -1,5 +1,6 @@
 """Closed forms for scale-invariant weights: decay as a schedule, equilibrium, growth, measures."""
 
+from normwise.theory.curvature import scaled_hessian_trace, scaled_jacobian_norm
 from normwise.theory.decay_schedule import (
     AdamWWithDecay,
     AdamWWithoutDecay,
@@ -38,7 +39,18 @@ from normwise.theory.growth import (
     norm_range,
     steps_to_norm,
 )
+from normwise.theory.lipschitz import aol_variance, signal_variance
 from normwise.theory.measures import gradient_cosine, scaled_fisher_trace, scaled_gradient_norm
+from normwise.theory.spectrum import (
+    condition_number,
+    effective_rank,
+    log_spread,
+    mean_absolute_cosine,
+    mean_cosine,
+    spectral_flatness_penalty,
+    stable_rank,
+)
+from normwise.theory.utilization import Utilization, utilization, utilized_ranks
 from normwise.updates import Update
 
 __all__ = [
@@ -49,6 +61,7 @@ __all__ = [
     "SGDWithDecay",
     "SGDWithoutDecay",
     "Update",
+    "Utilization",
     "adamw_angle",
     "adamw_equilibrium",
     "adamw_norms",
@@ -57,17 +70,25 @@ __all__ = [
     "adamw_with_decay",
     "adamw_without_decay",
     "angle_at",
+    "aol_variance",
+    "condition_number",
     "effective_lr",
+    "effective_rank",
     "epsilon_shifted_equilibrium",
     "equilibrium_of",
     "gradient_cosine",
     "growth_ratio",
     "lion_equilibrium_angle",
+    "log_spread",
+    "mean_absolute_cosine",
+    "mean_cosine",
     "momentum_norms",
     "norm_range",
     "norm_trajectory",
     "scaled_fisher_trace",
     "scaled_gradient_norm",
+    "scaled_hessian_trace",
+    "scaled_jacobian_norm",
     "sgd_angle",
     "sgd_decay_limit",
     "sgd_equilibrium",
@@ -76,6 +97,11 @@ __all__ = [
     "sgd_time_to_equilibrium",
     "sgd_with_decay",
     "sgd_without_decay",
+    "signal_variance",
+    "spectral_flatness_penalty",
+    "stable_rank",
     "steps_to_norm",
     "time_to_equilibrium",
+    "utilization",
+    "utilized_ranks",
 ]

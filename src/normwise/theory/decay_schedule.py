@@ -275,6 +275,9 @@ def sgd_decay_limit(momentum: float) -> float:
     α² − (1 + γ − λη)α + γ = 0 ([EXP]); beyond the limit there is no real root, the weight swings
     through zero, and neither an equivalent schedule nor an equilibrium exists.
 
+    Args:
+        momentum: γ.
+
     Raises:
         ValueError: for a momentum not in [0, 1).
     """
@@ -308,7 +311,13 @@ def sgd_schedule_limit(
 def adamw_schedule_limit(lr: float, weight_decay: float, dtype: torch.dtype = torch.float32) -> int:
     """The number of steps for which :func:`adamw_without_decay` has an answer at a constant η.
 
-    Arguments and errors are those of :func:`sgd_schedule_limit`.
+    Args:
+        lr: η.
+        weight_decay: λ, above 0.
+        dtype: of the run without decay (default: float32).
+
+    Raises:
+        ValueError: for a product ηλ of 0, or of 1 or more.
     """
     shrink = -math.log(_settled_alpha(lr, weight_decay, 0.0))
     largest = math.log(torch.finfo(dtype).max)

@@ -153,6 +153,12 @@ def angle_at(
         gradient_square: as of :func:`equilibrium_of`.
         entries: as of :func:`equilibrium_of`.
         shape: as of :func:`equilibrium_of`.
+
+    Returns:
+        The angle; NaN where no closed form is known.
+
+    Raises:
+        ValueError: for a norm that is not positive.
     """
     check_positive(norm=norm)
     if rule.is_projected is None:
@@ -183,6 +189,9 @@ def norm_trajectory(
         gradient_square: as of :func:`equilibrium_of`.
         entries: as of :func:`equilibrium_of`.
         shape: as of :func:`equilibrium_of`.
+
+    Returns:
+        One norm more than there are learning rates; NaN where no closed form is known.
 
     Raises:
         ValueError: as :func:`equilibrium_of`.
@@ -461,7 +470,19 @@ def sgd_time_to_equilibrium(
 def adamw_time_to_equilibrium(
     lr: float, weight_decay: float, start: float, tolerance: float = 0.1
 ) -> float:
-    """As :func:`sgd_time_to_equilibrium` for AdamW: the distance of ‖w‖² shrinks by (1 − ηλ)²."""
+    """The steps until the norm under AdamW is within ``tolerance`` of its equilibrium k.
+
+    See :func:`time_to_equilibrium`; δ = ηλ.
+
+    Args:
+        lr: η, constant.
+        weight_decay: λ.
+        start: the norm at the start, over k.
+        tolerance: the relative distance from k that counts as arrived (default: 0.1).
+
+    Raises:
+        ValueError: as :func:`adamw_equilibrium`; for a ``tolerance`` not in (0, 1).
+    """
     check_positive(lr=lr, weight_decay=weight_decay, start=start)
     return time_to_equilibrium(_adamw(lr, weight_decay, 0.9), start, tolerance)
 
@@ -495,7 +516,19 @@ def sgd_norms(
 def adamw_norms(
     lrs: Iterable[float], weight_decay: float, entries: int, start: float
 ) -> list[float]:
-    """As :func:`sgd_norms` for AdamW: ‖w‖² ← (1 − ηλ)²‖w‖² + η²C for slices of C ``entries``."""
+    """The expected norm before each step of AdamW, and after the last, under any schedule.
+
+    ‖w‖² ← (1 − ηλ)²‖w‖² + η²C, see :func:`norm_trajectory`.
+
+    Args:
+        lrs: η of each step.
+        weight_decay: λ; 0 is allowed.
+        entries: C, of a weight or a slice.
+        start: the norm before the first step.
+
+    Raises:
+        ValueError: for a number out of its range, or ηλ of 1 or more.
+    """
     check(weight_decay=weight_decay)
     check_positive(entries=entries)
     return norm_trajectory(_adamw(1.0, weight_decay, 0.9), lrs, start, entries=entries)

@@ -36,8 +36,11 @@ def effective_lr(lr: Number, norm: Number, update: Update) -> Number:
 
     Args:
         lr: η.
-        norm: ‖w‖, above 0.
-        update: what kind of update the optimizer makes.
+        norm: ‖w‖, above 0; a number or a tensor of any shape.
+        update: what sets the length of the optimizer's updates.
+
+    Returns:
+        A number, or a tensor of the shape of ``norm``.
     """
     return lr / norm**update.exponent
 
@@ -118,6 +121,9 @@ def norm_range(dtype: torch.dtype) -> tuple[float, float]:
     Below the smallest, 1/‖w‖, by which gradients and effective learning rates grow, is infinite in
     ``dtype``, or ‖w‖² is no normal number in the float32 or better in which norms are taken. So it
     is 1/65504 for float16 and 1.1e-19 for float32. Above the largest, an entry or ‖w‖² overflows.
+
+    Args:
+        dtype: a floating-point dtype.
     """
     info = torch.finfo(dtype)
     sums = torch.finfo(torch.promote_types(dtype, torch.float32))
@@ -129,6 +135,11 @@ def steps_to_norm(norm: float, target: float, growth: float) -> float:
 
     With ``growth = 1 − ηλ``, a dead slice's under decay, and ``target = norm_range(dtype)[0]`` it
     is the time until 1/‖w‖ overflows.
+
+    Args:
+        norm: at the start.
+        target: the norm to reach.
+        growth: the factor per step, 0 or more.
 
     Returns:
         The number of steps; 0 if it is there already, infinity if it is not going there.

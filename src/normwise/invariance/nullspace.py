@@ -1,4 +1,4 @@
-"""Joint symmetries: sets of tensors that can be scaled together, as powers of one number.
+"""Exponents that annul Euler products: what can be scaled together, as powers of one number.
 
 If f(c^a₁·w₁, …, c^a_T·w_T) = f(w₁, …, w_T) for all c > 0, then Σ a_t ⟨w_t, g_t⟩ = 0 for every
 upstream gradient: the exponents a are the null space of the matrix (draws × tensors) of Euler
@@ -10,39 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normwise.invariance.specimen import TOLERANCE
+from normwise.invariance.replica import TOLERANCE
 
-__all__ = ["RowSpace", "null_space", "sparse_basis", "unit_pairs"]
+__all__ = ["RowSpace", "null_space", "pivots", "sparse_basis"]
 
 # Exponents are small rationals. Values this near to one are taken for it, and the relation is then
 # tested with the rounded exponents.
 _SNAP = 1e-4
-
-
-def unit_pairs(products: Tensor) -> list[Tensor]:
-    """Disjoint relations of two tensors with exponents (1, ±1), such as a norm's gain and bias.
-
-    Three draws tell them, where the whole null space takes one for each tensor.
-
-    Args:
-        products: Euler products, shape ``(draws, tensors)``, each draw at a point of its own.
-
-    Returns:
-        Exponents, each of shape ``(tensors,)``. The last tensor of each is in no other.
-    """
-    a, b = products.unsqueeze(2), products.unsqueeze(1)
-    bound = TOLERANCE * (a.abs() + b.abs())
-    found: list[Tensor] = []
-    paired: set[int] = set()
-    for sign in (1.0, -1.0):
-        passing = ((a + sign * b).abs() <= bound).all(0).triu(1)
-        for i, j in passing.nonzero().tolist():
-            if not {i, j} & paired:
-                paired |= {i, j}
-                relation = products.new_zeros(products.shape[1])
-                relation[i], relation[j] = 1.0, sign
-                found.append(relation)
-    return found
 
 
 class RowSpace:
@@ -93,7 +67,7 @@ def null_space(products: Tensor) -> Tensor:
 def sparse_basis(
     products: Tensor, null: Tensor, known: list[Tensor], generator: torch.Generator
 ) -> list[Tensor]:
-    """A basis of relations with few and simple exponents.
+    """A basis of the relations beside those known, with few and simple exponents.
 
     Eliminating with the tensors in a random order gives relations of minimal support (fundamental
     circuits). From many orders the cheapest independent ones are kept, and made cheaper by adding
@@ -105,11 +79,11 @@ def sparse_basis(
     Args:
         products: Euler products, shape ``(draws, tensors)``, tensors in the order of their use.
         null: an orthonormal basis of its null space, shape ``(tensors, dimension)``.
-        known: relations that are independent of it.
+        known: relations that the basis need not repeat, independent of the null space given.
         generator: draws the orders.
 
     Returns:
-        For each relation its exponents, shape ``(tensors,)``, of which the smallest is ±1.
+        For each new relation its exponents, shape ``(tensors,)``, of which the smallest is ±1.
     """
     tensors, dimension = null.shape
     candidates: dict[tuple[float, ...], Tensor] = {}
@@ -119,8 +93,24 @@ def sparse_basis(
             simple = _simplified(relation, products)
             if simple is not None:
                 candidates[tuple(simple.tolist())] = simple
-    chosen = _independent([*known, *sorted(candidates.values(), key=_cost)])
-    return sorted(_polished(chosen, products), key=lambda a: int(a.nonzero()[0]))
+    new = _independent(sorted(candidates.values(), key=_cost), known)
+    return sorted(_polished(new, known, products), key=lambda a: int(a.nonzero()[0]))
+
+
+def pivots(relations: list[Tensor]) -> list[int]:
+    """One tensor for each independent relation, without which the others can be looked for."""
+    rows = torch.stack(relations).clone() if relations else torch.zeros(0, 0)
+    found: list[int] = []
+    for row in rows:
+        at = int(row.abs().argmax())
+        if row[at].abs() < _SNAP:
+            continue
+        found.append(at)
+        row /= row[at].clone()
+        for other in rows:
+            if other is not row and other.data_ptr() != row.data_ptr():
+                other -= other[at].clone() * row
+    return found
 
 
 def holds(relation: Tensor, products: Tensor) -> bool:
@@ -178,39 +168,44 @@ def _cost(relation: Tensor) -> tuple[float, ...]:
     )
 
 
-def _independent(relations: list[Tensor]) -> list[Tensor]:
+def _independent(relations: list[Tensor], known: list[Tensor]) -> list[Tensor]:
     """The first of the relations that are linearly independent of those before them."""
     chosen: list[Tensor] = []
     directions: list[Tensor] = []
-    for relation in relations:
+    for i, relation in enumerate([*known, *relations]):
         rest = relation / torch.linalg.vector_norm(relation)
-        for _ in range(2):  # twice is enough for orthogonality
-            for direction in directions:
-                rest = rest - direction * (direction @ rest)
+        if directions:
+            basis = torch.stack(directions)
+            for _ in range(2):  # twice is enough for orthogonality
+                rest = rest - basis.T @ (basis @ rest)
         length = torch.linalg.vector_norm(rest)
         if length > _SNAP:
-            chosen.append(relation)
             directions.append(rest / length)
+            if i >= len(known):
+                chosen.append(relation)
     return chosen
 
 
-def _polished(relations: list[Tensor], products: Tensor) -> list[Tensor]:
+def _polished(
+    relations: list[Tensor], known: list[Tensor], products: Tensor
+) -> list[Tensor]:
     """Replace relations by cheaper sums of themselves and a multiple of another."""
-    relations = list(relations)
+    relations = [*relations, *known]
+    count = len(relations) - len(known)
     improved = True
     while improved:
         improved = False
-        for i, relation in enumerate(relations):
+        for i in range(count):
             for j, other in enumerate(relations):
-                shared = (relation != 0) & (other != 0)
+                shared = (relations[i] != 0) & (other != 0)
                 if i == j or not shared.any():
                     continue
-                for factor in {*(relation / other)[shared].tolist(), 1.0, -1.0}:
+                for factor in {*(relations[i] / other)[shared].tolist(), 1.0, -1.0}:
                     candidate = relations[i] - factor * other
-                    if not candidate.any():
+                    if not candidate.any() or _cost(candidate) >= _cost(relations[i]):
                         continue
                     simple = _simplified(candidate, products)
                     if simple is not None and _cost(simple) < _cost(relations[i]):
                         relations[i] = simple
                         improved = True
-    return relations
+    return relations[:count]

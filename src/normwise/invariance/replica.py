@@ -9,7 +9,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from normwise.invariance.exact import SHRINK, Exact, wide
 
-__all__ = ["Specimen", "built"]
+__all__ = ["Replica", "built"]
 
 Forward = Callable[[nn.Module], Any]
 
@@ -30,7 +30,7 @@ _TINY = 1e-3
 TOLERANCE = 2.0**-26
 
 
-class Specimen:
+class Replica:
     """A copy of ``model`` in float64, with a forward that can be repeated exactly.
 
     Args:
@@ -59,16 +59,16 @@ class Specimen:
             self.model.eval()
         elif not model.training:
             self.model.train()
-        # Keys and values cached for generation are not outputs that a loss sees.
-        config: Any = getattr(self.model, "config", None)
-        if getattr(config, "use_cache", False) is True:
-            config.use_cache = False
+        for module in self.model.modules():
+            _settle(getattr(module, "config", None))
         self.params = _floating_parameters(self.model)
         for p in self.model.parameters():
             p.grad = None
             if p.is_floating_point() or p.is_complex():
                 p.requires_grad_(True)
         self._used: dict[int, None] = {}
+        self._kernels: dict[int, int] = {}
+        self._uses: list[tuple[int, str, int | str]] = []
         self._buffers = [
             (module, key, buffer.detach().clone())
             for module in self.model.modules()
@@ -122,7 +122,7 @@ class Specimen:
                     f"the forward of {type(self.model).__name__} raised "
                     f"{type(error).__name__}: {text}"
                 ) from error
-        self._used = exact.used
+        self._used, self._kernels, self._uses = exact.used, exact.kernels, exact.uses
         # Also where no graph is wanted, since models choose their path by whether gradients are on.
         outputs = [output for output in floating_tensors(result) if output.requires_grad]
         if not outputs:
@@ -150,6 +150,15 @@ class Specimen:
         """The names, in the order in which the last forward first used the parameters."""
         order = {key: i for i, key in enumerate(self._used)}
         return sorted(names, key=lambda name: order.get(id(self.params[name]), len(order)))
+
+    def groups(self, name: str) -> int | None:
+        """The groups of the convolution that the last forward used a parameter in, if any."""
+        return self._kernels.get(id(self.params[name]))
+
+    def uses(self) -> list[tuple[str, str, int | str]]:
+        """The operations of the last forward on parameters: (parameter, operation, argument)."""
+        names = {id(p): name for name, p in self.params.items()}
+        return [(names[key], op, at) for key, op, at in self._uses if key in names]
 
     def cotangents(self, outputs: list[Tensor], draw: int) -> list[Tensor]:
         """Random normal upstream gradients; 0 where an output is infinite (masked)."""
@@ -253,7 +262,9 @@ def deterministic(seed: int, params: Mapping[str, Tensor]) -> Iterator[None]:
         if numpy:
             numpy.random.seed(seed % 2**32)
         torch.set_default_dtype(torch.float64)
-        with torch.compiler.set_stance("force_eager"):
+        # Where nothing has loaded the compiler nothing is compiled, and to load it takes seconds.
+        compiled = "torch._dynamo" in sys.modules
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
         torch.set_default_dtype(dtype)
@@ -316,6 +327,16 @@ def _copied(model: nn.Module) -> nn.Module:
             if buffer is not None:
                 module._buffers[key] = wide(buffer)
     return duplicate
+
+
+def _settle(config: Any) -> None:
+    """Turn off, in a configuration of transformers, what an analysis cannot look through."""
+    # Keys and values cached for generation are not outputs that a loss sees.
+    if getattr(config, "use_cache", False) is True:
+        config.use_cache = False
+    # Grouped matrix products take no float64; the plain loop over experts does.
+    if getattr(config, "_experts_implementation", None) is not None:
+        config._experts_implementation = "eager"
 
 
 def _generic_(value: Tensor, generator: torch.Generator) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from normwise.invariance.joint import RowSpace, null_space, sparse_basis, unit_pairs
+from normwise.invariance.nullspace import RowSpace, null_space, pivots, sparse_basis
 
 
 def products(relations, tensors, draws, seed=0):
@@ -50,9 +50,20 @@ def test_of_tensors_that_stand_for_one_another_the_last_to_write_is_named():
     assert found == [{0: 1, 2: 1, 3: 1}, {1: 1, 2: -1}]
 
 
-def test_unit_pairs_need_three_draws():
-    p = products([{0: 1, 1: 1}, {2: 1, 4: -1}, {3: 1, 5: 2}], 8, 3)
-    assert as_dicts(unit_pairs(p)) == [{0: 1, 1: 1}, {2: 1, 4: -1}]
+def test_what_is_known_is_not_found_again():
+    relations = [{0: 1, 1: 1}, {2: 1, 3: -1}, {1: 1, 4: 1, 5: 1}]
+    p = products(relations, 8, 12)
+    known = []
+    for relation in relations[:2]:
+        known.append(torch.zeros(8, dtype=torch.float64))
+        for t, a in relation.items():
+            known[-1][t] = a
+    left = [t for t in range(8) if t not in pivots(known)]
+    assert len(left) == 6
+    null = torch.zeros(8, 1, dtype=torch.float64)
+    null[left] = null_space(p[:, left])
+    found = as_dicts(sparse_basis(p, null, known, torch.Generator().manual_seed(0)))
+    assert found == [{1: 1, 4: 1, 5: 1}]
 
 
 def test_a_row_space_is_complete_at_the_rank():

@@ -1,0 +1,230 @@
+"""What each parameter is for: told from what the network does with it, never from its name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from normwise.invariance.replica import TOLERANCE, Replica
+from normwise.invariance.symmetry import Slices, Symmetry, Term
+
+__all__ = ["Role", "find_roles"]
+
+RoleKind = Literal["embedding", "readout", "tied", "hidden", "router", "gain", "bias", "other"]
+
+# Where each operation takes its gain and its bias: by position, or by name.
+_GAINS = {
+    "layer_norm": (2, "weight"),
+    "group_norm": (2, "weight"),
+    "rms_norm": (2, "weight"),
+    "batch_norm": (3, "weight"),
+    "instance_norm": (3, "weight"),
+}
+_BIASES = {
+    "layer_norm": (3, "bias"),
+    "group_norm": (3, "bias"),
+    "batch_norm": (4, "bias"),
+    "instance_norm": (4, "bias"),
+    "linear": (2, "bias"),
+    "addmm": (0, "input"),
+    "conv1d": (2, "bias"),
+    "conv2d": (2, "bias"),
+    "conv3d": (2, "bias"),
+    "conv_transpose1d": (2, "bias"),
+    "conv_transpose2d": (2, "bias"),
+    "conv_transpose3d": (2, "bias"),
+}
+_SUMS = frozenset({"add", "__add__", "__radd__", "__iadd__", "add_"})
+_PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "__imul__", "mul_"})
+_LOOKUPS = frozenset({"embedding", "embedding_bag", "index_select"})
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a parameter is for, and how that was seen.
+
+    Args:
+        kind: ``"embedding"`` (rows are looked up), ``"readout"`` (the last matrix), ``"tied"``
+            (both), ``"hidden"`` (any other matrix), ``"router"`` (chooses among a stack of
+            matrices), ``"gain"``, ``"bias"``, or ``"other"``.
+        evidence: what the network does with it, in words.
+        heads: the number of attention heads that its rows or columns make, if that was seen.
+        parts: the runs of indices of a fused projection that have symmetries of their own.
+    """
+
+    kind: RoleKind
+    evidence: str
+    heads: int | None = None
+    parts: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = self.kind
+        if self.heads:
+            text += f", {self.heads} heads"
+        if self.parts:
+            text += f", fused: {'; '.join(self.parts)}"
+        return text
+
+
+def find_roles(replica: Replica, symmetries: Sequence[Symmetry]) -> dict[str, Role]:
+    """The role of each parameter, by name.
+
+    Args:
+        replica: at a generic point.
+        symmetries: of the network.
+    """
+    outputs = replica.run(graph=True)
+    names = list(replica.params)
+    grads = replica.gradients(outputs, replica.cotangents(outputs, -2), names)
+    gradients = {name: g for name, g in zip(names, grads, strict=True) if g is not None}
+    uses: dict[str, list[tuple[str, int | str]]] = defaultdict(list)
+    for name, op, at in replica.uses():
+        uses[name].append((op, at))
+    readout = _readout(replica)
+    heads = _heads(replica, symmetries, gradients)
+    routers = _routers(symmetries)
+    roles = {}
+    for name, p in replica.params.items():
+        matrix = sum(size > 1 for size in p.shape) > 1
+        kind, evidence = _told(name, uses[name], readout, matrix=matrix)
+        if kind == "hidden" and name in routers:
+            kind, evidence = "router", routers[name]
+        roles[name] = Role(kind, evidence, heads.get(name), _parts(name, symmetries))
+    return roles
+
+
+def _told(
+    name: str, uses: list[tuple[str, int | str]], readout: str | None, *, matrix: bool
+) -> tuple[RoleKind, str]:
+    """The role that the operations tell, and the evidence."""
+    for op, at in uses:
+        if at in _GAINS.get(op, ()):
+            return "gain", f"the gain of a {op}"
+        if at in _BIASES.get(op, ()):
+            return "bias", f"the bias of a {op}"
+    ops = [op for op, _ in uses]
+    looked_up = any(op in _LOOKUPS for op in ops)
+    if looked_up and name == readout:
+        return "tied", "its rows are looked up, and the last matrix product is with it"
+    if looked_up:
+        return "embedding", "its rows are looked up"
+    if name == readout:
+        return "readout", "the last matrix product of the forward is with it"
+    if not matrix and any(op in _PRODUCTS for op in ops):
+        return "gain", "it multiplies what passes by"
+    if any(op in _SUMS for op in ops):
+        return "bias", "it is added to what passes by"
+    if matrix and ops:
+        return "hidden", f"a matrix used in {', '.join(dict.fromkeys(ops))}"
+    return "other", f"used in {', '.join(dict.fromkeys(ops))}" if ops else "not used"
+
+
+def _readout(replica: Replica) -> str | None:
+    """The last matrix that the forward uses in a product."""
+    last = None
+    for name, op, _ in replica.uses():
+        matrix = sum(size > 1 for size in replica.params[name].shape) > 1
+        if matrix and op not in _LOOKUPS | _SUMS | _PRODUCTS:
+            last = name
+    return last
+
+
+def _heads(
+    replica: Replica, symmetries: Sequence[Symmetry], gradients: Mapping[str, Tensor]
+) -> dict[str, int]:
+    """The number of heads of the parameters of families whose units mix within heads.
+
+    Units of one head can be mixed by any invertible matrix, not only scaled: if slice u of one
+    side takes up ε times slice u', and slice u' of the other gives up ε times slice u, nothing
+    changes, to first order. Units of two heads, or with an activation between, cannot.
+    """
+    found: dict[str, int] = {}
+    for symmetry in symmetries:
+        if symmetry.is_view:
+            (term,) = symmetry.terms
+            view = term.view
+            if view is not None and view.kind == "blocks" and len(term.shape) == 2:
+                found.setdefault(term.parameter, symmetry.units)
+            continue
+        if symmetry.units < 2 or any(abs(term.exponent) != 1 for term in symmetry.terms):
+            continue
+        mixed = torch.zeros(symmetry.units, symmetry.units, dtype=torch.float64)
+        size = torch.zeros_like(mixed)
+        for term in symmetry.terms:
+            g = gradients.get(term.parameter)
+            if g is None:
+                continue
+            w = replica.params[term.parameter].detach()
+            if w.is_complex():
+                continue
+            products = _by_unit(g, term.slices) @ _by_unit(w, term.slices).T
+            products = products.cpu()
+            mixed += products if term.exponent > 0 else -products.T
+            size += products.abs() if term.exponent > 0 else products.abs().T
+        together = (mixed.abs() <= TOLERANCE * size) & (size > 0)
+        heads, shared = _blocks(together), 1
+        if heads is None:
+            # A rotary embedding turns pairs: two indices a unit, and no two units mix.
+            shared = min(term.slices.per_unit for term in symmetry.terms)
+            digits = {term.slices.units[0][0] for term in symmetry.terms}
+            several = all(len(term.slices.units) == 2 for term in symmetry.terms)
+            heads = digits.pop() if shared == 2 and several and len(digits) == 1 else None
+        if heads is not None:
+            for term in symmetry.terms:
+                # Indices of one unit beside these belong to heads that share it: grouped queries.
+                if len(term.shape) == 2:
+                    found.setdefault(term.parameter, heads * term.slices.per_unit // shared)
+    return found
+
+
+def _by_unit(t: Tensor, slices: Slices) -> Tensor:
+    """The entries of each unit in a row."""
+    t = t.reshape(1) if t.ndim == 0 else t
+    flat = t.movedim(slices.dims, tuple(range(len(slices.dims)))).flatten(0, len(slices.dims) - 1)
+    return flat[slices.indices().to(t.device)].flatten(1)
+
+
+def _blocks(together: Tensor) -> int | None:
+    """The number of equal diagonal blocks, if two or more of more than one unit each."""
+    units = len(together)
+    first = together[0].nonzero().flatten()
+    length = len(first)
+    if length < 2 or length == units or units % length:
+        return None
+    expected = torch.block_diag(*[torch.ones(length, length)] * (units // length)).bool()
+    return units // length if torch.equal(together, expected) else None
+
+
+def _routers(symmetries: Sequence[Symmetry]) -> dict[str, str]:
+    """Matrices that read what a stack of as many matrices reads as they have rows."""
+    found = {}
+    for symmetry in symmetries:
+        stacks = {term.shape[0] for term in symmetry.terms if len(term.shape) == 3}
+        for term in symmetry.terms:
+            if len(term.shape) == 2 and term.shape[0] in stacks:
+                found[term.parameter] = (
+                    f"reads what a stack of {term.shape[0]} matrices reads, and has as many rows"
+                )
+    return found
+
+
+def _parts(name: str, symmetries: Sequence[Symmetry]) -> tuple[str, ...]:
+    """The parts of a matrix along one dimension that are in families of their own."""
+    parts = []
+    for symmetry in symmetries:
+        for term in symmetry.terms:
+            total = 1
+            for d in term.slices.dims:
+                total *= term.shape[d] if term.shape else 1
+            covered = term.slices.count * term.slices.per_unit
+            if term.parameter == name and len(term.shape) > 1 and covered < total:
+                plain = Slices(term.slices.dims, term.slices.start, term.slices.units)
+                words = (plain if not term.slices.within else term.slices).words(term.shape)
+                if words not in parts:
+                    parts.append(words)
+    return tuple(parts)
