@@ -1,6 +1,7 @@
 """What the site does to a page before it is rendered."""
 
 import argparse
+import importlib
 import os
 import posixpath
 import re
@@ -9,12 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 INCLUDE = re.compile(r"^<!-- include: ([\w.]+) -->$", re.MULTILINE)
+ROOM = re.compile(r"^::: (normwise(?:\.\w+)?)$", re.MULTILINE)
 HELP = re.compile(r"^<!-- help: ([a-z ]+) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown, page, **_):
     """Include files of the repository, show commands' help, and keep links within the site."""
-    markdown = INCLUDE.sub(include, markdown)
+    markdown = ROOM.sub(show_hidden, INCLUDE.sub(include, markdown))
     return HELP.sub(show_help, keep_links_inside(markdown, page.file.src_uri))
 
 
@@ -34,6 +36,18 @@ def keep_links_inside(markdown, page):
         return match[1] if target.startswith("../") else match[0]
 
     return LINK.sub(keep, markdown)
+
+
+def show_hidden(match):
+    """A room, and before it what the reference takes for the file of the same name."""
+    room = importlib.import_module(match[1])
+    hidden = ""
+    for name in room.__all__:
+        home = getattr(getattr(room, name), "__module__", "")
+        if home.rpartition(".")[2] == name:
+            hidden += f"[](){{#{match[1]}.{name}}}\n\n::: {home}.{name}\n"
+            hidden += "    options: {show_root_heading: true, show_root_toc_entry: true}\n\n"
+    return f"{hidden}{match[0]}"
 
 
 def show_help(match):
