@@ -770,15 +770,15 @@ def real_run(make, steps=60):
     """Weights before each step and after the last, of a network with batch norm."""
     from sklearn.datasets import load_digits
 
-    from normwise.lab.models import ConvNet
+    from normwise.lab.networks import build
 
     digits = load_digits()
     x = torch.tensor(digits.images[:, None] / 16, dtype=torch.float64)
     y = torch.tensor(digits.target)
-    net = ConvNet(1, 10, 8).double()
-    for norm in net.norms:
+    net = build("convnet", 1, 10, 8).double()
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.eps = 1e-300
-    weights = [w.weight for w in net.invariant_weights()]
+    weights = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)]
     optimizer = make(weights)
     rest = torch.optim.SGD(
         [p for p in net.parameters() if all(p is not w for w in weights)], lr=0.05

@@ -276,14 +276,19 @@ def _combined(w, u, keep, add, compute: tl.constexpr):
 
 
 @triton.jit
-def _sums(w, u, z, row, compute: tl.constexpr):
-    """⟨w, u⟩, ‖w‖², ⟨w, z⟩, ‖z‖² of each row, in float64; ``row`` says where there is one."""
+def _sums(w, u, z, row, fixed, compute: tl.constexpr):
+    """⟨w, u⟩, ‖w‖², ⟨w, z⟩, ‖z‖² of each row, in float64; ``row`` says where there is one.
+
+    If ``fixed``, the way back to a norm is made of ‖u‖² − ⟨w, u⟩²/‖w‖², in which float32 has no
+    digits left where u is nearly radial.
+    """
     wu, ww = tl.sum(w * u, 1).to(tl.float64), tl.sum(w * w, 1).to(tl.float64)
     wz, zz = tl.sum(w * z, 1).to(tl.float64), tl.sum(z * z, 1).to(tl.float64)
     if compute == tl.float32:
         # Of ⟨w, u⟩ no look at what underflowed is needed: it is below 1e-37, so 1e-17·‖w‖².
         exact = (ww > 1e-20) & (ww < 1e30) & (zz > 1e-20) & (zz < 1e30)
         exact = exact & (tl.abs(wu) < 1e30) & (tl.abs(wz) < 1e30)
+        exact = exact & ((wz * wz < 0.9 * ww * zz) | (fixed == 0))
         if tl.min((exact | (row == 0)).to(tl.int32), 0) == 0:
             x, y, t = w.to(tl.float64), u.to(tl.float64), z.to(tl.float64)
             wu, ww, wz, zz = tl.sum(x * y, 1), tl.sum(x * x, 1), tl.sum(x * t, 1), tl.sum(t * t, 1)
@@ -404,6 +409,7 @@ def first_pass(
     row = s < n
     w_at = _address(state, tensor, W, dtype, aligned)
 
+    fixed = row & (s * 0 + tl.load(about + MODE) == FIXED)
     wu = tl.zeros([rows], tl.float64)
     ww = tl.zeros([rows], tl.float64)
     wz = tl.zeros([rows], tl.float64)
@@ -415,7 +421,7 @@ def first_pass(
             mask = row[:, None] & (c < end)[None, :]
             g, u = _direction(state, about, tensor, at, mask, True, aligned, how, dtype, compute)
             w = tl.load(w_at + at, mask, other=0).to(compute)
-            x0, x1, x2, x3 = _sums(w, u, g if GATED & how else u, row, compute)
+            x0, x1, x2, x3 = _sums(w, u, g if GATED & how else u, row, fixed, compute)
             wu += x0
             ww += x1
             wz += x2
@@ -426,7 +432,7 @@ def first_pass(
         mask = row[:, None] & (c < end)[None, :]
         g, u = _direction(state, about, tensor, at, mask, True, aligned, how, dtype, compute)
         w = tl.load(w_at + at, mask, other=0).to(compute)
-        wu, ww, wz, zz = _sums(w, u, g if GATED & how else u, row, compute)
+        wu, ww, wz, zz = _sums(w, u, g if GATED & how else u, row, fixed, compute)
 
     pieces = tl.load(about + PIECES)
     whole = row & (s * 0 + pieces == 0)

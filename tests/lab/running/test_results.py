@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import shutil
@@ -22,6 +23,7 @@ from normwise.lab.running import cell
 from normwise.lab.running.cell import config_of
 from normwise.lab.running.export import as_csv, as_data, as_latex, as_markdown
 from normwise.lab.running.results import Done, read_cells, tables
+from normwise.lab.store import seal_json
 
 VALUES = {"sgd": [0.90, 0.91, 0.95], "sgdp": [0.93, 0.95, 0.985], "adamw": [0.8, 0.9, 0.7]}
 
@@ -38,18 +40,20 @@ def write(out, method, seed, accuracy, recipe="digits", **changes):
         {"epoch": e, "train_loss": e and 1 / e, "norm_growth": 1.0, "effective_lr": 0.1, metric: v}
         for e, v in enumerate((0.1, accuracy))
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(content)
     result = {
-        "schema": 1,
+        "schema": 2,
         "status": "ok",
         "metrics": {metric: accuracy},
         "trivial": {metric: 0.1},
         "facts": {"test_examples": 100},
         "weights": "0" * 64,
+        "metrics_sha256": hashlib.sha256(content.encode()).hexdigest(),
         **changes,
     }
     if result["status"] is not None:
-        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "result.json").write_text(json.dumps(seal_json(result)))
     return folder
 
 
@@ -107,7 +111,7 @@ def test_folders_without_runs_and_damaged_ones_are_errors(tmp_path):
         read_cells([tmp_path])
     folder = write(tmp_path, "sgd", 0, 0.5)
     (folder / "result.json").write_text('{"status": "ok"')
-    with pytest.raises(UsageError, match="is not a run"):
+    with pytest.raises(UsageError, match=r"result\.json is damaged"):
         read_cells([tmp_path])
 
 
@@ -203,7 +207,9 @@ def test_the_commands_refuse_what_they_cannot_do(runs, tmp_path, capsys):
         (["report", str(tmp_path / "nowhere")], "no runs in"),
         (["paper", "run", "digit"], "did you mean 'digits'"),
         (["paper", "run", "digits", "--executor", "rai"], "did you mean 'ray'"),
-        (["paper", "run", "digits", "--seeds", "0"], "1 or more"),
+        (["paper", "run", "digits", "--seeds", "0"], "from 1 to 10000"),
+        (["paper", "run", "digits", "--seeds", "1000000000"], "from 1 to 10000"),
+        (["paper", "run", "digits", "--device", "tpu"], "--device tpu is not allowed"),
         (["data", "fetch", "cifar"], "did you mean"),
         (["paper", "rum"], "rum"),
     ):
@@ -215,7 +221,7 @@ def test_the_commands_refuse_what_they_cannot_do(runs, tmp_path, capsys):
 
 def test_paper_run_trains_once_and_shows_the_table(tmp_path, capsys, monkeypatch):
     recipe = (Path(find.__globals__["__file__"]).parent / "digits.yaml").read_text()
-    quick = recipe.replace("{epochs: 3}", "{epochs: 1, width: 4, batch_size: 256}")
+    quick = recipe.replace("width: 8, epochs: 3", "width: 4, epochs: 1, batch_size: 256")
     quick = quick.replace("id: digits", "id: quick").replace("label: SGDP", "label: Mine")
     (tmp_path / "quick.yaml").write_text(quick)
     command = ["paper", "run", str(tmp_path / "quick.yaml"), "--seeds", "1", "--out"]
@@ -224,7 +230,7 @@ def test_paper_run_trains_once_and_shows_the_table(tmp_path, capsys, monkeypatch
     first = capsys.readouterr()
     assert "2/2 digits sgdp seed 0" in first.err
     assert "| Mine |" in first.out
-    monkeypatch.setattr(cell, "_train", None)
+    monkeypatch.setattr(cell, "_Run", None)
     assert cli.main([*command, "--json"]) == 0
     assert [row["method"] for row in json.loads(capsys.readouterr().out)] == ["sgd", "sgdp"]
     assert cli.main(["report", str(tmp_path / "runs")]) == 0
@@ -250,3 +256,34 @@ def test_a_cell_that_has_only_begun_is_unfinished(tmp_path):
     (table,) = tables([done])
     assert table.entries[0].spread is None
     assert Page(render([table])).open == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[1, 2]"),
+        ("config.json", "{"),
+        ("config.json", "{}"),
+        ("result.json", "[]"),
+        ("result.json", '{"status": "ok"}'),
+        ("metrics.jsonl", '{"epoch": 0}\n'),
+    ],
+)
+def test_a_damaged_cell_is_skipped_and_the_others_are_reported(tmp_path, capsys, name, content):
+    write(tmp_path, "sgd", 0, 0.5)
+    bad = write(tmp_path, "sgdp", 0, 0.6)
+    (bad / name).write_text(content)
+    assert cli.main(["report", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert "| SGD | 50.00 |" in out
+    assert "SGDP" not in out
+    assert err.count("\n") == 1
+    assert f"skipped: {bad / name} is damaged" in err
+
+
+def test_a_digit_changed_in_a_result_is_noticed(tmp_path):
+    folder = write(tmp_path, "sgd", 0, 0.5)
+    text = (folder / "result.json").read_text()
+    (folder / "result.json").write_text(text.replace("0.5", "0.9"))
+    with pytest.raises(UsageError, match="its checksum differs"):
+        read_cells([tmp_path])

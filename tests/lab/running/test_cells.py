@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,14 +20,17 @@ import pytest
 import torch
 from torch import nn
 
-from normwise.lab.errors import UsageError
+from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import Processes
 from normwise.lab.recipes import find
 from normwise.lab.recipes.schema import Training
 from normwise.lab.running import cell as module
 from normwise.lab.running.cell import DiskFull, run_cell
+from normwise.lab.running.events import Finished, Measured
 from normwise.lab.running.executors import run_cells
-from normwise.lab.store import read_metrics
+from normwise.lab.running.prepare import make_optimizer, normalize_weights
+from normwise.lab.running.trainer import Trainer
+from normwise.lab.store import locked, read_metrics, seal
 
 ROOT = Path("no data is needed")
 FILES = ("metrics.jsonl", "result.json", "config.json")
@@ -154,7 +159,7 @@ def test_every_optimizer_goes_on_from_the_middle_of_an_epoch(
 ):
     cell = tiny(method, **training)
     run_cell(cell, tmp_path / "whole", ROOT)
-    take, steps = module._Trainer.take, []
+    take, steps = Trainer.take, []
 
     def stop(self, chosen):
         if len(steps) == 4:
@@ -162,10 +167,10 @@ def test_every_optimizer_goes_on_from_the_middle_of_an_epoch(
         steps.append(chosen)
         return take(self, chosen)
 
-    monkeypatch.setattr(module._Trainer, "take", stop)
+    monkeypatch.setattr(Trainer, "take", stop)
     with pytest.raises(KeyboardInterrupt):
         run_cell(cell, tmp_path / "cut", ROOT, checkpoint_seconds=0)
-    monkeypatch.setattr(module._Trainer, "take", take)
+    monkeypatch.setattr(Trainer, "take", take)
     run_cell(cell, tmp_path / "cut", ROOT)
     assert contents(tmp_path / "cut", cell) == contents(tmp_path / "whole", cell)
     assert (
@@ -178,7 +183,7 @@ def test_a_finished_cell_is_not_run_again(tmp_path, whole, monkeypatch):
     folder.mkdir(parents=True)
     for name, content in whole.items():
         (folder / name).write_bytes(content)
-    monkeypatch.setattr(module, "_train", None)
+    monkeypatch.setattr(module, "_Run", None)
     assert run_cell(tiny(), tmp_path, ROOT) == json.loads(whole["result.json"])
 
 
@@ -206,16 +211,130 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path, whole):
         run_cell(tiny(), tmp_path, ROOT)
     old = {**json.loads(whole["config.json"]), "schema": 0}
     (folder / "config.json").write_text(json.dumps(old))
-    with pytest.raises(UsageError, match=r"another version .schema 0, not 1"):
+    with pytest.raises(UsageError, match=r"another version .schema 0, not 2"):
         run_cell(tiny(), tmp_path, ROOT)
 
 
-def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path, whole):
+def begun(out, cell, monkeypatch, steps=4):
+    """Leave a cell that was cut off after some steps, each with a checkpoint."""
+    take, taken = Trainer.take, []
+
+    def stop(self, batches):
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+        taken.append(batches)
+        take(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_cell(cell, out, ROOT, checkpoint_seconds=0)
+    return out / cell.folder
+
+
+def flipped(path):
+    """Turn 200 bytes of the weights in a checkpoint into others, as a bad disk would."""
+    content = bytearray(path.read_bytes())
+    for place in random.Random(0).sample(range(len(content) // 3, 2 * len(content) // 3), 200):
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+
+
+def sealed(state):
+    """A file that is whole, of something that is no checkpoint."""
+
+    def write(path):
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        path.write_bytes(seal(buffer.getvalue()))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("checkpoint.pt", flipped),
+        ("checkpoint.pt", lambda path: path.write_bytes(b"PK\x03\x04 but no more")),
+        ("checkpoint.pt", lambda path: path.write_bytes(b"")),
+        ("checkpoint.pt", sealed({"epoch": 1})),
+        ("checkpoint.pt", sealed([1, 2])),
+        ("checkpoint.pt", sealed({"model": {"0.weight": torch.ones(2)}, "optimizer": {}})),
+        ("metrics.jsonl", lambda path: path.write_text(path.read_text().replace("0.", "1.", 1))),
+        ("metrics.jsonl", lambda path: path.unlink()),
+        ("config.json", lambda path: path.write_text("[]")),
+        ("config.json", lambda path: path.write_text("{")),
+        ("environment.json", lambda path: path.write_text("{")),
+    ],
+)
+def test_a_damaged_cell_is_skipped_and_the_next_is_trained(tmp_path, monkeypatch, name, damage):
+    """Nothing goes on from a file that is not what was written, and one bad cell stops no other."""
+    bad, good = tiny(), tiny("sgd", epochs=1)
+    damage(begun(tmp_path, bad, monkeypatch) / name)
+    with pytest.raises(Damaged, match=rf"{re.escape(name)} is damaged .*delete .*{bad.folder}"):
+        run_cell(bad, tmp_path, ROOT)
+    skipped, trained = run_cells([bad, good], tmp_path, ROOT)
+    assert skipped["status"] == "skipped"
+    assert trained["status"] == "ok"
+
+
+def test_a_damaged_result_is_not_taken_for_one(tmp_path, whole):
     folder = tmp_path / tiny().folder
     folder.mkdir(parents=True)
-    (folder / "checkpoint.pt").write_bytes(b"PK\x03\x04 but no more")
-    with pytest.raises(UsageError, match=r"checkpoint\.pt cannot be read"):
+    for name, content in whole.items():
+        (folder / name).write_bytes(content.replace(b'"accuracy": 0.', b'"accuracy": 1.'))
+    with pytest.raises(Damaged, match=r"result\.json is damaged .its checksum differs"):
         run_cell(tiny(), tmp_path, ROOT)
+
+
+def test_torch_reads_a_checkpoint_as_it_is(tmp_path, whole):
+    run_cell(tiny(epochs=1), tmp_path, ROOT)
+    state = torch.load(tmp_path / tiny().folder / "checkpoint.pt", weights_only=True)
+    assert state["epoch"] == 1
+
+
+# Code of the user's
+
+
+@pytest.fixture
+def own_network(tmp_path, monkeypatch):
+    """A folder with a network of the user's, in two modules, and a cell that names it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_parts.py").write_text("from torch import nn\nact = nn.ReLU\n")
+    (tmp_path / "my_net.py").write_text(
+        "import my_parts\nfrom torch import nn\n"
+        "def make():\n"
+        "    conv = nn.Conv2d(1, 4, 3)\n"
+        "    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))\n"
+        "    return nn.Sequential(conv, nn.BatchNorm2d(4), my_parts.act(), head)\n"
+    )
+    yield replace(tiny("sgd", epochs=1), options=replace(tiny().options, network="my_net:make"))
+    for name in ("my_net", "my_parts"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("network", ["os:abort", "my_net:make"])
+def test_a_recipe_runs_no_code_that_is_not_trusted(own_network, tmp_path, network):
+    cell = replace(own_network, options=replace(own_network.options, network=network))
+    for trust in ((), ("another",)):
+        with pytest.raises(UsageError, match=rf"{network}.*--trust {network.split(':')[0]}"):
+            run_cells([cell], tmp_path / "out", ROOT, trust=trust)
+    assert not (tmp_path / "out").exists()
+    assert "my_net" not in sys.modules
+
+
+def test_an_edited_network_is_another_run(own_network, tmp_path):
+    (result,) = run_cells([own_network], tmp_path / "out", ROOT, trust=["my_net"])
+    assert result["status"] == "ok"
+    assert result["facts"]["invariant_weights"] == 1
+    with (tmp_path / "my_parts.py").open("a") as file:
+        file.write("# edited\n")
+    with pytest.raises(UsageError, match=r"another source of 'my_net:make'.*edited since"):
+        run_cells([own_network], tmp_path / "out", ROOT, trust=["my_net"])
+
+
+# Processes
 
 
 @fork_only
@@ -223,7 +342,7 @@ def test_two_processes_do_not_run_the_same_cell(tmp_path):
     folder = tmp_path / tiny().folder
     folder.mkdir(parents=True)
     with (
-        module._locked(folder),
+        locked(folder / "lock"),
         pytest.raises(UsageError, match="another process is running"),
     ):
         run_cell(tiny(), tmp_path, ROOT)
@@ -242,7 +361,9 @@ def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(tmp_path, whole, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(DiskFull, match=r"No space left.*make room and run the same command"):
+        with pytest.raises(
+            DiskFull, match=r"no room to write .*(json|jsonl|pt) .No space left.*make room"
+        ):
             run_cell(tiny(), tmp_path, ROOT, checkpoint_seconds=0)
     run_cell(tiny(), tmp_path, ROOT)
     assert contents(tmp_path, tiny()) == whole
@@ -275,8 +396,8 @@ def test_a_training_that_diverges_is_a_result_and_is_not_repeated(tmp_path):
 
 
 def prepared(network, training):
-    module._normalize(network, training)
-    return module._prepare(network, training)
+    normalize_weights(network, training)
+    return make_optimizer(network, training)
 
 
 def test_bare_division_fails_where_the_guarded_does_not(tmp_path):
@@ -285,7 +406,7 @@ def test_bare_division_fails_where_the_guarded_does_not(tmp_path):
     for guard in (None, 0.0):
         network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False))
         training = replace(tiny().training, normalization="WN", normalization_eps=guard)
-        module._normalize(network, training)
+        normalize_weights(network, training)
         with torch.no_grad():
             network[0].parametrizations.weight.original[0] = 0
         outcomes[guard] = network(torch.ones(1, 1, 1, 1)).isfinite().all().item()
@@ -357,13 +478,13 @@ def test_a_window_without_a_step_is_refused(tmp_path):
 
 
 def test_weights_decay_in_the_window_alone(tmp_path, monkeypatch):
-    take, seen = module._Trainer.take, []
+    take, seen = Trainer.take, []
 
     def look(self, chosen):
         seen.append([group["weight_decay"] for group in self.optimizer.param_groups])
         return take(self, chosen)
 
-    monkeypatch.setattr(module._Trainer, "take", look)
+    monkeypatch.setattr(Trainer, "take", look)
     cell = tiny(epsilon_shift=None, weight_decay=0.1, decay_window=(0.3, 0.7))
     run_cell(cell, tmp_path, ROOT)
     assert seen == [[on * 0.1, 0.0] for on in (0, 0, 1, 1, 0, 0)]
@@ -436,13 +557,53 @@ def test_processes_give_what_one_after_the_other_gives(tmp_path):
     cells = [tiny(m, epochs=1) for m in ("sgd", "adamp")]
     seen = []
     sequential = run_cells(cells, tmp_path / "a", ROOT)
-    parallel = run_cells(
-        cells, tmp_path / "b", ROOT, jobs=2, observe=lambda cell, result: seen.append(cell)
-    )
+    parallel = run_cells(cells, tmp_path / "b", ROOT, jobs=2, observe=seen.append)
     assert parallel == sequential
-    assert sorted(c.method for c in seen) == ["adamp", "sgd"]
+    ends = [event for event in seen if isinstance(event, Finished)]
+    assert sorted(e.cell.method for e in ends) == ["adamp", "sgd"]
+    epochs = [e.record for e in seen if isinstance(e, Measured) and e.cell.method == "sgd"]
+    assert epochs == read_metrics(tmp_path / "a" / cells[0].folder)
     for cell in cells:
         assert contents(tmp_path / "a", cell) == contents(tmp_path / "b", cell)
+
+
+def children_of(pid):
+    """The processes that one has started, and those have."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == pid:
+            child = int(stat.parent.name)
+            found += [child, *children_of(child)]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_one_that_was_started(tmp_path, end):
+    command = [sys.executable, "-m", "normwise", "paper", "run", "digits", "--scale", "paper"]
+    process = subprocess.Popen([*command, "--jobs", "2", "--out", str(tmp_path)], stderr=-3)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.rglob("metrics.jsonl")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        children = children_of(process.pid)
+        assert len(children) >= 2
+        process.send_signal(end)
+        process.wait(30)
+        deadline = time.monotonic() + 10
+        while any(Path(f"/proc/{child}").exists() for child in children):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        process.kill()
+    assert process.returncode == (130 if end == signal.SIGTERM else -signal.SIGKILL)
 
 
 @fork_only
@@ -499,13 +660,13 @@ def test_without_a_ray_cluster_it_says_how_to_start_one(tmp_path, monkeypatch):
 
 
 def test_metrics_can_be_read_while_a_cell_runs(tmp_path, monkeypatch):
-    save, seen = module._Trainer.save, []
+    save, seen = Trainer.save, []
 
     def look(self):
         seen.append(len(read_metrics(self.folder)))
         save(self)
 
-    monkeypatch.setattr(module._Trainer, "save", look)
+    monkeypatch.setattr(Trainer, "save", look)
     run_cell(tiny(), tmp_path, ROOT, checkpoint_seconds=0)
     assert seen == [1, 1, 2, 2, 2, 3]
 

@@ -8,8 +8,12 @@ import yaml
 
 from normwise.lab.errors import UsageError
 from normwise.lab.networks import build
-from normwise.lab.recipes import find, ids, read
-from normwise.lab.running.cell import _decay_within_window, _normalize, _prepare
+from normwise.lab.recipes import find, ids, parse, read
+from normwise.lab.running.prepare import (
+    decay_within_window,
+    make_optimizer,
+    normalize_weights,
+)
 
 GOOD = """
 schema: 1
@@ -53,9 +57,9 @@ def test_a_cell_takes_its_settings_from_all_levels():
         ("epochs: 30", "epochs: many", ["epochs is 'many'", "type int"]),
         ("epochs: 30", "epochs: 1.5", ["epochs is 1.5", "type int"]),
         ("epochs: 30", "epochs: 0", ["epochs 0", "1 or more"]),
-        ("lr: 1e-3", "lr: -1", ["lr -1.0", "not negative"]),
-        ("lr: 1e-3", "lr: .nan", ["lr nan", "finite"]),
-        ("lr: 1e-3", "lr: 1, normalization_eps: -1", ["normalization_eps -1.0", "not negative"]),
+        ("lr: 1e-3", "lr: -1", ["lr -1.0", "0 or more"]),
+        ("lr: 1e-3", "lr: .nan", ["lr is nan", "finite"]),
+        ("lr: 1e-3", "lr: 1, normalization_eps: -1", ["normalization_eps -1.0", "0 or more"]),
         ("lr: 1e-3", "lr: 1, coupling: lose", ["'lose'", "own, l2, decoupled, schedule"]),
         ("lr: 1e-3", "lr: 1, coupling: schedule, weight_decay: 1", ["must be below 1"]),
         ("lr: 1e-3", "lr: 1, decay_window: [0.5, 0.5]", ["decay_window [0.5, 0.5]", "rising"]),
@@ -74,7 +78,7 @@ def test_a_cell_takes_its_settings_from_all_levels():
         ),
         ("lr: 1e-3", "lr: 1, normalize_depthwise: true", ["normalize_depthwise", "is none"]),
         ("lr: 1e-3", "lr: 1, normalization_skip: [head]", ["normalization_skip", "is none"]),
-        ("lr: 1e-3", "lr: fast", ["lr is 'fast'", "type float"]),
+        ("lr: 1e-3", "lr: fast", ["lr is 'fast'", "finite number"]),
         ("batch_size: 64", "augment: [turn], batch_size: 1", ["'turn'", "choose from crop, flip"]),
         ("batch_size: 64", "augment: [mixup, cutmix], batch_size: 1", ["both mixup and cutmix"]),
         (", batch_size: 64", "", ["'batch_size' is missing"]),
@@ -84,6 +88,26 @@ def test_a_cell_takes_its_settings_from_all_levels():
         ("{sgd: 1.5}", "{sgdp: 1.5}", ["paper's row 'digits'", "'sgdp'"]),
         ("  paper: {", "  big: {", ["lacks scale 'paper'"]),
         ("id: mine", "id: [mine", ["not YAML"]),
+        ("id: mine", "id: ../../mine", ["id '../../mine'", "letters, digits"]),
+        ("id: mine", "id: mine\nid: again", ["line 4", "'id' is given twice"]),
+        ("baseline: sgd", "baseline: adam", ["'adam' is its own baseline"]),
+        ("lr: 1e-3", "lr: true", ["lr is True", "type float"]),
+        ("lr: 1e-3", "lr: 1, clip: -1", ["clip -1.0", "above 0"]),
+        ("lr: 1e-3", "lr: 1, clip: 0", ["clip 0.0", "above 0"]),
+        ("lr: 1e-3", "lr: 1, clip: .inf", ["clip is inf", "finite"]),
+        ("lr: 1e-3", "lr: 1, warmup: 2", ["warmup 2.0", "below 1"]),
+        ("lr: 1e-3", "lr: 1, momentum: 5", ["momentum 5.0", "below 1"]),
+        ("lr: 1e-3", "lr: 1, drops: [5]", ["drops [5.0]", "between 0 and 1"]),
+        ("lr: 1e-3", "lr: 1, drops: [0.6, 0.3]", ["drops [0.6, 0.3]", "rising"]),
+        ("lr: 1e-3", "lr: 1, betas: [0.9, 0.99, 0.9]", ["betas [0.9, 0.99, 0.9]", "two numbers"]),
+        ("lr: 1e-3", "lr: 1, betas: [0.9, 1]", ["betas [0.9, 1.0]", "below 1"]),
+        ("lr: 1e-3", "lr: 1, betas: [0.9, .nan]", ["betas is nan", "finite"]),
+        ("lr: 1e-3", "lr: 1, width: 0", ["width 0", "1 or more"]),
+        ("lr: 1e-3", "lr: 1, label_smoothing: 2", ["label_smoothing 2.0", "1 at most"]),
+        ("lr: 1e-3", "lr: 1, epsilon_shift: -1", ["epsilon_shift -1.0", "0 or more"]),
+        ("rows: {digits: {}}", "rows: {}", ["there are no rows"]),
+        ("rows: {digits: {}}", "rows: {a/b: {}}", ["row 'a/b'", "letters, digits"]),
+        ("rows: {digits: {}}", "seeds: 1000000000, rows: {digits: {}}", ["seeds", "10000 at most"]),
         ("title: Mine", "title: !!python/object/apply:os.getcwd []", ["not YAML", "python/object"]),
     ],
 )
@@ -135,9 +159,9 @@ def test_every_cell_can_take_a_step(name):
         options = cell.options
         channels = 1 if options.data in ("fsdd", "speech-commands", "esc10", "digits") else 3
         network = build(options.network, channels, 10, options.width)
-        _normalize(network, cell.training)
-        optimizer = _prepare(network, cell.training)
-        _decay_within_window(optimizer, cell.training, 100)
+        normalize_weights(network, cell.training)
+        optimizer = make_optimizer(network, cell.training)
+        decay_within_window(optimizer, cell.training, 100)
         before = [p.detach().clone() for p in network.parameters()]
         loss = network(torch.randn(2, channels, 40, 16)).square().mean()
         loss.backward()
@@ -163,3 +187,18 @@ def test_a_file_of_the_user_is_found_by_its_path(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(GOOD)))
     assert find(str(path)).id == "mine"
+
+
+def test_a_recipe_without_methods_is_refused():
+    content = yaml.safe_load(GOOD)
+    content["methods"], content["paper"]["rows"] = {}, {}
+    with pytest.raises(UsageError, match="there are no methods"):
+        parse(content, "mine.yaml")
+
+
+def test_merged_keys_may_be_overruled():
+    """YAML's << gives defaults, and what is written beside it overrules them."""
+    row = "rows: {a: &a {epochs: 1}, b: &b {<<: *a, epochs: 2}, c: {<<: *b, epochs: 3}}"
+    recipe = read(GOOD.replace("rows: {digits: {}}", row, 1), "mine.yaml")
+    (scale,) = (s for s in recipe.scales.values() if "b" in s.rows)
+    assert [scale.rows[name]["epochs"] for name in "abc"] == [1, 2, 3]
