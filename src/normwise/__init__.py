@@ -30,6 +30,8 @@ __all__ = [
     "ParameterReport",
     "RadialBrake",
     "Report",
+    "Symmetry",
+    "Term",
     "UpdateRule",
     "View",
     "__version__",

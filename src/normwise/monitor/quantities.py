@@ -248,3 +248,4 @@ STANDARD: tuple[Quantity, ...] = (
     LargestInverseNorm(),
     ScaledGradient(),
 )
+"""What a monitor measures unless told otherwise."""
