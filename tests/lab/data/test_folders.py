@@ -301,7 +301,7 @@ def contents(out):
 def test_a_cell_goes_on_from_the_middle_of_an_epoch(tmp_path, root, monkeypatch):
     monkeypatch.setenv("NORMWISE_WORKERS", "0")
     run_cell(cell(), tmp_path / "whole", root)
-    take, steps = running._Trainer.take, []
+    take, steps = running.Trainer.take, []
 
     def stop(self, batches):
         if len(steps) == 6:
@@ -310,7 +310,7 @@ def test_a_cell_goes_on_from_the_middle_of_an_epoch(tmp_path, root, monkeypatch)
         return take(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(running._Trainer, "take", stop)
+        patch.setattr(running.Trainer, "take", stop)
         with pytest.raises(KeyboardInterrupt):
             run_cell(cell(), tmp_path / "cut", root, checkpoint_seconds=0)
     run_cell(cell(), tmp_path / "cut", root)
@@ -327,14 +327,14 @@ def test_killed_with_processes_it_goes_on_at_once_to_the_same_bits(tmp_path, roo
 
     def run():
         torch.set_num_threads(1)
-        save = running._Trainer.save
+        save = running.Trainer.save
 
         def last(self):
             save(self)
             if (self.epoch, self.step) == (1, 2):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        running._Trainer.save = last
+        running.Trainer.save = last
         run_cell(cell(), tmp_path / "cut", root, checkpoint_seconds=0)
 
     child = get_context("fork").Process(target=run)

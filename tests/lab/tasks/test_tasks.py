@@ -175,7 +175,7 @@ def test_a_network_of_transformers_gives_its_logits(tmp_path):
 def test_unknown_networks_and_tasks_get_a_suggestion():
     with pytest.raises(UsageError, match="did you mean 'resnet20'"):
         build("resnet-20", 3, 10, 16)
-    with pytest.raises(UsageError, match=r"Invalid source|cannot be imported"):
+    with pytest.raises(UsageError, match="add --trust nowhere"):
         build("nowhere:net", 3, 10, 16)
     with pytest.raises(UsageError, match="did you mean 'language'"):
         kind("langage")
@@ -301,7 +301,7 @@ def test_perplexity_is_that_of_a_loop_over_tokens(monkeypatch):
     from normwise.lab.data.texts import encode
 
     letters = list("the cat sat on the mat and the rat ran at the cat again and again ")
-    text = encode("t", [letters * 3, letters, letters * 5])
+    text = encode("t", [letters * 3, letters * 5])
     monkeypatch.setattr(language, "_load", lambda *_: text)
     p = language.Language(OPTIONS, None, CPU)
     perplexity = p.evaluate().metrics["perplexity"]
