@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from normwise.geometry import View, norms
 from normwise.optim import SGDP
 
-__all__ = ["METHODS", "PRINTED", "Printed", "Path2D", "loss", "trajectories"]
+__all__ = ["METHODS", "PRINTED", "Path2D", "Printed", "loss", "trajectories"]
 
 LR = 0.01
 MOMENTUM = 0.9
