@@ -1,7 +1,7 @@
 """Fused steps: one launch for all tensors of a device and dtype, the projection included.
 
-``cpu`` is compiled by Numba, ``cuda`` by Triton; both have a ``KernelPlan`` of the same form. Neither is
-imported before a step needs it.
+``cpu`` is compiled by Numba, ``cuda`` by Triton; both have a ``KernelPlan`` of the same form.
+Neither is imported before a step needs it.
 """
 
 from __future__ import annotations
