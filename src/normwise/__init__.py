@@ -1,6 +1,7 @@
 """See and control the norms of neural-network weights."""
 
 from normwise import decay, theory
+from normwise.balancing import balance
 from normwise.decay import EpsilonShiftedL2
 from normwise.geometry import View
 from normwise.invariance import ParameterReport, Report, Symmetry, Term, analyze
@@ -21,6 +22,7 @@ __all__ = [
     "View",
     "__version__",
     "analyze",
+    "balance",
     "center_weight_normalize",
     "decay",
     "fold",
