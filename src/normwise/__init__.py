@@ -1,7 +1,7 @@
 """See and control the norms of neural-network weights."""
 
-from normwise import decay, theory
-from normwise.balancing import balance
+from normwise import balancing, decay, theory
+from normwise.balancing import Balance, balance, equalize
 from normwise.decay import EpsilonShiftedL2
 from normwise.geometry import View
 from normwise.invariance import ParameterReport, Report, Symmetry, Term, analyze
@@ -15,6 +15,7 @@ __all__ = [
     "SGDP",
     "SGDW",
     "AdamP",
+    "Balance",
     "EpsilonShiftedL2",
     "Monitor",
     "ParameterReport",
@@ -23,8 +24,10 @@ __all__ = [
     "__version__",
     "analyze",
     "balance",
+    "balancing",
     "center_weight_normalize",
     "decay",
+    "equalize",
     "fold",
     "tangential",
     "theory",

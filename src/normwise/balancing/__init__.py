@@ -4,6 +4,40 @@ The room is ``normwise.balancing`` and its main function ``normwise.balance``, s
 hides the other.
 """
 
+from normwise.balancing.equalizing import equalize
+from normwise.balancing.factors import balance_factors, balance_lora
 from normwise.balancing.least_mass import Balanced, balance
+from normwise.balancing.merging import Merge, Shrink, expected_shrink, merge
+from normwise.balancing.online import Balance
+from normwise.balancing.rounding import round_weight, rounded
+from normwise.balancing.rows import (
+    MaxNorm,
+    adjust_logits,
+    align_rows,
+    class_balanced_weights,
+    rescale_rows,
+    simplex_etf,
+    tau_normalize,
+)
 
-__all__ = ["Balanced", "balance"]
+__all__ = [
+    "Balance",
+    "Balanced",
+    "MaxNorm",
+    "Merge",
+    "Shrink",
+    "adjust_logits",
+    "align_rows",
+    "balance",
+    "balance_factors",
+    "balance_lora",
+    "class_balanced_weights",
+    "equalize",
+    "expected_shrink",
+    "merge",
+    "rescale_rows",
+    "round_weight",
+    "rounded",
+    "simplex_etf",
+    "tau_normalize",
+]

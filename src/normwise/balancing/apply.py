@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normwise.invariance import Report, Symmetry
+from normwise.invariance import Report
 from normwise.invariance.replica import Replica
 from normwise.sharding import is_sharded
 
-__all__ = ["apply_", "parameters_of", "verified"]
+__all__ = ["apply_", "parameters_of", "set_statistics_", "tracks_statistics", "verified"]
 
 # The two sides agree to rounding in float64 where a symmetry holds, and in no digit where not.
 _TOLERANCE = 1e-6
@@ -120,11 +120,6 @@ def set_statistics_(model: nn.Module, statistics: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in statistics.items():
             buffers[name].copy_(value)
-
-
-def is_kept(symmetry: Symmetry) -> bool:
-    """Whether the mass of a family has no minimum, as all of it grows together."""
-    return symmetry.is_scale
 
 
 def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

@@ -18,13 +18,17 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from normwise.invariance import Symmetry, Term
+from normwise.invariance.scale_maps import is_vector
 
-__all__ = ["Sizes", "Sweep", "largest", "least", "masses"]
+__all__ = ["Sizes", "Sweep", "largest", "least"]
+
+Weighing = Literal["sum", "largest"]
 
 # Newton's method doubles the digits a step once it is near, and the bracket halves until then.
 _NEWTON_STEPS = 100
@@ -110,7 +114,8 @@ class Sweep:
         weights: the parameters, by name; only read.
         uncounted: names of parameters that are scaled and do not weigh.
         pulls: p of each family (default: 0 for all); see :func:`least`.
-        largest: weigh a slice by its largest square instead of by their sum.
+        weigh: a slice by the ``"sum"`` of its squares, or by the ``"largest"`` of them, where only
+            matrices count, since vectors are not quantized (default: ``"sum"``).
     """
 
     def __init__(
@@ -120,7 +125,7 @@ class Sweep:
         *,
         uncounted: Collection[str] = (),
         pulls: Sequence[float] | None = None,
-        largest: bool = False,
+        weigh: Weighing = "sum",
     ) -> None:
         self.symmetries = list(symmetries)
         self.squares = {
@@ -133,16 +138,18 @@ class Sweep:
             for s in self.symmetries
         ]
         self._uncounted = frozenset(uncounted)
-        self._measure = _largest if largest else masses
+        self._weigh = weigh
         self._entangled = [_is_entangled(s) for s in self.symmetries]
 
     def run(self) -> Tensor:
         """One sweep over all families; the largest change of the logarithm of a factor."""
-        moved = [
-            self._one_by_one(i) if self._entangled[i] else self.shift(i, self._best(i))
-            for i in range(len(self.symmetries))
-        ]
-        return torch.stack(moved).amax()
+        return torch.stack([self.improve(i) for i in range(len(self.symmetries))]).amax()
+
+    def improve(self, index: int) -> Tensor:
+        """Set the factors of one family to their optimum; the largest |θ|."""
+        if self._entangled[index]:
+            return self._one_by_one(index)
+        return self.shift(index, self._best(index))
 
     def shift(self, index: int, theta: Tensor) -> Tensor:
         """Multiply the units of a family by e^θ; the largest |θ|."""
@@ -174,16 +181,27 @@ class Sweep:
     def _sizes(self, index: int) -> Iterator[tuple[Term, Tensor]]:
         for term in self.symmetries[index].terms:
             if term.parameter not in self._uncounted:
-                yield term, self._measure(term, self.squares[term.parameter])
+                yield term, self._size(term)
 
-    def _best(self, index: int) -> Tensor:
+    def _size(self, term: Term) -> Tensor:
+        squares = self.squares[term.parameter]
+        if self._weigh == "sum":
+            return term.slices.sum(squares)
+        if is_vector(term):
+            return squares.new_zeros(term.slices.count)
+        return largest(term, squares)
+
+    def sizes(self, index: int) -> list[Sizes]:
+        """What the slices of each exponent of a family weigh at present."""
         by_exponent: dict[float, Tensor] = {}
         for term, size in self._sizes(index):
             known = by_exponent.get(term.exponent)
             by_exponent[term.exponent] = size if known is None else known + size
-        if not by_exponent:
-            return torch.zeros_like(self.logs[index])
-        return least([Sizes(a, m) for a, m in by_exponent.items()], self.pulls[index])
+        return [Sizes(a, m) for a, m in by_exponent.items()]
+
+    def _best(self, index: int) -> Tensor:
+        sizes = self.sizes(index)
+        return least(sizes, self.pulls[index]) if sizes else torch.zeros_like(self.logs[index])
 
     def _one_by_one(self, index: int) -> Tensor:
         """Unit after unit, for a family that meets itself: rows and columns of one square weight.
@@ -201,9 +219,9 @@ class Sweep:
                     continue
                 squares = self.squares[name]
                 exponents = exponents.expand_as(squares)
-                for a in exponents.unique().tolist():
+                for a in exponents.unique().tolist():  # type: ignore[no-untyped-call]
                     part = squares[exponents == a]
-                    size = part.amax() if self._measure is _largest else part.sum()
+                    size = part.sum() if self._weigh == "sum" else part.amax()
                     by_exponent[a] = by_exponent.get(a, 0) + size.reshape(1)
             sizes = [Sizes(a, m) for a, m in by_exponent.items() if a]
             if sizes:
@@ -211,30 +229,18 @@ class Sweep:
         return torch.stack(moved).amax()
 
 
-def masses(term: Term, squares: Tensor) -> Tensor:
-    """The sum of the squares in each unit's slice."""
-    return term.slices.sum(squares)
-
-
-def largest(term: Term, values: Tensor, *, matrices_only: bool = False) -> Tensor:
-    """The largest value in each unit's slice; 0 for vectors if they are not to count."""
-    at = term.slices.indices().to(values.device)
-    if matrices_only and sum(size > 1 for size in term.shape) < 2:
-        return values.new_zeros(len(at))
+def largest(term: Term, values: Tensor) -> Tensor:
+    """The largest value in each unit's slice."""
     rest = [d for d in range(values.ndim) if d not in term.slices.dims]
     by_index = values.amax(rest) if rest else values
-    return by_index.flatten()[at].amax(1)
-
-
-def _largest(term: Term, squares: Tensor) -> Tensor:
-    return largest(term, squares, matrices_only=True)
+    return by_index.flatten()[term.slices.indices().to(values.device)].amax(1)
 
 
 def _logarithms(symmetry: Symmetry, logs: Tensor) -> dict[str, Tensor]:
     """The logarithm of what each parameter is multiplied by; sums do not overflow on the way."""
     found: dict[str, Tensor] = {}
     for term in symmetry.terms:
-        # Slices spread factors around 1; 1 + x and − 1 would round small logarithms away.
+        # What slices spread is 1 elsewhere, as factors are; the logarithm there is 0.
         log = torch.where(
             _mask(term, symmetry.units).to(logs.device),
             term.slices.spread(term.exponent * logs, term.shape),
