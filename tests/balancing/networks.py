@@ -38,9 +38,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (
-            f(h).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )
+        q, k, v = (f(h).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)
         return self.o(out.transpose(1, 2).flatten(2))
 

@@ -97,7 +97,7 @@ def equalize(
         sweeps, left = 1, 0
         factors = _smoothing(model, report, params, for_, rule, alpha)
     difference = None
-    if batch is not None and factors:
+    if batch is not None:
         difference, statistics = verified(model, report, batch, factors)
         set_statistics_(model, statistics)
     apply_(params, factors)

@@ -171,7 +171,7 @@ def simplex_etf(classes: int, features: int, *, generator: torch.Generator | Non
     normal = torch.randn(features, classes, dtype=torch.float64, generator=generator)
     u, _ = torch.linalg.qr(normal)
     centered = torch.eye(classes, dtype=torch.float64) - 1 / classes
-    weight = math.sqrt(classes / (classes - 1)) * centered @ u.T
+    weight: Tensor = math.sqrt(classes / (classes - 1)) * centered @ u.T
     return weight.to(torch.get_default_dtype())
 
 

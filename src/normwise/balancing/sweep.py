@@ -191,12 +191,15 @@ class Sweep:
             return squares.new_zeros(term.slices.count)
         return largest(term, squares)
 
+    def _joined(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b if self._weigh == "sum" else torch.maximum(a, b)
+
     def sizes(self, index: int) -> list[Sizes]:
         """What the slices of each exponent of a family weigh at present."""
         by_exponent: dict[float, Tensor] = {}
         for term, size in self._sizes(index):
             known = by_exponent.get(term.exponent)
-            by_exponent[term.exponent] = size if known is None else known + size
+            by_exponent[term.exponent] = size if known is None else self._joined(known, size)
         return [Sizes(a, m) for a, m in by_exponent.items()]
 
     def _best(self, index: int) -> Tensor:
@@ -222,7 +225,8 @@ class Sweep:
                 for a in exponents.unique().tolist():  # type: ignore[no-untyped-call]
                     part = squares[exponents == a]
                     size = part.sum() if self._weigh == "sum" else part.amax()
-                    by_exponent[a] = by_exponent.get(a, 0) + size.reshape(1)
+                    known, size = by_exponent.get(a), size.reshape(1)
+                    by_exponent[a] = size if known is None else self._joined(known, size)
             sizes = [Sizes(a, m) for a, m in by_exponent.items() if a]
             if sizes:
                 moved.append(self.shift(index, one * least(sizes, self.pulls[index])))
