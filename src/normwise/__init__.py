@@ -20,6 +20,8 @@ __all__ = [
     "Monitor",
     "ParameterReport",
     "Report",
+    "Symmetry",
+    "Term",
     "View",
     "__version__",
     "analyze",

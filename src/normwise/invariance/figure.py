@@ -14,6 +14,7 @@ COLOURS: dict[Kind, str] = {
     "joint": "#56B4E9",
     "balanced": "#E69F00",
     "none": "#D55E00",
+    "not looked for": "#CC79A7",
     "no effect": "#999999",
     "unused": "#DDDDDD",
 }

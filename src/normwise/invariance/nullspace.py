@@ -186,9 +186,7 @@ def _independent(relations: list[Tensor], known: list[Tensor]) -> list[Tensor]:
     return chosen
 
 
-def _polished(
-    relations: list[Tensor], known: list[Tensor], products: Tensor
-) -> list[Tensor]:
+def _polished(relations: list[Tensor], known: list[Tensor], products: Tensor) -> list[Tensor]:
     """Replace relations by cheaper sums of themselves and a multiple of another."""
     relations = [*relations, *known]
     count = len(relations) - len(known)

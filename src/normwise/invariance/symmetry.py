@@ -53,8 +53,10 @@ class Slices:
         """``count`` units of ``length`` consecutive indices each."""
         if count == 1:
             return cls(dims, 0, (), _digit(length))
-        return cls(dims, 0, ((count, length),), _digit(length)) if length > 1 else cls.each(
-            dims, count
+        return (
+            cls(dims, 0, ((count, length),), _digit(length))
+            if length > 1
+            else cls.each(dims, count)
         )
 
     @classmethod
@@ -134,7 +136,10 @@ class Slices:
         for stride in {step for _, step in (*self.units, *self.within)}:
             grown = [
                 tuple(
-                    (count * ratio if step == stride else count, step * ratio if step > stride else step)
+                    (
+                        count * ratio if step == stride else count,
+                        step * ratio if step > stride else step,
+                    )
                     for count, step in digits
                 )
                 for digits in (self.units, self.within)
@@ -181,6 +186,8 @@ class Slices:
                 text += f" {each} of every {period}"
         if self.count == 1:
             return text
+        if covered == total and not self.within and self != Slices.each(self.dims, total):
+            return f"{text} in another order"
         for count, step in self.within:
             text += f", in runs of {count}" if step == 1 else f", {count} at a time {step} apart"
         return text
