@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from normwise.balancing import expected_shrink, merge
+from normwise.balancing import expected_shrink, learn_gamma, merge
 
 
 def perturbed(model, count=3, size=0.3):
@@ -114,6 +114,16 @@ def test_the_derivative_by_log_gamma_is_that_of_euler(network):
     numeric = (at(math.exp(h)) - at(math.exp(-h))) / (2 * h)
     analytic = sum(value for name, value in parts.items() if name != "0.weight")
     assert numeric == pytest.approx(analytic, rel=1e-5)
+
+
+def test_the_learned_gamma_is_where_the_loss_is_least_along_the_scale(network):
+    """A regression whose targets are the outputs at γ = 0.8 is solved by it."""
+    model, x, report = network("convolutions")
+    saved = copy.deepcopy(model.state_dict())
+    target = merge([model] * 2, report, align=False, gamma=0.8).model(x).detach()
+    gamma = learn_gamma(model, report, lambda m: F.mse_loss(m(x), target), steps=200)
+    assert gamma == pytest.approx(0.8, abs=2e-3)
+    assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
 
 
 def test_models_are_only_read(network):

@@ -74,7 +74,7 @@ def test_attached_maxnorm_projects_at_its_steps_until_it_is_removed():
     for step in range(1, 5):
         layer.weight.grad = -layer.weight.detach() * 9
         optimizer.step()
-        longest = float(layer.weight.norm(dim=1).max())
+        longest = layer.weight.norm(dim=1).max().item()
         assert (longest <= 0.5 + 1e-6) == (step % 2 == 0)
     handle.remove()
     for _ in range(2):

@@ -7,7 +7,7 @@ hides the other.
 from normwise.balancing.equalizing import equalize
 from normwise.balancing.factors import balance_factors, balance_lora
 from normwise.balancing.least_mass import Balanced, balance
-from normwise.balancing.merging import Merge, Shrink, expected_shrink, merge
+from normwise.balancing.merging import Merge, Shrink, expected_shrink, learn_gamma, merge
 from normwise.balancing.online import Balance
 from normwise.balancing.rounding import round_weight, rounded
 from normwise.balancing.rows import (
@@ -34,6 +34,7 @@ __all__ = [
     "class_balanced_weights",
     "equalize",
     "expected_shrink",
+    "learn_gamma",
     "merge",
     "rescale_rows",
     "round_weight",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from normwise.balancing.least_mass import balance
 from normwise.geometry import View, slice_norms, unit
-from normwise.invariance import Report
+from normwise.invariance import ParameterReport, Report
 
-__all__ = ["Merge", "Shrink", "expected_shrink", "merge"]
+__all__ = ["Merge", "Shrink", "expected_shrink", "learn_gamma", "merge"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def merge(
     with torch.no_grad():
         for row in report:
             stack = torch.stack([source[row.name].double() for source in sources])
-            matters = row.kind not in ("invariant", "joint")
+            matters = _matters(row)
             if row.entries > 1:
                 shrinks[row.name] = _shrink(stack, matters)
             view = row.view if how == "sphere" else None
@@ -117,6 +117,62 @@ def merge(
                 stack = torch.stack([b[name].double() for b in buffers])
                 buffer.copy_(_average(stack, shares, None))
     return Merge(merged, shrinks)
+
+
+def learn_gamma(
+    model: nn.Module,
+    report: Report,
+    loss: Callable[[nn.Module], Tensor],
+    *,
+    steps: int = 100,
+    lr: float = 0.01,
+) -> float:
+    """The scale γ = e^y of a merged model's weights at which a loss is least, learned by Adam on y.
+
+    Only parameters whose scale matters take part: elsewhere ∂L/∂y = ⟨∇L, w⟩ is 0 by Euler's
+    theorem.
+
+    Args:
+        model: only read, but for its buffers where the loss runs it in training mode.
+        report: what :func:`normwise.analyze` found for it.
+        loss: of the model on proxy data; called once a step.
+        steps: of Adam with betas (0.5, 0.999) (default: 100).
+        lr: its learning rate (default: 0.01).
+
+    Returns:
+        γ, to be given to :func:`merge`.
+
+    Raises:
+        ValueError: if the report knows no parameter whose scale matters, or the loss is not finite.
+
+    Source: 2302.10911, section 4; one γ, the models' shares as they are.
+    """
+    names = [row.name for row in report if _matters(row)]
+    if not names:
+        raise ValueError("no parameter's scale matters by this report; there is no γ to learn")
+    params = {name: model.get_parameter(name) for name in names}
+    original = {name: p.detach().clone() for name, p in params.items()}
+    y = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([y], lr=lr, betas=(0.5, 0.999))
+    try:
+        for _ in range(steps):
+            with torch.no_grad():
+                for name, p in params.items():
+                    p.copy_(original[name] * y.exp())
+            value = loss(model)
+            if not value.isfinite():
+                raise ValueError(f"the loss is {float(value)} at γ = {float(y.exp()):g}")
+            grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+            slopes = [
+                (p * g).sum() for p, g in zip(params.values(), grads, strict=True) if g is not None
+            ]
+            y.grad = torch.stack(slopes).sum().detach().to(y)
+            optimizer.step()
+    finally:
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(original[name])
+    return float(y.detach().exp())
 
 
 def expected_shrink(cosine: float, count: int) -> float:
@@ -148,3 +204,8 @@ def _shrink(stack: Tensor, matters: bool) -> Shrink:
     mean = slice_norms(flat.mean(0, keepdim=True)).reshape(())
     measured = float(mean / size) if size > 0 else 1.0
     return Shrink(measured, cosine, expected_shrink(cosine, count), matters)
+
+
+def _matters(row: ParameterReport) -> bool:
+    """Whether the scale of a parameter changes the function."""
+    return row.kind not in ("invariant", "joint", "no effect", "unused")
