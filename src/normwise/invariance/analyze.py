@@ -209,7 +209,10 @@ def _confirmed(replica: Replica, claims: list[Symmetry]) -> tuple[list[Symmetry]
 
     def change(scaled: list[dict[str, Tensor]]) -> float:
         with replica.scaled(_product(scaled)):
-            return _difference(before, replica.run())
+            try:
+                return _difference(before, replica.run())
+            except ValueError:  # NaN
+                return math.inf
 
     if change(factors) <= TOLERANCE:
         return claims, []

@@ -125,7 +125,9 @@ class Evidence:
     def noisy(self, dims: tuple[int, ...]) -> Tensor:
         """The indices whose gradient is nothing but rounding."""
         size = self.sizes[dims][0]
-        return (size > 0) & (self.noise[dims] > TOLERANCE * size)
+        # Rounding may repeat itself by chance; then it is told by its size beside the others'.
+        tiny = size < 2.0**-43 * size.max()
+        return (size > 0) & ((self.noise[dims] > TOLERANCE * size) | tiny)
 
     def seen(self, dims: tuple[int, ...]) -> Tensor:
         """The indices that had a gradient in any draw: an activation may open at one point only."""
