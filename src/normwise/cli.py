@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from normwise import __version__
+from normwise.balancing.cli import add_balance_parser
 from normwise.invariance.cli import add_inspect_parser
 from normwise.lab.cli import add_lab_parsers
 from normwise.lab.errors import UsageError, nearest, require_lab
@@ -141,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--quiet", action="store_true", help="show no progress")
 
     add_inspect_parser(commands)
+    add_balance_parser(commands)
     add_plan_parser(commands)
     add_lab_parsers(commands)
 
