@@ -190,6 +190,36 @@ def test_invariant_slices_at_unit_norm_and_their_running_statistics(network):
     torch.testing.assert_close(model(x), before, rtol=1e-8, atol=1e-8)
 
 
+def test_what_writes_to_a_normalized_stream_ends_at_rows_of_norm_one_and_is_canonical():
+    class Stream(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm = nn.Embedding(9, 6), nn.LayerNorm(6)
+            self.up, self.down = nn.Linear(6, 7), nn.Linear(7, 6, bias=False)
+            self.last, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            h = self.embed(x)
+            h = h + self.down(self.up(self.norm(h)).relu())
+            return self.head(self.last(h))
+
+    model = Stream().double()
+    for norm in (model.norm, model.last):
+        norm.eps = 1e-14
+    x = torch.randint(9, (4, 5))
+    report = nw.analyze(model, x)
+    other = copy.deepcopy(model)
+    report.rescale_(other, seed=1)
+    before = model(x)
+    for m in (model, other):
+        nw.balance(m, report, batch=x, invariant="unit", tolerance=1e-14)
+        joint = m.embed.weight.square().sum() + m.down.weight.square().sum()
+        assert joint.item() == pytest.approx(9 + 6, rel=1e-10)
+        torch.testing.assert_close(m(x), before, rtol=1e-9, atol=1e-9)
+    for a, b in zip(weights(model), weights(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
 def test_unit_norm_without_a_batch_is_refused_where_statistics_would_go_stale(network):
     model, _, report = network("convolutions")
     with pytest.raises(ValueError, match="give `batch=`"):

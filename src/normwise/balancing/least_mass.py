@@ -17,7 +17,8 @@ from normwise.balancing.apply import (
     verified,
 )
 from normwise.balancing.sweep import Sweep
-from normwise.invariance import Report
+from normwise.invariance import Report, Symmetry
+from normwise.invariance.scale_maps import is_vector
 
 __all__ = ["Balanced", "Convention", "balance"]
 
@@ -70,8 +71,9 @@ def balance(
     Families that trade scale are swept in turn, each unit's factor set to its exact optimum with
     the others as they are, λ = √(‖out‖/‖in‖) where both exponents are 1. The problem is convex in
     log λ, so the sweeps converge, and the result does not depend on where along the symmetries the
-    model starts. Slices that grow together, such as a scale-invariant row, have no least mass, as
-    none is too small; ``invariant`` says what becomes of them.
+    model starts. A trade through a normalization, such as a tied embedding's, holds up to its
+    epsilon; ``batch`` tells how well. Slices that grow together, such as a scale-invariant row,
+    have no least mass, as none is too small; ``invariant`` says what becomes of them.
 
     Args:
         model: its parameters are changed in place, in their own precision.
@@ -79,8 +81,10 @@ def balance(
         batch: one on which to check, in float64, that the function is unchanged; see
             :func:`normwise.analyze` (default: no check).
         invariant: ``"keep"`` leaves the slices that grow together at the scale they have;
-            ``"unit"`` holds them where Σ a‖w‖² = 1: invariant slices at norm 1. Epsilons of
-            normalizations then weigh otherwise; running statistics follow (default: ``"keep"``).
+            ``"unit"`` holds invariant slices at norm 1, and sets of several weights, such as all
+            that writes to a normalized stream, where their rows have norm 1 in the root mean
+            square. Epsilons of normalizations then weigh otherwise; running statistics follow
+            (default: ``"keep"``).
         uncounted: names of parameters that are scaled but have no part in the mass, such as biases
             in the convention of 2310.08287 (default: none).
         tolerance: sweeps end when no factor changes by a larger share (default: 1e-12).
@@ -111,7 +115,7 @@ def balance(
         families,
         params,
         uncounted=uncounted,
-        pulls=[1.0 if s.is_scale else 0.0 for s in families],
+        pulls=[_pull(s) for s in families],
     )
     sweeps = converge(sweep, tolerance, max_sweeps)
     factors = sweep.factors()
@@ -138,6 +142,16 @@ def converge(sweep: Sweep, tolerance: float, max_sweeps: int) -> int:
         f"after {max_sweeps} sweeps a factor still changes by {float(moved):.1e}, more than "
         f"tolerance={tolerance:g}; raise either, or see whether a unit's mass has no minimum"
     )
+
+
+def _pull(symmetry: Symmetry) -> float:
+    """Where Σ a‖w‖² of a unit is held that has no least mass; 0 for trades, which have one."""
+    if not symmetry.is_scale:
+        return 0.0
+    if symmetry.is_view:
+        return 1.0
+    rows = sum(term.shape[0] for term in symmetry.terms if not is_vector(term))
+    return max(1.0, rows / symmetry.units)
 
 
 def mass(model: nn.Module) -> float:

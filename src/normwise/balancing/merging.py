@@ -75,7 +75,8 @@ def merge(
 
     Returns:
         The merged model, of the first one's class, mode and buffers; buffers that are floating
-        point, such as running statistics, are averaged.
+        point, such as running statistics, are averaged; those of batch norms are better measured
+        anew, with ``torch.optim.swa_utils.update_bn``.
 
     Raises:
         ValueError: for fewer than two models, shares that do not sum to 1, or models whose

@@ -30,6 +30,8 @@ _POWERS = {
     "step_size": 1,
     "ax": 1,  # ASGD: an average of the weights
     "momentum_buffer": -1,  # SGD, Muon
+    "step": 0,
+    "mu_product": 0,  # NAdam: a number
 }
 
 
@@ -127,12 +129,10 @@ class Balance:
         """The tensors of a parameter's state that follow its factor, each with its power."""
         found = []
         for key, value in state.items():
-            if not isinstance(value, Tensor) or (value.numel() == 1 and p.numel() != 1):
-                continue
-            if key == "step":
+            if not isinstance(value, Tensor) or (value.ndim == 0 and p.ndim > 0):
                 continue
             power = self._power(key, state)
-            if power is None or value.shape != p.shape:
+            if power is None or (power and value.shape != p.shape):
                 raise ValueError(
                     f"how the optimizer's state {key!r} of {name!r}, of shape "
                     f"{tuple(value.shape)}, follows a rescaled weight is not known; give "

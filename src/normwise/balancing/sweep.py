@@ -9,8 +9,8 @@ convex in θ, as a sum of exponentials of linear forms. In one coordinate its mi
     Σ_{a>0} a m_a e^{2aθ} = Σ_{a<0} |a| m_a e^{2aθ} + p,
 
 with m_a the mass of the slices of exponent a. With one exponent on either side and no pull p that
-is e^θ = √(‖out‖/‖in‖) for a = ±1. The pull is 0 for families that trade scale, and 1 for those that
-grow together, whose mass has no minimum: it holds them where Σ a_s ‖w_s‖² = 1, at unit norm.
+is e^θ = √(‖out‖/‖in‖) for a = ±1. The pull is 0 for families that trade scale, and positive for
+those that grow together, whose mass has no minimum: it holds them where Σ a_s ‖w_s‖² = p.
 """
 
 from __future__ import annotations
