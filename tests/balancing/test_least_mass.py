@@ -247,6 +247,50 @@ def test_a_report_that_does_not_fit_leaves_the_model_as_it_is(network):
     assert all(torch.equal(a, b) for a, b in zip(saved, curved.parameters(), strict=True))
 
 
+def test_a_model_without_trades_stays_as_it_is():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    x = torch.randn(6, 4)
+    saved = weights(model)
+    result = nw.balance(model, nw.analyze(model, x), batch=x)
+    assert (result.sweeps, result.difference) == (0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(saved, model.parameters(), strict=True))
+
+
+class Through(nn.Module):
+    """The rows of `a` trade with the columns of `b` through a norm, whose scale the next absorbs.
+
+    Both are scale-invariant, so only together could they be at norm 1.
+    """
+
+    def __init__(self, eps):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8, bias=False), nn.Linear(8, 6, bias=False)
+        self.first = nn.RMSNorm(8, eps=1e-14, elementwise_affine=False)
+        self.second = nn.GroupNorm(2, 6, eps=eps, affine=False)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.second(self.b(self.first(self.a(x)).relu())).relu())
+
+
+def test_epsilons_that_weigh_too_much_are_refused_and_nothing_has_changed():
+    model, x = Through(eps=0.1).double(), torch.randn(9, 5).double()
+    report = nw.analyze(model, x)
+    report.rescale_(model, seed=2)
+    saved = weights(model)
+    with pytest.raises(ValueError, match=r"accept=0\.01"):
+        nw.balance(model, report, batch=x)
+    assert all(torch.equal(a, b) for a, b in zip(saved, model.parameters(), strict=True))
+    assert nw.balance(model, report, batch=x, accept=1.0).difference > 0.01
+
+
+def test_invariant_weights_that_cannot_all_be_at_unit_norm_are_refused():
+    model, x = Through(eps=1e-12).double(), torch.randn(9, 5).double()
+    report = nw.analyze(model, x)
+    with pytest.raises(RuntimeError, match="without bound"):
+        nw.balance(model, report, invariant="unit")
+
+
 def test_bad_arguments_are_refused(network):
     model, x, report = network("mlp")
     with pytest.raises(ValueError, match="'keep' or 'unit'"):

@@ -63,6 +63,7 @@ def verified(
     report: Report,
     batch: Any,
     factors: Mapping[str, Tensor],
+    accept: float,
 ) -> tuple[float, dict[str, Tensor]]:
     """Check on copies in float64 that the factors change nothing that the model computes.
 
@@ -71,6 +72,7 @@ def verified(
         report: says in which mode the symmetries were found.
         batch: see :func:`normwise.analyze`.
         factors: what to multiply each parameter by.
+        accept: the largest difference that epsilons may make.
 
     Returns:
         The largest difference of an output over the largest output, with the epsilons of the
@@ -78,7 +80,8 @@ def verified(
         change with the factors, by buffer name.
 
     Raises:
-        ValueError: if the outputs differ by more than rounding when epsilons are shrunk.
+        ValueError: if the outputs differ by more than rounding when epsilons are shrunk, or by more
+            than ``accept`` as they are.
     """
     mode: Literal["train", "eval"] = "eval" if report.mode == "eval" else "train"
     statistics: dict[str, Tensor] = {}
@@ -97,8 +100,15 @@ def verified(
             f"rescaling changed the outputs by {difference:.1e} of the largest in {mode} mode; "
             "the report does not fit this model or batch, so nothing was changed"
         )
+    seen = _difference(plain, rescaled_plain)
+    if not seen <= accept:
+        raise ValueError(
+            f"the epsilons of normalizations weigh otherwise at the new scales: outputs differ by "
+            f"{seen:.1e} of the largest, more than accept={accept:g}; raise it, or rescale less "
+            "(invariant='keep'). Nothing was changed"
+        )
     if mode == "eval":
-        return _difference(plain, rescaled_plain), {}
+        return seen, {}
     for name, module in model.named_modules():
         mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
         if name in before and mean is not None and variance is not None:
@@ -106,7 +116,7 @@ def verified(
             if ((ratio - 1).abs() > _TOLERANCE).any():
                 statistics[f"{name}.running_mean"] = mean.double() * ratio
                 statistics[f"{name}.running_var"] = variance.double() * ratio.square()
-    return _difference(plain, rescaled_plain), statistics
+    return seen, statistics
 
 
 def tracks_statistics(model: nn.Module) -> bool:

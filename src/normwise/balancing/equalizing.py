@@ -35,6 +35,7 @@ def equalize(
     invariant: Literal["keep", "equal"] = "keep",
     rule: Rule = "smoothquant",
     alpha: float = 0.5,
+    accept: float = 0.01,
     tolerance: float = 1e-6,
     max_sweeps: int = 1000,
 ) -> Balanced:
@@ -62,6 +63,7 @@ def equalize(
             a batch is needed (default: ``"keep"``).
         rule: of scales by activations (default: ``"smoothquant"``).
         alpha: α, from 0 to 1 (default: 0.5).
+        accept: see :func:`normwise.balance` (default: 0.01).
         tolerance: sweeps end when no factor changes by a larger share (default: 1e-6).
         max_sweeps: the most (default: 1000).
 
@@ -91,14 +93,14 @@ def equalize(
     if isinstance(for_, str):
         families = [s for s in report.symmetries if invariant == "equal" or not s.is_scale]
         ranges = _Ranges(families, params, weigh="largest")
-        sweeps = converge(ranges, tolerance, max_sweeps) if families else 0
+        sweeps = converge(ranges, tolerance, max_sweeps)
         factors, left = ranges.factors(), ranges.without_minimum()
     else:
         sweeps, left = 1, 0
         factors = _smoothing(model, report, params, for_, rule, alpha)
     difference = None
     if batch is not None:
-        difference, statistics = verified(model, report, batch, factors)
+        difference, statistics = verified(model, report, batch, factors, accept)
         set_statistics_(model, statistics)
     apply_(params, factors)
     return Balanced(before, mass(model), sweeps, left, difference, factors)

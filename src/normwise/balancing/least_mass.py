@@ -24,6 +24,9 @@ __all__ = ["Balanced", "Convention", "balance"]
 
 Convention = Literal["keep", "unit"]
 
+# e^300 is far beyond every ratio of weights in float32, and its square is within float64.
+_BOUNDLESS = 300
+
 
 @dataclass(frozen=True)
 class Balanced:
@@ -63,6 +66,7 @@ def balance(
     batch: Any = None,
     invariant: Convention = "keep",
     uncounted: Collection[str] = (),
+    accept: float = 0.01,
     tolerance: float = 1e-12,
     max_sweeps: int = 10_000,
 ) -> Balanced:
@@ -87,6 +91,8 @@ def balance(
             (default: ``"keep"``).
         uncounted: names of parameters that are scaled but have no part in the mass, such as biases
             in the convention of 2310.08287 (default: none).
+        accept: the largest difference of an output on ``batch``, over the largest output, that
+            epsilons of normalizations may make (default: 0.01).
         tolerance: sweeps end when no factor changes by a larger share (default: 1e-12).
         max_sweeps: the most (default: 10 000).
 
@@ -109,8 +115,6 @@ def balance(
         )
     families = [s for s in report.symmetries if invariant == "unit" or not s.is_scale]
     before = mass(model)
-    if not families:
-        return Balanced(before, before, 0, 0, None, {})
     sweep = Sweep(
         families,
         params,
@@ -121,7 +125,7 @@ def balance(
     factors = sweep.factors()
     difference = None
     if batch is not None:
-        difference, statistics = verified(model, report, batch, factors)
+        difference, statistics = verified(model, report, batch, factors, accept)
         set_statistics_(model, statistics)
     apply_(params, factors)
     return Balanced(before, mass(model), sweeps, sweep.without_minimum(), difference, factors)
@@ -133,11 +137,19 @@ def converge(sweep: Sweep, tolerance: float, max_sweeps: int) -> int:
     Raises:
         RuntimeError: if ``max_sweeps`` are not enough.
     """
+    if not sweep.symmetries:
+        return 0
     moved = torch.tensor(torch.inf)
     for count in range(1, max_sweeps + 1):
         moved = sweep.run()
         if not moved > tolerance:
             return count
+        if any(bool((logs.abs() > _BOUNDLESS).any()) for logs in sweep.logs):
+            raise RuntimeError(
+                "factors grow without bound: along these families together the mass has no "
+                "minimum; with invariant='unit' some scale-invariant weights trade scale with one "
+                "another, and cannot all have norm 1, so use invariant='keep'"
+            )
     raise RuntimeError(
         f"after {max_sweeps} sweeps a factor still changes by {float(moved):.1e}, more than "
         f"tolerance={tolerance:g}; raise either, or see whether a unit's mass has no minimum"
