@@ -1,6 +1,7 @@
 """See and control the norms of neural-network weights."""
 
-from normwise import decay, init, reparam, theory
+from normwise import balancing, decay, init, reparam, theory
+from normwise.balancing import Balance, balance, equalize
 from normwise.decay import EpsilonShiftedL2
 from normwise.geometry import View
 from normwise.invariance import ParameterReport, Report, Symmetry, Term, analyze
@@ -24,6 +25,7 @@ __all__ = [
     "SGDP",
     "SGDW",
     "AdamP",
+    "Balance",
     "EpsilonShiftedL2",
     "LearnedNorm",
     "Monitor",
@@ -37,9 +39,12 @@ __all__ = [
     "__version__",
     "add_gains",
     "analyze",
+    "balance",
+    "balancing",
     "center_weight_normalize",
     "decay",
     "describe",
+    "equalize",
     "fold",
     "init",
     "reparam",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from normwise import __version__
+from normwise.balancing.cli import add_balance_parser
 from normwise.invariance.cli import add_inspect_parser
 from normwise.lab.arguments import positive, seeds, whole
 from normwise.lab.cli import add_lab_parsers
@@ -162,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--quiet", action="store_true", help="show no progress")
 
     add_inspect_parser(commands)
+    add_balance_parser(commands)
     add_plan_parser(commands)
     add_lab_parsers(commands)
 

@@ -11,7 +11,7 @@ from typing import Any
 from normwise.invariance.analyze import analyze
 from normwise.invariance.sources import batch_for, load
 
-__all__ = ["add_inspect_parser", "run_inspect"]
+__all__ = ["add_inspect_parser", "run_inspect", "settings"]
 
 _DESCRIPTION = """\
 Find which weights of a network are scale-invariant, along which slices, and why; then say what
@@ -55,7 +55,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     try:
         if args.plot is not None and args.plot.exists():
             raise ValueError(f"--plot {str(args.plot)!r} exists; name a file that does not")
-        model, batch = load(args.source, _settings(args.set))
+        model, batch = load(args.source, settings(args.set))
         if args.batch is not None or batch is None:
             batch = batch_for(model, args.batch, seed=args.seed)
         report = analyze(
@@ -80,7 +80,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
+def settings(pairs: list[str]) -> dict[str, Any]:
     """``KEY=VALUE`` pairs; a value that is no Python literal is a string."""
     settings: dict[str, Any] = {}
     for pair in pairs:

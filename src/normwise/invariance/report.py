@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from normwise.geometry import View
 from normwise.invariance.freedom import Freedom, ledger
 from normwise.invariance.roles import Role
+from normwise.invariance.scale_maps import ScaleMap, scale_maps
 from normwise.invariance.symmetry import Slices, Symmetry, Term
 
 __all__ = ["ParameterReport", "Report"]
@@ -192,6 +193,10 @@ class Report:
         for name, view in views.items():
             view.check(self[name].shape)
         return ledger(self.symmetries, {row.name: row.shape for row in self.rows}, views)
+
+    def scale_maps(self) -> tuple[ScaleMap, ...]:
+        """Which layers can be smoothed against which others, for a quantizer's configuration."""
+        return scale_maps(self.symmetries)
 
     def share(self, kind: Kind) -> float:
         """The share of the entries of all parameters that are of this kind, from 0 to 1."""

@@ -1,0 +1,276 @@
+"""Rounding and merging, on small networks trained on the digits of sklearn.
+
+``rounding``: rows are scaled at random along the symmetries, by 10^U(−2, 2); the function stays the
+same. Then all matrices are rounded to few bits, by tensor and by row, before and after balancing.
+
+``merges``: three models are fine-tuned from one start, on a third of the data each, and merged.
+
+    python benchmarks/balance.py rounding --out docs/results/balance-rounding.json
+    python benchmarks/balance.py merges --out docs/results/balance-merges.json
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+
+import normwise as nw
+from normwise.balancing import learn_gamma, merge, rounded
+
+SEEDS = range(3)
+EPOCHS = 15
+
+
+class Convolutions(nn.Module):
+    """Three convolutions without normalization, one of them around a residual sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 16, 3, padding=1)
+        self.inner = nn.Conv2d(16, 24, 3, padding=1)
+        self.outer = nn.Conv2d(24, 16, 3, padding=1)
+        self.hidden, self.head = nn.Linear(256, 32), nn.Linear(32, 10)
+
+    def forward(self, x):
+        h = self.first(x.unflatten(1, (1, 8))).relu()
+        h = F.max_pool2d(h + self.outer(self.inner(h).relu()).relu(), 2)
+        return self.head(self.hidden(h.flatten(1)).relu())
+
+
+class Tokens(nn.Module):
+    """A block of attention and a gated block over the eight rows of a digit."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(8, 32)
+        self.place = nn.Parameter(0.1 * torch.randn(8, 32))
+        self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(3))
+        self.q, self.k = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+        self.v, self.o = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.up, self.gate, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x):
+        h = self.embed(x) + self.place
+        n = self.norms[0](h)
+        q, k, v = (f(n).unflatten(-1, (4, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        h = h + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        n = self.norms[1](h)
+        h = h + self.down(self.up(n) * F.silu(self.gate(n)))
+        return self.head(self.norms[2](h).mean(1))
+
+
+class Normalized(nn.Sequential):
+    """Convolutions before batch norms, and a head."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Unflatten(1, (1, 8)),
+            nn.Conv2d(1, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(288, 10),
+        )
+
+
+def data():
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+    x = torch.tensor(digits.images, dtype=torch.float32)[order] / 16
+    y = torch.tensor(digits.target)[order]
+    return (x[:1200], y[:1200]), (x[1200:], y[1200:])
+
+
+def trained(model, seed, x, y, epochs=EPOCHS, lr=3e-3):
+    torch.manual_seed(seed)
+    steps = epochs * (len(x) // 50)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x)).split(50)[: len(x) // 50]:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def scaled(model, report, seed):
+    """A copy, with every unit of every trade scaled by 10^U(−2, 2)."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for symmetry in report.symmetries:
+            if symmetry.is_scale:
+                continue
+            exponents = 4 * torch.rand(symmetry.units, generator=generator) - 2
+            for name, factor in symmetry.factors(10 ** exponents.double()).items():
+                p = other.get_parameter(name)
+                p.copy_(p.double() * factor)
+    return other
+
+
+@torch.no_grad()
+def costs(model, report, x, y, expected):
+    """By bits and view: the relative error of the logits, and the accuracy."""
+    found = {}
+    for bits in (8, 4):
+        for view, by in (("layer", "tensor"), ("channel", "row")):
+            logits = rounded(model, report, bits, view)(x)
+            found[f"int{bits} by {by}"] = {
+                "error": float((logits - expected).norm() / expected.norm()),
+                "accuracy": float((logits.argmax(1) == y).double().mean()),
+            }
+    return found
+
+
+def rounding():
+    (x, y), (x_test, y_test) = data()
+    runs = []
+    for make in (Convolutions, Tokens):
+        for seed in SEEDS:
+            torch.manual_seed(seed)
+            model = trained(make(), seed, x, y)
+            report = nw.analyze(model, x[:16])
+            with torch.no_grad():
+                expected = model(x_test)
+            run = {
+                "network": make.__name__,
+                "seed": seed,
+                "accuracy": float((expected.argmax(1) == y_test).double().mean()),
+                "rounded": {},
+                "mass": {},
+                "largest difference": {},
+            }
+            rescaled = scaled(model, report, seed)
+            balanced, equalized = copy.deepcopy(rescaled), copy.deepcopy(rescaled)
+            nw.balance(balanced, report, batch=x[:16], tolerance=1e-8)
+            nw.equalize(equalized, report, batch=x[:16])
+            for name, candidate in (
+                ("as trained", model),
+                ("scaled at random", rescaled),
+                ("balance", balanced),
+                ("equalize", equalized),
+            ):
+                run["rounded"][name] = costs(candidate, report, x_test, y_test, expected)
+                with torch.no_grad():
+                    run["mass"][name] = float(sum(p.square().sum() for p in candidate.parameters()))
+                    difference = (candidate(x_test) - expected).abs().max() / expected.abs().max()
+                    run["largest difference"][name] = float(difference)
+            runs.append(run)
+            print(make.__name__, seed, f"{run['accuracy']:.3f}", flush=True)
+    print(table(runs))
+    return runs
+
+
+def merges():
+    (x, y), (x_test, y_test) = data()
+    start, parts, proxy = (
+        slice(0, 150),
+        [slice(a, a + 300) for a in (150, 450, 750)],
+        slice(1050, 1200),
+    )
+
+    @torch.no_grad()
+    def scores(model):
+        logits = model.eval()(x_test)
+        accuracy = (logits.argmax(1) == y_test).double().mean()
+        return {"loss": float(F.cross_entropy(logits, y_test)), "accuracy": float(accuracy)}
+
+    def settled(model):
+        """Running statistics are those of the merged weights, as FedLAW's too."""
+        torch.optim.swa_utils.update_bn([x[proxy]], model)
+        return model
+
+    runs = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        base = trained(Normalized(), seed, x[start], y[start])
+        report = nw.analyze(base, x[:16])
+        models = [
+            trained(copy.deepcopy(base), 10 * seed + i, x[part], y[part], epochs=30, lr=1e-2)
+            for i, part in enumerate(parts)
+        ]
+        average = settled(merge(models, report, how="average", align=False).model)
+        sphere = merge(models, report)
+        found = settled(sphere.model)
+        gamma = learn_gamma(
+            found, report, lambda m: F.cross_entropy(m.eval()(x[proxy]), y[proxy]), steps=200
+        )
+        scaled_merge = settled(merge(models, report, gamma=gamma).model)
+        runs.append(
+            {
+                "seed": seed,
+                "gamma": gamma,
+                "shrinks": {name: vars(s) for name, s in sphere.shrinks.items()},
+                "start": scores(base),
+                "one model": [scores(model) for model in models],
+                "average": scores(average),
+                "sphere": scores(found),
+                "sphere, learned gamma": scores(scaled_merge),
+            }
+        )
+    for name in ("start", "one model", "average", "sphere", "sphere, learned gamma"):
+        cells = []
+        for key in ("loss", "accuracy"):
+            values = torch.tensor(
+                [
+                    sum(r[key] for r in entry) / len(entry)
+                    if isinstance(entry, list)
+                    else entry[key]
+                    for entry in (run[name] for run in runs)
+                ]
+            )
+            cells.append(f"{values.mean():.3f} ± {values.std():.3f}")
+        print(f"| {name} | {' | '.join(cells)} |")
+    print("gamma", [round(run["gamma"], 3) for run in runs])
+    for name in runs[0]["shrinks"]:
+        measured, expected = (
+            sum(run["shrinks"][name][key] for run in runs) / len(runs)
+            for key in ("measured", "expected")
+        )
+        print(name, f"{measured:.3f} {expected:.3f}")
+    return runs
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("rounding", "merges"))
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    runs = rounding() if arguments.what == "rounding" else merges()
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+
+
+def table(runs):
+    """Markdown: the mean over seeds of the relative error of the logits, and of the accuracy."""
+    columns = list(runs[0]["rounded"]["balance"])
+    lines = [f"| network | weights | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for network in dict.fromkeys(run["network"] for run in runs):
+        chosen = [run for run in runs if run["network"] == network]
+        for state in chosen[0]["rounded"]:
+            cells = []
+            for column in columns:
+                results = [run["rounded"][state][column] for run in chosen]
+                error, accuracy = (
+                    sum(result[key] for result in results) / len(results)
+                    for key in ("error", "accuracy")
+                )
+                cells.append(f"{error:.2g} ({accuracy:.1%})")
+            lines.append(f"| {network} | {state} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

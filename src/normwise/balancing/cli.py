@@ -1,0 +1,162 @@
+"""``normwise balance``: a checkpoint in, the same function at other scales out."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normwise.balancing.equalizing import equalize
+from normwise.balancing.least_mass import balance, mass
+from normwise.balancing.rounding import rounded
+from normwise.geometry import View, norms
+from normwise.invariance import Report, analyze
+from normwise.invariance.cli import settings
+from normwise.invariance.replica import Replica
+from normwise.invariance.sources import batch_for, load
+
+__all__ = ["add_balance_parser", "run_balance"]
+
+_DESCRIPTION = """\
+Rescale a checkpoint along the symmetries of its network, so that it computes the same with the
+least mass, or with equal ranges for rounding; print what that does to rounding. Checkpoints are
+read and written as safetensors; nothing is unpickled."""
+
+
+def add_balance_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add ``balance`` to the subcommands of ``normwise``; its ``run`` is :func:`run_balance`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "balance", help="the same function at other scales", description=_DESCRIPTION
+    )
+    parser.add_argument(
+        "source", help="MODULE:FACTORY, hf:MODEL_TYPE, hf:CONFIG.json, timm:NAME, torchvision:NAME"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="its weights (default: those that the source has)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.safetensors", help="a new file (default: only the table)"
+    )
+    parser.add_argument(
+        "--batch", help="2x3x64x64, tokens:2x16, or MODULE:FACTORY (default: what the model says)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an argument of the factory or a field of the configuration; may be repeated",
+    )
+    parser.add_argument(
+        "--to",
+        choices=("least-mass", "equal-ranges"),
+        default="least-mass",
+        help="what to choose the scales for (default: least-mass)",
+    )
+    parser.add_argument("--mode", choices=("train", "eval"), default="train")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.set_defaults(run=run_balance)
+    return parser
+
+
+def run_balance(args: argparse.Namespace) -> int:
+    """Print the table and write the checkpoint; 0, or 2 for what cannot be balanced."""
+    try:
+        if args.out is not None and args.out.exists():
+            raise ValueError(f"--out {str(args.out)!r} exists; name a file that does not")
+        model, batch = load(args.source, settings(args.set))
+        state = None if args.checkpoint is None else _read(model, args.checkpoint)
+        if args.batch is not None or batch is None:
+            batch = batch_for(model, args.batch, seed=args.seed)
+        report = analyze(model, batch, seed=args.seed, mode=args.mode)
+        before = _measures(model, report, batch, args.mode)
+        if args.to == "least-mass":
+            result = balance(model, report, batch=batch, tolerance=1e-8)
+        else:
+            result = equalize(model, report, batch=batch)
+        after = _measures(model, report, batch, args.mode)
+        width = max(map(len, before))
+        print(f"{'':{width}}  {'before':>10}  {'after':>10}")
+        for name, value in before.items():
+            print(f"{name:{width}}  {value:>10.4g}  {after[name]:>10.4g}")
+        print(f"{'largest difference of outputs':{width}}  {'':>10}  {result.difference:>10.1e}")
+        if args.out is not None:
+            _write(model, args.out, state)
+            print(args.out)
+    except (ValueError, RuntimeError, ImportError, OSError, TypeError) as error:
+        print(f"normwise: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _measures(
+    model: nn.Module, report: Report, batch: Any, mode: Literal["train", "eval"]
+) -> dict[str, float]:
+    """Mass, the spread of norms, and the relative error of the outputs of rounded matrices."""
+
+    def outputs(network: nn.Module) -> Tensor:
+        run = Replica(network, batch, seed=0, mode=mode).run(shrink=1)
+        flat = torch.cat([output.flatten() for output in run])
+        return torch.where(flat.isfinite(), flat, 0)
+
+    spreads = [1.0]
+    for row in report:
+        if not row.is_vector:
+            length = norms(model.get_parameter(row.name).detach(), View.channel(0))
+            length = length[length > 0]
+            if len(length):
+                spreads.append(float(length.max() / length.min()))
+    found = {"mass": mass(model), "longest row over shortest of a matrix": max(spreads)}
+    exact = outputs(model)
+    for bits in (8, 4):
+        for view, by in (("layer", "tensor"), ("channel", "row")):
+            difference = outputs(rounded(model, report, bits, view)) - exact
+            found[f"error of int{bits} by {by}"] = float(difference.norm() / exact.norm())
+    return found
+
+
+def _read(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """Load a checkpoint into a model; its tensors, by name."""
+    state: dict[str, Tensor] = _safetensors().load_file(path)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected:
+        raise ValueError(f"{str(path)!r} has {unexpected[0]!r}, which the network has not")
+    # A tied weight is stored under one of its names.
+    loaded = {value.data_ptr() for name, value in model.state_dict().items() if name in state}
+    for name in missing:
+        if model.state_dict()[name].data_ptr() not in loaded:
+            raise ValueError(f"{str(path)!r} lacks {name!r}, which the network has")
+    return state
+
+
+def _write(model: nn.Module, path: Path, like: Mapping[str, Tensor] | None) -> None:
+    """Write a model, under the names and in the dtypes of the checkpoint that it was read from."""
+    tensors: dict[str, Tensor] = {}
+    seen = set()
+    for name, value in model.state_dict().items():
+        if like is not None and name not in like:
+            continue
+        if like is None and value.numel() and value.data_ptr() in seen:
+            continue
+        seen.add(value.data_ptr())
+        dtype = value.dtype if like is None else like[name].dtype
+        tensors[name] = value.detach().to(dtype).contiguous()
+    _safetensors().save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise ImportError(
+            "safetensors cannot be imported; install it with `pip install normwise[transformers]`"
+        ) from error
