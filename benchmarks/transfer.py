@@ -310,9 +310,10 @@ def draw(found: dict[tuple[str, int, int], Curve], path: Path) -> None:
     for axis in axes.flat[len(methods) :]:
         axis.axis("off")
     for axis in axes[:, 0]:
-        axis.set_ylabel("validation loss (nats a character)")
-    axes.flat[0].legend(fontsize=7)
-    figure.tight_layout()
+        axis.set_ylabel("validation loss (nats per character)")
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    lines, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
 
 
