@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compare(arguments: argparse.Namespace) -> int:
     require_lab()
-    from normwise.lab.compare import Choice, assist, compare
+    from normwise.lab.digits import Choice, assist, compare
     from normwise.lab.console import print_outcome, progress
     from normwise.lab.parallel import processes
 
