@@ -51,8 +51,9 @@ class Contender:
     def __str__(self) -> str:
         return "".join(f"{w}(" for w in self.wrappers) + self.name + ")" * len(self.wrappers)
 
-    def make(self, known: Callable[[str, Groups], Optimizer], groups: Groups, lr: float,
-             views: Views) -> Optimizer:
+    def make(
+        self, known: Callable[[str, Groups], Optimizer], groups: Groups, lr: float, views: Views
+    ) -> Optimizer:
         """The optimizer.
 
         Args:

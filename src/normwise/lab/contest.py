@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from normwise.figures.tables import Table
+from normwise.geometry import View
 from normwise.lab.contenders import Contender, parse
 from normwise.lab.data.files import data_root
 from normwise.lab.digits import default_folder
@@ -28,7 +30,8 @@ from normwise.lab.running.events import Observer, ignore
 from normwise.lab.running.executors import check_trust, run_cells
 from normwise.lab.running.invariant import invariant_views
 from normwise.lab.running.prepare import make_optimizer
-from normwise.lab.running.results import RECIPE, Done, Table, read_cells, tables
+from normwise.lab.running.results import RECIPE, Done, read_cells, tables
+from normwise.lab.running.results import Table as Numbers
 from normwise.lab.store import write_atomically
 from normwise.lab.tasks.kinds import is_own, kind
 from normwise.lab.tasks.own import give, metrics_of
@@ -44,7 +47,7 @@ HELD_OUT = 0.1
 _LABELS = {"sgd": "SGD", "sgdp": "SGDP", "adam": "Adam", "adamw": "AdamW", "adamp": "AdamP"}
 _BASELINES = {"sgdp": "sgd", "adamp": "adamw"}
 
-Numbers = float | Sequence[float] | None
+Choices = float | Sequence[float] | None
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,21 @@ class Result:
         headline: the answer in a sentence.
         summary: the content of ``summary.json``.
         tables: the numbers, one table for each metric, the first above all.
+        table: all of them, the best method first, as it is shown.
     """
 
     folder: Path
     headline: str
     summary: dict[str, Any]
-    tables: list[Table]
+    tables: list[Numbers]
+    table: Table
 
     @property
-    def failures(self) -> list[Done]:
-        """The trainings that diverged, and those that could not go on."""
+    def failures(self) -> list[str]:
+        """The trainings that diverged or could not go on, in words."""
         return [
-            cell
+            f"{cell.config['method']}, seed {cell.config['seed']}: "
+            + ("not finished" if cell.result is None else str(cell.result["error"]))
             for cell in self.tables[0].cells
             if cell.result is None or cell.result["status"] != "ok"
         ]
@@ -77,8 +83,8 @@ def compare(
     problem: Any,
     *,
     optimizers: Sequence[str] = OPTIMIZERS,
-    lr: Numbers = None,
-    weight_decay: Numbers = None,
+    lr: Choices = None,
+    weight_decay: Choices = None,
     seeds: int = 3,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -140,7 +146,7 @@ def _task(problem: Any) -> str:
     return give(re.sub(r"\W", "_", name), problem)
 
 
-def _listed(value: Numbers) -> tuple[float, ...]:
+def _listed(value: Choices) -> tuple[float, ...]:
     if value is None:
         return ()
     return tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),)
@@ -237,7 +243,7 @@ class Contest:
             if not math.isfinite(value):
                 raise UsageError(f"the loss of the first batch is {value}; must be finite")
             problem.evaluate()
-            views, reason = invariant_views(problem, size)
+        views, reason = self._views
         params = dict(problem.model.named_parameters())
         return Inspected(
             network=type(problem.model).__name__,
@@ -247,6 +253,11 @@ class Contest:
             metrics=metrics,
             facts=dict(problem.facts),
         )
+
+    @cached_property
+    def _views(self) -> tuple[dict[str, View], str | None]:
+        with torch.random.fork_rng():
+            return invariant_views(self._problem, self.defaults["batch_size"])
 
     @cached_property
     def methods(self) -> dict[str, Method]:
@@ -265,7 +276,7 @@ class Contest:
         """The optimizer on the network, only to be described."""
         problem = self._problem
         training = Training(1, 1, str(contender), lr=1e-3)
-        views, _ = invariant_views(problem, self.defaults["batch_size"])
+        views, _ = self._views
         params = dict(problem.model.named_parameters())
         with trusting(self.trust):
             by_parameter = {params[name]: view for name, view in views.items()}
@@ -357,8 +368,8 @@ class Contest:
         """
         if not is_code(self.task) and (jobs > 1 or executor != "local"):
             raise UsageError(
-                f"jobs {jobs} with executor {executor!r} is not allowed: {self.task!r} is an object "
-                "of this process; put it into a module and name MODULE:FACTORY"
+                f"jobs {jobs} with executor {executor!r} is not allowed: {self.task!r} is an "
+                "object of this process; put it into a module and name MODULE:FACTORY"
             )
         folder = folder or default_folder()
         _take(folder, self._identity(), is_code(self.task))
@@ -370,8 +381,14 @@ class Contest:
             home.mkdir(parents=True, exist_ok=True)
             write_atomically(home / RECIPE, text.encode())
             run_cells(
-                cells, folder / "cells", data_root(), jobs=jobs, executor=executor,
-                device=self.device, observe=observe, trust=tuple(self.trust),
+                cells,
+                folder / "cells",
+                data_root(),
+                jobs=jobs,
+                executor=executor,
+                device=self.device,
+                observe=observe,
+                trust=tuple(self.trust),
             )
             return read_cells([folder / "cells" / cell.folder for cell in cells])
 
@@ -402,16 +419,18 @@ class Contest:
         return {"schema": 1, "task": self.task, "settings": shared, "methods": methods}
 
     def _chosen(self, swept: Sequence[Done]) -> dict[str, Setting]:
-        """Each method's best settings; of equal ones the first, and the first where all failed."""
-        sign = 1 if self._metric.higher_is_better else -1
+        """Each method's best settings by the first metric; where that is equal, by the next."""
 
-        def worth(name: str, setting: Setting) -> float:
+        def worth(name: str, setting: Setting) -> tuple[float, ...]:
             for cell in swept:
                 if (cell.config["method"], cell.config["row"]) == (name, setting.row):
                     result = cell.result
                     if result is not None and result["status"] == "ok":
-                        return sign * float(result["metrics"][self._metric.name])
-            return -math.inf
+                        return tuple(
+                            float(result["metrics"][m.name]) * (1 if m.higher_is_better else -1)
+                            for m in self.inspected.metrics
+                        )
+            return (-math.inf,)
 
         return {
             name: max(method.settings, key=lambda setting: worth(name, setting))
@@ -423,7 +442,7 @@ class Contest:
         folder: Path,
         chosen: dict[str, Setting],
         swept: Sequence[Done],
-        made: list[Table],
+        made: list[Numbers],
     ) -> Result:
         from normwise.lab.report.own import Answer, render
 
@@ -432,7 +451,7 @@ class Contest:
         text = json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
         write_atomically(folder / "summary.json", text.encode())
         write_atomically(folder / "report.html", render(answer, self._identity()).encode())
-        return Result(folder, answer.headline, summary, made)
+        return Result(folder, answer.headline, summary, made, answer.table())
 
 
 def _written(setting: Setting) -> dict[str, float]:
@@ -455,7 +474,9 @@ def _take(folder: Path, identity: dict[str, Any], may_go_on: bool) -> None:
             there = None
         if there == identity and may_go_on:
             return
-        why = "another comparison" if there != identity else "one of an object, whose code may differ"
+        why = (
+            "another comparison" if there != identity else "one of an object, whose code may differ"
+        )
         raise UsageError(f"output folder {str(folder)!r} holds {why}: give one that is absent")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -114,6 +114,9 @@ class Answer:
         title = self.tables[0].metric.title
         if len(self.ranked) == 1:
             return f"{best.label} reached a {title} of {value}"
+        equal = [e.label for e in self.ranked if e.spread and e.spread == best.spread]
+        if len(equal) > 1:
+            return f"{listed(equal)} ended equal, with a {title} of {value}"
         if len(best.values) == 1:
             return (
                 f"{best.label} came out first with a {title} of {value}, but one seed cannot tell "
@@ -148,7 +151,8 @@ class Answer:
         if len(best.values) == 1:
             return f"What to do now: repeat it with --seeds 5; until then take {take}."
         if not rest:
-            return f"What to do now: take {take}; every other method is worse beyond chance."
+            others = "every other method is worse beyond chance"
+            return f"What to do now: take {take}" + (f"; {others}." if self.ranked[1:] else ".")
         return (
             f"What to do now: take {take}, or what you use already if it is among "
             f"{listed([entry.label for entry in rest])}, which chance cannot tell from it; more "
@@ -173,9 +177,7 @@ class Answer:
         chosen, edges = [], []
         for name, setting in self.chosen.items():
             method = self.methods[name]
-            chosen.append(
-                f"{method.label} at {setting.lr:g} (decay {setting.weight_decay:g})"
-            )
+            chosen.append(f"{method.label} at {setting.lr:g} (decay {setting.weight_decay:g})")
             lrs = sorted({s.lr for s in method.settings})
             if len(lrs) > 1 and setting.lr in (lrs[0], lrs[-1]):
                 edges.append(f"{method.label} ({'lowest' if setting.lr == lrs[0] else 'highest'})")
@@ -270,7 +272,7 @@ class Answer:
             if found is not None:
                 half = found[1]
                 digits = self.tables[0].metric.digits
-                text = f"{-found[0]:+.{digits}f}".replace("-", "−")
+                text = f"{-found[0] or 0.0:+.{digits}f}".replace("-", "−")
                 difference = Cell(text, "" if half is None else f"± {half:.{digits}f}")
                 verdict = "one seed" if half is None else "within chance"
                 verdict = "worse" if self.apart(entry) else verdict
@@ -451,8 +453,12 @@ def render(answer: Answer, identity: Mapping[str, Any]) -> str:
         numbers=answer.table(),
         sweep=answer.sweep_chart() if answer.swept else None,
         methods=[
-            {"name": name, "label": m.label, "colour": answer.marks[name][0],
-             "dashed": bool(answer.marks[name][1])}
+            {
+                "name": name,
+                "label": m.label,
+                "colour": answer.marks[name][0],
+                "dashed": bool(answer.marks[name][1]),
+            }
             for name, m in answer.methods.items()
         ],
         charts=[c for c in charts if not c.empty],

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from normwise.lab.environment import environment
 from normwise.lab.contenders import parse as parse_contender
+from normwise.lab.environment import environment
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import ALONE, Processes
 from normwise.lab.recipes.schema import Cell

@@ -99,7 +99,7 @@ def _found(task: str) -> Any:
 def _call(task: str, factory: Callable[[], Any]) -> Any:
     if not callable(factory):
         raise UsageError(
-            f"{task!r} is a {type(factory).__name__}; must be a function that returns "
+            f"{task!r} is of type {type(factory).__name__}; must be a function that returns "
             "normwise.lab.supervised(…)"
         )
     try:
@@ -115,7 +115,7 @@ def _other(task: str, made: Any, found: Any, options: Options) -> Problem:
     """A problem of a class of the user's own, whose network its factory draws."""
     if not isinstance(made, Problem):
         raise UsageError(
-            f"{task!r} returned a {type(made).__name__}; must return "
+            f"{task!r} returned an object of type {type(made).__name__}; must return "
             "normwise.lab.supervised(…), or another Problem"
         )
     if options.held_out:

@@ -125,9 +125,7 @@ class Loss:
 
 LOSSES: dict[str, Loss] = {
     "cross-entropy": Loss(_cross_entropy, ("accuracy", "cross-entropy")),
-    "binary-cross-entropy": Loss(
-        _elementwise(F.binary_cross_entropy_with_logits), ("accuracy",)
-    ),
+    "binary-cross-entropy": Loss(_elementwise(F.binary_cross_entropy_with_logits), ("accuracy",)),
     "mse": Loss(_MSE, ("rmse", "mae")),
     "l1": Loss(_L1, ("mae", "rmse")),
     "huber": Loss(_elementwise(F.huber_loss), ("mae", "rmse")),
@@ -186,8 +184,8 @@ def supervised(
         raise UsageError(f"unknown loss {loss!r}: {nearest(loss, LOSSES)}")
     if not callable(make_model) or isinstance(make_model, nn.Module):
         raise UsageError(
-            f"make_model is a {type(make_model).__name__}; must be a function that makes a network,"
-            " so that every method and seed starts from one of its own"
+            f"make_model is of type {type(make_model).__name__}; must be a function that makes a "
+            "network, so that every method and seed starts from one of its own"
         )
     for option, value in (("batch_size", batch_size), ("epochs", epochs)):
         if type(value) is not int or value < 1:
@@ -276,7 +274,10 @@ class Supervised(Problem):
         except Exception as error:
             raise UsageError(f"make_model raised {_reason(error)}") from error
         if not isinstance(model, nn.Module):
-            raise UsageError(f"make_model returned a {type(model).__name__}; must be an nn.Module")
+            raise UsageError(
+                f"make_model returned an object of type {type(model).__name__}; must be an "
+                "nn.Module"
+            )
         if not any(p.requires_grad and p.numel() for p in model.parameters()):
             raise UsageError(f"the network ({type(model).__name__}) has no parameters to train")
         new.model, new.device = model.to(device), device
@@ -486,7 +487,9 @@ class _Part:
         try:
             return self.data[place]
         except Exception as error:
-            raise UsageError(f"example {place} of the {self.name} data: {_reason(error)}") from error
+            raise UsageError(
+                f"example {place} of the {self.name} data: {_reason(error)}"
+            ) from error
 
 
 @contextmanager
