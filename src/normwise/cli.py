@@ -265,6 +265,7 @@ def _compare_own(arguments: argparse.Namespace) -> int:
     from normwise.figures.tables import show, stdout
     from normwise.lab.cli import Lines
     from normwise.lab.contest import OPTIMIZERS, Contest
+    from normwise.lab.digits import default_folder
     from normwise.lab.imports import place
 
     if arguments.task != "digits":
@@ -288,11 +289,15 @@ def _compare_own(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         device=arguments.device or "cpu",
     )
-    result = contest.run(
-        arguments.out,
-        jobs=arguments.jobs or 1,
-        observe=Lines(contest.trainings, arguments.quiet),
-    )
+    folder = arguments.out or default_folder()
+    try:
+        result = contest.run(
+            folder,
+            jobs=arguments.jobs or 1,
+            observe=Lines(contest.trainings, arguments.quiet),
+        )
+    except KeyboardInterrupt:
+        return _complain(f"interrupted; the same with --out {folder} goes on", 130)
     if arguments.json:
         print(json.dumps({"folder": str(result.folder), **result.summary}, allow_nan=False))
     else:

@@ -289,6 +289,26 @@ def test_contenders_that_are_none_are_refused(text, words):
         parse(text)
 
 
+def test_a_sphere_is_made_on_the_invariant_weights_without_their_decay(monkeypatch):
+    seen = {}
+
+    def sphere(optimizer, views):
+        seen.update(optimizer=optimizer, views=views)
+        return optimizer
+
+    monkeypatch.setattr(normwise, "sphere", sphere, raising=False)
+    on, off, gain = (nn.Parameter(torch.ones(n)) for n in ((2, 2), (3, 2), (2,)))
+    groups = [{"params": [on, off], "weight_decay": 0.1}, {"params": [gain], "weight_decay": 0.0}]
+    views = {on: normwise.View.channel(), gain: normwise.View.layer()}
+    parse("sphere(torch:AdamW)").make(lambda name, own: None, groups, 0.01, views)
+    assert seen["views"] == {on: normwise.View.channel()}
+    decays = {p: g["weight_decay"] for g in seen["optimizer"].param_groups for p in g["params"]}
+    assert decays == {on: 0.0, off: 0.1, gain: 0.0}
+    monkeypatch.delattr(normwise, "sphere")
+    with pytest.raises(UsageError, match="has no 'sphere'"):
+        parse("sphere(torch:AdamW)")
+
+
 def test_a_contender_of_the_users_is_described_and_compared(module):
     name = f"{module}.py:optimizer"
     contest = Contest(f"{module}:problem", ("sgd", name), seeds=1)

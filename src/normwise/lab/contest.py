@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from normwise.figures.tables import Table
@@ -279,7 +280,7 @@ class Contest:
         views, _ = self._views
         params = dict(problem.model.named_parameters())
         with trusting(self.trust):
-            by_parameter = {params[name]: view for name, view in views.items()}
+            by_parameter: dict[Tensor, View] = {params[name]: view for name, view in views.items()}
             return make_optimizer(problem.model, training, by_parameter)
 
     def _settings(self, contender: Contender, rule: UpdateRule) -> tuple[Setting, ...]:

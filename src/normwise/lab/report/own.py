@@ -278,7 +278,7 @@ class Answer:
                 verdict = "worse" if self.apart(entry) else verdict
         grew, did = (self.at_end(k).get(name) for k in ("norm_growth", "relative_effective_lr"))
         setting = self.chosen[name]
-        cells = (
+        cells: tuple[Cell | str, ...] = (
             self.methods[name].label,
             _spread(entry, self.tables[0]),
             verdict,

@@ -228,8 +228,10 @@ def _same_config(folder: Path, config: dict[str, Any]) -> None:
     if different is None:
         return
     if different == "source":
+        before, after = there.get("source"), config.get("source", {})
+        edited = [n for n in after if not isinstance(before, dict) or before.get(n) != after[n]]
         raise UsageError(
-            f"{folder} holds a run of another source of {', '.join(config['source'])}: it has "
+            f"{folder} holds a run of another source of {', '.join(map(repr, edited))}: it has "
             "been edited since; give another --out, or delete it"
         )
     old, new = there.get(different), config.get(different)

@@ -353,7 +353,7 @@ class Supervised(Problem):
             out = self.model(*args, **named)
         except UsageError:
             raise
-        except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+        except Exception as error:
             shapes = ", ".join(_shape(value) for value in (*args, *named.values()))
             raise UsageError(
                 f"the network ({type(self.model).__name__}) fails on a batch of {shapes}: "
@@ -368,7 +368,7 @@ class Supervised(Problem):
         self._check_labels(output, target)
         try:
             return function(output, target)
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        except Exception as error:
             raise UsageError(
                 f"the network's output ({_shape(output)}) does not fit the loss or metric with "
                 f"targets ({_shape(target)}): {_reason(error)}"
