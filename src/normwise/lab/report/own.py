@@ -154,9 +154,9 @@ class Answer:
             others = "every other method is worse beyond chance"
             return f"What to do now: take {take}" + (f"; {others}." if self.ranked[1:] else ".")
         return (
-            f"What to do now: take {take}, or what you use already if it is among "
-            f"{listed([entry.label for entry in rest])}, which chance cannot tell from it; more "
-            "seeds can."
+            f"What to do now: take {take}. Chance cannot tell it from "
+            f"{listed([entry.label for entry in rest])}: there is no need to leave what you use "
+            "already if it is one of these; more seeds may tell them apart."
         )
 
     def _expectation(self) -> str:
