@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from normwise import __version__
 from normwise.balancing.cli import add_balance_parser
 from normwise.invariance.cli import add_inspect_parser
-from normwise.lab.arguments import positive, seeds, whole
+from normwise.lab.arguments import numbers, positives, seeds, whole
 from normwise.lab.cli import add_lab_parsers
 from normwise.lab.errors import Unavailable, UsageError, nearest, require_lab
 from normwise.monitor.cli import add_plan_parser
@@ -98,6 +98,8 @@ def _run(argv: Sequence[str] | None) -> int:
         code: int = arguments.run(arguments)
         return code
     except UsageError as error:
+        if getattr(arguments, "debug", False):
+            raise
         return _complain(str(error), 2)
     except Unavailable as error:
         return _complain(str(error), 1)
@@ -132,22 +134,51 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(run=_compare)
     option = compare.add_argument
+    option(
+        "problem",
+        nargs="?",
+        metavar="MODULE:FACTORY",
+        help="your own: what normwise.lab.supervised(…) made, or a function that returns it",
+    )
     option("--task", default="digits", metavar="NAME", help="what to learn (default: digits)")
     option(
         "--optimizers",
         metavar="A,B,…",
-        help="any of sgd, sgdp, adamw, adamp, in any order (default: all)",
+        help=(
+            "any of sgd, sgdp, adamw, adamp, in any order (default: all); on a problem of your own "
+            "also adam, torch:CLASS, FILE.py:FACTORY, tangential(…)"
+        ),
     )
     option("--seeds", type=seeds, default=3, metavar="N", help="runs per optimizer (default: 3)")
     option("--epochs", type=whole, metavar="N", help="passes over the data (default: the task's)")
     option("--batch-size", type=whole, metavar="N", help="examples per step (default: the task's)")
-    option("--lr-sgd", type=positive, metavar="LR", help="of SGD and SGDP, at first (default: 0.1)")
+    option(
+        "--lr",
+        type=positives,
+        metavar="A,B,…",
+        help="on a problem of your own: learning rates, of which each method takes its best",
+    )
+    option(
+        "--lr-sgd",
+        type=positives,
+        metavar="LR",
+        help="of SGD and SGDP, at first (default: 0.1); a list on a problem of your own",
+    )
     option(
         "--lr-adam",
-        type=positive,
+        type=positives,
         metavar="LR",
-        help="of AdamW and AdamP, at first (default: 0.001)",
+        help="of AdamW and AdamP, at first (default: 0.001); a list on a problem of your own",
     )
+    option(
+        "--weight-decay",
+        type=numbers,
+        metavar="A,B,…",
+        help="on a problem of your own: weight decays, of which each method takes its best",
+    )
+    option("--jobs", type=whole, metavar="N", help="on a problem of your own: trainings at once")
+    option("--device", metavar="NAME", help="on a problem of your own (default: cpu)")
+    option("--debug", action="store_true", help="show the traceback of an error")
     option(
         "--out",
         type=Path,
@@ -184,10 +215,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# What only a problem of the user's takes, and only the digits.
+_OWN, _DIGITS = ("lr", "weight_decay", "jobs", "device"), ("parallel",)
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     require_lab()
-    from normwise.lab.compare import Choice, assist, compare
+    if arguments.problem is not None:
+        return _compare_own(arguments)
+    for name in _OWN:
+        if getattr(arguments, name) is not None:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} goes with a problem of your own: name MODULE:FACTORY")
+    for name in ("lr_sgd", "lr_adam"):
+        values = getattr(arguments, name)
+        if values is not None and len(values) > 1:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} takes a list only with a problem of your own")
+        setattr(arguments, name, None if values is None else values[0])
     from normwise.lab.console import print_outcome, progress
+    from normwise.lab.digits import Choice, assist, compare
     from normwise.lab.parallel import processes
 
     choice = Choice(
@@ -214,6 +261,65 @@ def _compare(arguments: argparse.Namespace) -> int:
     for failure in outcome.failures:
         _complain(f"{failure['optimizer']}, seed {failure['seed']}: {failure['error']}", 1)
     return 1 if outcome.failures else 0
+
+
+def _compare_own(arguments: argparse.Namespace) -> int:
+    from normwise.figures.tables import show, stdout
+    from normwise.lab.cli import Lines
+    from normwise.lab.contest import OPTIMIZERS, Contest
+    from normwise.lab.digits import default_folder
+    from normwise.lab.imports import place
+
+    if arguments.task != "digits":
+        raise UsageError(f"--task {arguments.task} and {arguments.problem!r}: give one of them")
+    for name in _DIGITS:
+        if getattr(arguments, name) is not None:
+            raise UsageError(
+                f"--{name} goes with the digits; for a problem of your own run the recipe.yaml "
+                "that is in the output folder with `normwise paper run`"
+            )
+    given = arguments.optimizers
+    contest = Contest(
+        task=place(arguments.problem),
+        optimizers=OPTIMIZERS if given is None else _listed(given),
+        lrs=arguments.lr or (),
+        weight_decays=arguments.weight_decay or (),
+        lrs_gradient=arguments.lr_sgd or (),
+        lrs_other=arguments.lr_adam or (),
+        seeds=arguments.seeds,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        device=arguments.device or "cpu",
+    )
+    folder = arguments.out or default_folder()
+    try:
+        result = contest.run(
+            folder,
+            jobs=arguments.jobs or 1,
+            observe=Lines(contest.trainings, arguments.quiet),
+        )
+    except KeyboardInterrupt:
+        return _complain(f"interrupted; the same with --out {folder} goes on", 130)
+    if arguments.json:
+        print(json.dumps({"folder": str(result.folder), **result.summary}, allow_nan=False))
+    else:
+        console = stdout()
+        console.print(f"{result.headline}.", style="bold", highlight=False)
+        console.print()
+        show(result.table)
+        for text in result.summary["paragraphs"]:
+            console.print(text, highlight=False)
+            console.print()
+        print(result.summary["code"])
+        for name in ("report.html", "summary.json", "recipe.yaml"):
+            print(result.folder / name)
+    for text in result.failures:
+        _complain(text, 1)
+    return 1 if result.failures else 0
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name for part in text.split(",") if (name := part.strip()))
 
 
 _CHOSEN = ("seeds", "epochs", "batch_size", "lr_sgd", "lr_adam", "parallel")

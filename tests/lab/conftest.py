@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from normwise.lab.compare import Choice
+from normwise.lab.digits import Choice
 from normwise.lab.recipes import Cell
 from normwise.lab.running.cell import run_cell
 from normwise.lab.tasks.problem import Problem

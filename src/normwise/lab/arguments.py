@@ -8,7 +8,7 @@ import re
 
 from normwise.lab.recipes.schema import MOST_SEEDS
 
-__all__ = ["positive", "seconds", "seeds", "whole"]
+__all__ = ["numbers", "positive", "positives", "seconds", "seeds", "whole"]
 
 
 def whole(text: str, most: int = 2**53) -> int:
@@ -38,6 +38,16 @@ def positive(text: str) -> float:
             f"{text!r} is not allowed: must be a finite number greater than 0"
         )
     return value
+
+
+def positives(text: str) -> tuple[float, ...]:
+    """Finite numbers greater than 0, with commas between them."""
+    return tuple(positive(part.strip()) for part in text.split(","))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Finite numbers, 0 or more, with commas between them."""
+    return tuple(seconds(part.strip()) for part in text.split(","))
 
 
 def seconds(text: str) -> float:

@@ -43,8 +43,9 @@ class Damaged(UsageError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the names that are allowed, the likeliest first."""
     known = list(known)
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    hint = f"did you mean {lower[close[0]]!r}? " if close else ""
     return f"{hint}(choose from {', '.join(known)})"
 
 

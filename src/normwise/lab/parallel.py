@@ -62,6 +62,8 @@ class Processes:
 
     def share(self, batch: Any) -> Any:
         """This process's part of a batch: of a tensor, or of each tensor of a tuple."""
+        if self.size == 1:
+            return batch
         if isinstance(batch, tuple):
             return tuple(map(self.share, batch))
         return batch.chunk(self.size)[self.rank]

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from normwise.lab.errors import UsageError
 
-__all__ = ["LIBRARIES", "check_trusted", "is_code", "source_hash", "trusting"]
+__all__ = ["GIVEN", "LIBRARIES", "check_trusted", "is_code", "source_hash", "trusting"]
 
 # What stands before the colon of a network's name and is no module of the user's.
 LIBRARIES = ("hf", "timm", "torchvision")
+# What stands there of a problem that is an object of this process.
+GIVEN = "given"
 _trusted: ContextVar[frozenset[str]] = ContextVar("trusted", default=frozenset())
 
 
@@ -35,7 +37,7 @@ def trusting(modules: Iterable[str]) -> Iterator[None]:
 def is_code(name: str) -> bool:
     """Whether a name in a recipe is ``MODULE:FACTORY``."""
     module, colon, factory = name.partition(":")
-    return bool(colon and factory) and module not in LIBRARIES
+    return bool(colon and factory) and module not in (*LIBRARIES, GIVEN)
 
 
 def check_trusted(name: str) -> None:

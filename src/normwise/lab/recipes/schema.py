@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from normwise.lab.checks import within
+from normwise.lab.contenders import parse as parse_contender
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.tasks.kinds import kind
 
@@ -18,7 +19,6 @@ __all__ = ["SCHEMA", "Cell", "Method", "Paper", "Recipe", "Scale", "Training", "
 
 SCHEMA = 1
 MOST_SEEDS = 10_000
-OPTIMIZERS = ("sgd", "sgdp", "adam", "adamw", "adamp")
 SCHEDULES = ("constant", "steps", "cosine")
 NORMALIZATIONS = ("none", "WN", "CWN", "WS")
 COUPLINGS = ("own", "l2", "decoupled", "schedule")
@@ -31,7 +31,8 @@ class Training:
     Args:
         epochs: passes over the training data.
         batch_size: examples per step.
-        optimizer: sgd, sgdp, adam, adamw or adamp.
+        optimizer: sgd, sgdp, adam, adamw or adamp; ``torch:CLASS``; ``MODULE:FACTORY`` of the
+            user's; or ``tangential(…)`` or ``sphere(…)`` around one of these.
         lr: the learning rate at its highest.
         weight_decay: L2 in sgd and adam, decoupled in the others (default: 0).
         coupling: ``own`` is the optimizer's; ``l2``; ``decoupled``, λ times the learning rate;
@@ -93,8 +94,8 @@ class Training:
     autocast: str = "none"
 
     def __post_init__(self) -> None:
+        parse_contender(self.optimizer)
         for name, allowed in (
-            ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
             ("normalization", NORMALIZATIONS),
             ("coupling", COUPLINGS),

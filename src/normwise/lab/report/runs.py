@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from normwise.lab.running.results import Table as Result
     from normwise.lab.tasks.problem import Metric
 
-__all__ = ["render"]
+__all__ = ["chart", "quantities", "render"]
 
 Marks = Mapping[str, tuple[str, tuple[float, ...]]]
 _NAN = math.nan
@@ -53,7 +53,7 @@ def render(tables: Sequence[Result]) -> str:
     )
 
 
-def _quantities(metric: Metric) -> list[Quantity]:
+def quantities(metric: Metric) -> list[Quantity]:
     """The metric, and what is drawn of every task."""
     spacing = Spacing.LINEAR if metric.higher_is_better else Spacing.LOG
     first = Quantity(
@@ -82,7 +82,7 @@ def _sections(tables: Sequence[Result], drawn: Marks) -> list[dict[str, Any]]:
     shown = set()
     for table in tables:
         place = (table.recipe.id, table.scale, table.row)
-        quantities = _quantities(table.metric)[: 1 if place in shown else None]
+        drawings = quantities(table.metric)[: 1 if place in shown else None]
         shown.add(place)
         notes = [table.recipe.question, table.recipe.scales[table.scale].note]
         notes += [f"Paper: {table.recipe.paper.source}.", table.recipe.paper.note]
@@ -91,13 +91,20 @@ def _sections(tables: Sequence[Result], drawn: Marks) -> list[dict[str, Any]]:
                 "title": f"{table.recipe.title}: {table.row}, {table.scale} scale",
                 "words": _words(table),
                 "note": " ".join(filter(None, notes)),
-                "charts": [_chart(table, quantity, drawn) for quantity in quantities],
+                "charts": [chart(table, quantity, drawn) for quantity in drawings],
             }
         )
     return sections
 
 
-def _chart(table: Result, quantity: Quantity, drawn: Marks) -> Lines:
+def chart(table: Result, quantity: Quantity, drawn: Marks) -> Lines:
+    """The curves of a quantity in one row, one line a method.
+
+    Args:
+        table: the row.
+        quantity: what is drawn.
+        drawn: colour and dashes of each method.
+    """
     lines = []
     for entry in table.entries:
         own = [c.records for c in table.cells if c.config["method"] == entry.method and c.records]

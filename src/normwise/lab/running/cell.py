@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from normwise.lab.contenders import parse as parse_contender
 from normwise.lab.environment import environment
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import ALONE, Processes
@@ -34,7 +35,8 @@ from normwise.lab.store import (
     seal_json,
     write_atomically,
 )
-from normwise.lab.tasks.kinds import kind
+from normwise.lab.tasks.kinds import is_own, kind
+from normwise.lab.tasks.problem import Problem
 from normwise.lab.trust import is_code, source_hash, trusting
 
 __all__ = ["CONFIG", "RESULT", "DiskFull", "check_device", "config_of", "now", "run_cell"]
@@ -61,9 +63,13 @@ def config_of(cell: Cell, device: str, processes: Processes = ALONE) -> dict[str
     config = {"schema": SCHEMA, **asdict(cell), "device": device}
     if processes.kind is not None:
         config["parallel"] = {"kind": processes.kind, "processes": processes.size}
-    network = getattr(cell.options, "network", "")
-    if is_code(network):
-        config["source"] = source_hash(network)
+    names = (
+        cell.task,
+        getattr(cell.options, "network", ""),
+        parse_contender(cell.training.optimizer).code or "",
+    )
+    if sources := {name: source_hash(name) for name in names if is_code(name)}:
+        config["source"] = sources
     # As it will be read back: tuples become lists.
     return dict(json.loads(json.dumps(config)))
 
@@ -154,6 +160,15 @@ def _check_divisible(cell: Cell, processes: Processes) -> None:
         )
 
 
+def _judged(cell: Cell, problem: Problem) -> dict[str, Any]:
+    """What a problem of the user's is judged by, which nothing but its code says."""
+    if not is_own(cell.task):
+        return {}
+    from normwise.lab.tasks.own import metrics_of
+
+    return {"judged_by": [asdict(metric) for metric in metrics_of(problem)]}
+
+
 @contextmanager
 def _room_in(folder: Path) -> Iterator[None]:
     try:
@@ -213,8 +228,10 @@ def _same_config(folder: Path, config: dict[str, Any]) -> None:
     if different is None:
         return
     if different == "source":
+        before, after = there.get("source"), config.get("source", {})
+        edited = [n for n in after if not isinstance(before, dict) or before.get(n) != after[n]]
         raise UsageError(
-            f"{folder} holds a run of another source of {config['options']['network']!r}: it has "
+            f"{folder} holds a run of another source of {', '.join(map(repr, edited))}: it has "
             "been edited since; give another --out, or delete it"
         )
     old, new = there.get(different), config.get(different)
@@ -279,6 +296,7 @@ class _Run:
             **ending,
             "trivial": problem.trivial,
             "facts": {**facts, "invariant_weights": len(trainer.views)},
+            **_judged(self.cell, problem),
             "weights": digest(self.processes.weights(problem.model)),
             "metrics_sha256": trainer.metrics_digest,
         }

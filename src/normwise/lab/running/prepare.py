@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normwise.decay import L2, DecayScheduler, Decoupled, EpsilonShiftedL2, Policy, Window
+from normwise.geometry import View
+from normwise.lab.contenders import parse
 from normwise.lab.errors import UsageError
 from normwise.lab.recipes.schema import Training
 from normwise.optim import SGDP, AdamP
@@ -25,8 +29,17 @@ _POLICY: dict[str, Policy] = {
 }
 
 
-def make_optimizer(model: nn.Module, training: Training) -> Optimizer:
-    """The optimizer of a model that is normalized, and distributed."""
+def make_optimizer(
+    model: nn.Module, training: Training, views: Mapping[Tensor, View] = MappingProxyType({})
+) -> Optimizer:
+    """The optimizer of a model that is normalized, and distributed.
+
+    Args:
+        model: whose parameters it trains.
+        training: its settings.
+        views: of the scale-invariant weights, which ``tangential`` and ``sphere`` act on (default:
+            none).
+    """
     spared: set[nn.Parameter] = set()
     if training.decay_on == "no-depthwise":
         spared = {p for m in _depthwise(model) for p in m.parameters()}
@@ -42,7 +55,12 @@ def make_optimizer(model: nn.Module, training: Training) -> Optimizer:
         {"params": decayed, "weight_decay": training.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    optimizer = _optimizer([group for group in groups if group["params"]], training)
+    optimizer = parse(training.optimizer).make(
+        lambda name, own: _optimizer(name, own, training),
+        [group for group in groups if group["params"]],
+        training.lr,
+        views,
+    )
     if training.epsilon_shift is not None:
         with warnings.catch_warnings():
             # ε above the weights' start is what a recipe may want to show.
@@ -113,13 +131,13 @@ def decay_within_window(optimizer: Optimizer, training: Training, steps: int) ->
     optimizer.register_load_state_dict_pre_hook(take)
 
 
-def _optimizer(groups: list[dict[str, Any]], t: Training) -> Optimizer:
+def _optimizer(name: str, groups: list[dict[str, Any]], t: Training) -> Optimizer:
     betas = (t.betas[0], t.betas[1])
-    if t.optimizer == "sgd":
+    if name == "sgd":
         return torch.optim.SGD(groups, lr=t.lr, momentum=t.momentum, nesterov=t.nesterov)
-    if t.optimizer == "adam":
+    if name == "adam":
         return torch.optim.Adam(groups, lr=t.lr, betas=betas, eps=t.eps)
-    if t.optimizer == "adamw":
+    if name == "adamw":
         return torch.optim.AdamW(groups, lr=t.lr, betas=betas, eps=t.eps)
     # Fused steps sum in another order, and are not everywhere: a cell gives the same bits without.
     shared: dict[str, Any] = {
@@ -130,6 +148,6 @@ def _optimizer(groups: list[dict[str, Any]], t: Training) -> Optimizer:
         "nesterov": t.nesterov,
         "fused": False,
     }
-    if t.optimizer == "sgdp":
+    if name == "sgdp":
         return SGDP(groups, momentum=t.momentum, **shared)
     return AdamP(groups, betas=betas, **shared)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from normwise.lab.summary import Spread, example_half_width, seed_half_width
 from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.problem import Metric
 
-__all__ = ["RECIPE", "Done", "Entry", "Table", "read_cells", "tables"]
+__all__ = ["RECIPE", "Done", "Entry", "Table", "finished", "paired", "read_cells", "tables"]
 
 # The recipe as it was run, beside its rows; without it the library's own of that name is taken.
 RECIPE = "recipe.yaml"
@@ -168,9 +168,10 @@ def tables(cells: Sequence[Done]) -> list[Table]:
     for (name, scale, row), group in groups.items():
         own = group[0].folder.parents[2] / RECIPE
         recipe = find(str(own) if own.exists() else name)
-        for metric in kind(recipe.task).metrics:
+        metrics = _metrics(recipe, group)
+        for metric in metrics:
             entries = [
-                _entry(recipe, row, method, metric, group)
+                _entry(recipe, row, method, metric, metric == metrics[0], group)
                 for method in recipe.methods
                 if any(cell.config["method"] == method for cell in group)
             ]
@@ -178,7 +179,15 @@ def tables(cells: Sequence[Done]) -> list[Table]:
     return made
 
 
-def _finished(group: Sequence[Done], method: str) -> dict[int, dict[str, Any]]:
+def _metrics(recipe: Recipe, group: Sequence[Done]) -> tuple[Metric, ...]:
+    """What a row is judged by: the task says it, or, of the user's own, the first result."""
+    results = [cell.result for cell in group if cell.result is not None]
+    said = next((r["judged_by"] for r in results if "judged_by" in r), ())
+    return kind(recipe.task).metrics or tuple(Metric(**fields) for fields in said)
+
+
+def finished(group: Sequence[Done], method: str) -> dict[int, dict[str, Any]]:
+    """The results of a method by seed, of the seeds that trained to the end."""
     return {
         cell.config["seed"]: cell.result
         for cell in sorted(group, key=lambda cell: int(cell.config["seed"]))
@@ -186,46 +195,60 @@ def _finished(group: Sequence[Done], method: str) -> dict[int, dict[str, Any]]:
     }
 
 
-def _entry(recipe: Recipe, row: str, name: str, metric: Metric, group: Sequence[Done]) -> Entry:
+def paired(
+    mine: Mapping[int, Any], theirs: Mapping[int, Any], metric: Metric, judges: bool
+) -> tuple[float, float | None] | None:
+    """The mean difference over common seeds, as shown, and half of its 95% interval.
+
+    Args:
+        mine: results by seed.
+        theirs: of the method that is subtracted.
+        metric: what is compared.
+        judges: whether test examples that are classified wrongly are those of this metric.
+
+    Returns:
+        None without a common seed; no interval for one.
+    """
+    common = [seed for seed in mine if seed in theirs]
+    if not common:
+        return None
+    differences = [
+        metric.factor * mine[s]["metrics"][metric.name]
+        - metric.factor * theirs[s]["metrics"][metric.name]
+        for s in common
+    ]
+    half_width = seed_half_width(differences)
+    if half_width is not None and judges and "wrong" in mine[common[0]]:
+        by_example = metric.factor * example_half_width(
+            [mine[s]["wrong"] for s in common],
+            [theirs[s]["wrong"] for s in common],
+            mine[common[0]]["facts"]["test_examples"],
+        )
+        half_width = math.hypot(half_width, by_example)
+    return sum(differences) / len(differences), half_width
+
+
+def _entry(
+    recipe: Recipe, row: str, name: str, metric: Metric, judges: bool, group: Sequence[Done]
+) -> Entry:
     method = recipe.methods[name]
     own = [cell for cell in group if cell.config["method"] == name]
-    mine = _finished(group, name)
-    values = {seed: metric.factor * r["metrics"][metric.name] for seed, r in mine.items()}
+    mine = finished(group, name)
     difference = half_width = None
     if method.baseline is not None:
-        theirs = _finished(group, method.baseline)
-        common = [seed for seed in mine if seed in theirs]
-        if common:
-            differences = [
-                values[s] - metric.factor * theirs[s]["metrics"][metric.name] for s in common
-            ]
-            difference = sum(differences) / len(differences)
-            half_width = seed_half_width(differences)
-            first = recipe_metric(recipe)
-            if half_width is not None and metric == first and "wrong" in mine[common[0]]:
-                by_example = metric.factor * example_half_width(
-                    [mine[s]["wrong"] for s in common],
-                    [theirs[s]["wrong"] for s in common],
-                    mine[common[0]]["facts"]["test_examples"],
-                )
-                half_width = math.hypot(half_width, by_example)
+        found = paired(mine, finished(group, method.baseline), metric, judges)
+        difference, half_width = found or (None, None)
     results = [cell.result for cell in own if cell.result is not None]
     trivial = next((r["trivial"].get(metric.name) for r in results), None)
-    first_metric = metric == recipe_metric(recipe)
     return Entry(
         method=name,
         label=method.label,
-        values=values,
+        values={seed: metric.factor * r["metrics"][metric.name] for seed, r in mine.items()},
         failed=tuple(c.config["seed"] for c in own if c.result and c.result["status"] == "failed"),
         unfinished=tuple(c.config["seed"] for c in own if c.result is None),
-        paper=recipe.paper.rows.get(row, {}).get(name) if first_metric else None,
+        paper=recipe.paper.rows.get(row, {}).get(name) if judges else None,
         baseline=None if method.baseline is None else recipe.methods[method.baseline].label,
         difference=difference,
         half_width=half_width,
         trivial=None if trivial is None else metric.factor * trivial,
     )
-
-
-def recipe_metric(recipe: Recipe) -> Metric:
-    """The metric that the recipe's task is judged by above all, and that the paper reports."""
-    return kind(recipe.task).metrics[0]

@@ -114,7 +114,7 @@ class Trainer:
         self.problem.model = processes.distribute(model)
         params = dict(model.named_parameters())
         self._invariant = [(params[name], view) for name, view in self.views.items()]
-        self.optimizer = make_optimizer(self.problem.model, self.training)
+        self.optimizer = make_optimizer(self.problem.model, self.training, dict(self._invariant))
         decay_within_window(self.optimizer, self.training, self.total_steps)
         self.exponent = describe(self.optimizer)[0].update.exponent
         self.monitor = self._watch(model) if self.views and processes.kind != "fsdp" else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.tasks.problem import Metric, Problem
+from normwise.lab.trust import GIVEN, is_code
 
-__all__ = ["KINDS", "Kind", "kind"]
+__all__ = ["KINDS", "Kind", "is_own", "kind"]
 
 # Task name → module under normwise.lab.tasks, class of the problem.
 KINDS = {
@@ -33,7 +35,8 @@ class Kind:
     Args:
         name: as recipes have it.
         options: the dataclass of its settings.
-        metrics: what it is judged by, the first above all.
+        metrics: what it is judged by, the first above all; empty for a problem of the user's, whose
+            results say it.
         divisible: whether processes can share a batch of it.
         build: makes the problem from options, the data's root and the device.
     """
@@ -45,12 +48,20 @@ class Kind:
     build: Callable[[Any, Path, torch.device], Problem]
 
 
+def is_own(name: str) -> bool:
+    """Whether a task is a problem of the user's: ``MODULE:FACTORY``, or an object at hand."""
+    return is_code(name) or name.startswith(f"{GIVEN}:")
+
+
 def kind(name: str) -> Kind:
     """The kind of task of this name.
 
     Raises:
         UsageError: if there is none.
     """
+    if is_own(name):
+        own = import_module("normwise.lab.tasks.own")
+        return Kind(name, own.Options, (), False, partial(own.build, name))
     if name not in KINDS:
         raise UsageError(f"unknown task {name!r}: {nearest(name, KINDS)}")
     module_name, class_name = KINDS[name]

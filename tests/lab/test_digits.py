@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from normwise import cli
-from normwise.lab import compare as module
-from normwise.lab.compare import CELLS, Choice, compare
+from normwise.lab import digits as module
+from normwise.lab.digits import CELLS, Choice, compare
 from normwise.lab.errors import UsageError
 from normwise.lab.recipes import find
 from normwise.lab.running.cell import run_cell

@@ -1,0 +1,59 @@
+"""Objects of the user's by their names, ``MODULE:NAME``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from typing import Any
+
+from normwise.lab.errors import UsageError, nearest
+
+__all__ = ["attribute", "place"]
+
+
+def place(text: str) -> str:
+    """``MODULE:NAME`` from what a user writes, which may be the path of a file, ``FILE.py:NAME``.
+
+    Raises:
+        UsageError: if it is neither.
+    """
+    module, colon, name = text.rpartition(":")
+    if module.endswith(".py"):
+        module = module.removesuffix(".py").removeprefix("./").replace("/", ".")
+    if not colon or not re.fullmatch(r"\w+(\.\w+)*", module) or not name.isidentifier():
+        raise UsageError(
+            f"{text!r} is no MODULE:FACTORY: must be a module, or a .py file at or below the "
+            "current folder, a colon, and a name in it"
+        )
+    return f"{module}:{name}"
+
+
+def attribute(source: str) -> Any:
+    """What ``MODULE:NAME`` names; modules of the current folder are found too.
+
+    Raises:
+        UsageError: if there is no such module or name, or the module fails while it is imported.
+    """
+    module_name, _, name = source.partition(":")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{source!r}: there is no module {error.name!r}, neither installed nor in {here}"
+        ) from error
+    except Exception as error:
+        raise UsageError(f"{source!r}: the module fails: {_reason(error)}") from error
+    if not hasattr(module, name):
+        known = [key for key in vars(module) if not key.startswith("_")]
+        raise UsageError(f"{source!r}: {module_name} has no {name!r}: {nearest(name, known)}")
+    return getattr(module, name)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -1,0 +1,132 @@
+"""A problem of the user's as a kind of task: ``MODULE:FACTORY``, or an object that is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normwise.lab.checks import within
+from normwise.lab.errors import UsageError
+from normwise.lab.imports import attribute
+from normwise.lab.tasks.problem import Metric, Problem
+from normwise.lab.tasks.supervised import Supervised
+from normwise.lab.trust import GIVEN, check_trusted
+
+__all__ = ["Options", "build", "give", "metrics_of"]
+
+# Problems that have no module that another process could find them in.
+_given: dict[str, Any] = {}
+# What factories returned: the data are made once, whatever the number of cells.
+_made: dict[tuple[str, int], Supervised] = {}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a recipe may set.
+
+    Args:
+        held_out: the share of the training data that is kept back and tested on instead of the test
+            data, to choose settings by (default: 0, nothing).
+    """
+
+    held_out: float = 0.0
+
+    def __post_init__(self) -> None:
+        within(self, "held_out", 0, 1, below=True)
+
+
+def give(name: str, problem: Any) -> str:
+    """Make an object known as a task in this process.
+
+    Args:
+        name: to be shown.
+        problem: a problem, or a function that makes one.
+
+    Returns:
+        The name of the task.
+    """
+    task = f"{GIVEN}:{name}"
+    _given[task] = problem
+    return task
+
+
+def build(task: str, options: Options, root: Path, device: torch.device) -> Problem:
+    """The problem with a network that is drawn from torch's global generator.
+
+    Raises:
+        UsageError: if there is no such factory, it fails, or what it makes is no problem.
+    """
+    found = _found(task)
+    key = (task, id(found))
+    if key not in _made:
+        state = torch.get_rng_state()
+        torch.manual_seed(0)  # data that a factory draws are the same for every seed
+        made = found if isinstance(found, Problem) else _call(task, found)
+        torch.set_rng_state(state)
+        if not isinstance(made, Supervised):
+            return _other(task, made, found, options)
+        _made[key] = made
+    return _made[key].fresh(device, options.held_out)
+
+
+def metrics_of(problem: Problem) -> tuple[Metric, ...]:
+    """What it is judged by, the first above all."""
+    given: tuple[Metric, ...] = getattr(problem, "metrics", ())
+    if not given:
+        raise UsageError(
+            f"{type(problem).__name__} has no metrics: must have an attribute `metrics`, a tuple "
+            "of normwise.lab.tasks.problem.Metric"
+        )
+    return given
+
+
+def _found(task: str) -> Any:
+    if task.startswith(f"{GIVEN}:"):
+        if task not in _given:
+            raise UsageError(
+                f"{task!r} is an object of the process that compared it; put it into a module and "
+                "name MODULE:FACTORY"
+            )
+        return _given[task]
+    check_trusted(task)
+    return attribute(task)
+
+
+def _call(task: str, factory: Callable[[], Any]) -> Any:
+    if not callable(factory):
+        raise UsageError(
+            f"{task!r} is of type {type(factory).__name__}; must be a function that returns "
+            "normwise.lab.supervised(…)"
+        )
+    try:
+        return factory()
+    except UsageError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["without a message"]
+        raise UsageError(f"{task!r} raised {type(error).__name__}: {lines[0]}") from error
+
+
+def _other(task: str, made: Any, found: Any, options: Options) -> Problem:
+    """A problem of a class of the user's own, whose network its factory draws."""
+    if not isinstance(made, Problem):
+        raise UsageError(
+            f"{task!r} returned an object of type {type(made).__name__}; must return "
+            "normwise.lab.supervised(…), or another Problem"
+        )
+    if options.held_out:
+        raise UsageError(
+            f"{task!r} is a {type(made).__name__}, of which no part can be held out: give one "
+            "learning rate and one weight decay, or use normwise.lab.supervised(…)"
+        )
+    if isinstance(found, Problem):
+        raise UsageError(
+            f"{task!r} is a {type(made).__name__} with one network; give a function that makes it, "
+            "so that every method and seed starts from a network of its own"
+        )
+    problem: Problem = _call(task, found)
+    return problem

@@ -1,0 +1,559 @@
+"""A network and data of the user's own, learned from examples with a target."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import IterableDataset, default_collate
+
+from normwise.lab.errors import UsageError, nearest
+from normwise.lab.tasks.problem import Evaluation, Metric, Problem
+
+__all__ = ["LOSSES", "MEASURES", "Measure", "Supervised", "supervised"]
+
+_TARGETS = ("labels", "label", "target", "targets", "y")
+_SCHEDULES = ("constant", "steps", "cosine")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that a network is judged by on the test data: a mean over examples.
+
+    Args:
+        metric: its name, unit and direction.
+        of: from outputs and targets of a batch to a value for each example or position, or to their
+            mean.
+        finish: what is done to the mean over the whole test set (default: nothing).
+    """
+
+    metric: Metric
+    of: Callable[[Any, Any], Tensor]
+    finish: Callable[[float], float] = float
+
+
+def _classes_last(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of shape ``(n, classes)`` and targets of shape ``(n,)``, of sequences too."""
+    if target.ndim == output.ndim - 1 and output.ndim > 2 and output.shape[:-1] == target.shape:
+        return output.flatten(0, -2), target.flatten()
+    return output, target
+
+
+def _cross_entropy(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(*_classes_last(output, target), reduction=reduction)
+
+
+def _same_shape(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of one shape; one output for an example may stand without a dimension of its own."""
+    if output.ndim == target.ndim + 1 and output.shape[-1] == 1:
+        output = output.squeeze(-1)
+    if output.shape != target.shape:
+        raise ValueError(
+            f"outputs of shape {tuple(output.shape)} and targets of shape {tuple(target.shape)}"
+        )
+    return output, target.to(output.dtype)
+
+
+def _elementwise(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def of(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        return loss(*_same_shape(output, target), reduction=reduction)
+
+    return of
+
+
+def _hits(output: Tensor, target: Tensor) -> Tensor:
+    """1 where the largest logit is the target's, of a single logit where its sign says it."""
+    if output.ndim == target.ndim or output.shape[-1] == 1:
+        logits, wanted = _same_shape(output, target)
+        return ((logits > 0) == (wanted > 0.5)).double()
+    logits, wanted = _classes_last(output, target)
+    kept = wanted != -100
+    return (logits.argmax(1) == wanted)[kept].double()
+
+
+def _nats(output: Tensor, target: Tensor) -> Tensor:
+    logits, wanted = _classes_last(output, target)
+    return F.cross_entropy(logits, wanted, reduction="none")[wanted != -100]
+
+
+def _lower(name: str, title: str, unit: str = "", digits: int = 4) -> Metric:
+    return Metric(name, title, unit, higher_is_better=False, digits=digits)
+
+
+_MSE, _L1 = _elementwise(F.mse_loss), _elementwise(F.l1_loss)
+MEASURES: dict[str, Measure] = {
+    "accuracy": Measure(Metric("accuracy", "test accuracy", "%", 100.0), _hits),
+    "cross-entropy": Measure(_lower("cross-entropy", "test cross-entropy", "nats"), _nats),
+    "perplexity": Measure(_lower("perplexity", "test perplexity", digits=2), _nats, math.exp),
+    "mse": Measure(
+        _lower("mse", "test mean squared error"), lambda o, t: _MSE(o, t, reduction="none")
+    ),
+    "rmse": Measure(
+        _lower("rmse", "test root mean squared error"),
+        lambda o, t: _MSE(o, t, reduction="none"),
+        math.sqrt,
+    ),
+    "mae": Measure(
+        _lower("mae", "test mean absolute error"), lambda o, t: _L1(o, t, reduction="none")
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss by name.
+
+    Args:
+        of: from outputs and targets to a scalar, the mean over the batch.
+        measures: what a network is judged by with it, unless others are asked for.
+        shifted: whether a sequence is its own target, one place on.
+    """
+
+    of: Callable[[Any, Any], Tensor]
+    measures: tuple[str, ...]
+    shifted: bool = False
+
+
+LOSSES: dict[str, Loss] = {
+    "cross-entropy": Loss(_cross_entropy, ("accuracy", "cross-entropy")),
+    "binary-cross-entropy": Loss(_elementwise(F.binary_cross_entropy_with_logits), ("accuracy",)),
+    "mse": Loss(_MSE, ("rmse", "mae")),
+    "l1": Loss(_L1, ("mae", "rmse")),
+    "huber": Loss(_elementwise(F.huber_loss), ("mae", "rmse")),
+    "next-token": Loss(_cross_entropy, ("perplexity", "accuracy"), shifted=True),
+}
+
+LossLike = str | Callable[[Any, Any], Tensor]
+MeasureLike = str | Measure
+
+
+def supervised(
+    make_model: Callable[[], nn.Module],
+    train: Any,
+    test: Any,
+    *,
+    loss: LossLike = "cross-entropy",
+    metrics: MeasureLike | Sequence[MeasureLike] | None = None,
+    batch_size: int = 32,
+    collate: Callable[[list[Any]], Any] | None = None,
+    schedule: str = "cosine",
+    epochs: int = 10,
+    warmup: float = 0.0,
+    target: str | None = None,
+    validation: Any = None,
+    name: str = "",
+) -> Supervised:
+    """Your network and your data, to be compared on.
+
+    Examples are tensors, arrays or numbers in tuples, of which the last is the target, or in dicts,
+    of which one entry is; the rest are the network's arguments. Of a network's output that has
+    ``logits``, these count.
+
+    Args:
+        make_model: makes the network, with weights drawn from torch's generator.
+        train: what to learn from: a map-style dataset, or an iterable one with a length, whose own
+            order is kept. Examples are made when they are needed, and nothing is copied.
+        test: what to test on.
+        loss: ``"cross-entropy"``, ``"binary-cross-entropy"``, ``"mse"``, ``"l1"``, ``"huber"``;
+            ``"next-token"`` for language, where examples are sequences of token ids; or a function
+            of outputs and targets (default: cross-entropy).
+        metrics: of ``"accuracy"``, ``"cross-entropy"``, ``"perplexity"``, ``"mse"``, ``"rmse"``,
+            ``"mae"``, or a :class:`Measure`; the first judges (default: the loss's).
+        batch_size: examples per step; an incomplete last batch is left out (default: 32).
+        collate: makes a batch of a list of examples (default: torch's).
+        schedule: of the learning rate: constant, steps or cosine (default: cosine).
+        epochs: passes over the training data (default: 10).
+        warmup: the share of the steps in which the learning rate rises from 0 (default: 0).
+        target: which entry of a dict is the target (default: labels, label, target, targets or y).
+        validation: what settings are chosen by (default: a tenth of ``train``).
+        name: as a reader sees it (default: that of the network's class).
+
+    Raises:
+        UsageError: for a value that is not allowed.
+    """
+    if isinstance(loss, str) and loss not in LOSSES:
+        raise UsageError(f"unknown loss {loss!r}: {nearest(loss, LOSSES)}")
+    if not callable(make_model) or isinstance(make_model, nn.Module):
+        raise UsageError(
+            f"make_model is of type {type(make_model).__name__}; must be a function that makes a "
+            "network, so that every method and seed starts from one of its own"
+        )
+    for option, value in (("batch_size", batch_size), ("epochs", epochs)):
+        if type(value) is not int or value < 1:
+            raise UsageError(f"{option} {value!r} is not allowed: must be a whole number above 0")
+    if schedule not in _SCHEDULES:
+        raise UsageError(f"unknown schedule {schedule!r}: {nearest(str(schedule), _SCHEDULES)}")
+    if isinstance(loss, str):
+        how, default = LOSSES[loss], LOSSES[loss].measures
+    else:
+        how, default = Loss(loss, ()), ()
+    wanted = default if metrics is None else metrics
+    wanted = (wanted,) if isinstance(wanted, str | Measure) else tuple(wanted)
+    for measure in wanted:
+        if isinstance(measure, str) and measure not in MEASURES:
+            raise UsageError(f"unknown metric {measure!r}: {nearest(measure, MEASURES)}")
+    measures = [MEASURES[m] if isinstance(m, str) else m for m in wanted]
+    if not measures:
+        measures = [Measure(_lower("loss", "test loss"), how.of)]
+    parts = {"train": train, "test": test}
+    parts |= {} if validation is None else {"validation": validation}
+    for part, data in parts.items():
+        _check_data(part, data)
+    defaults = {"batch_size": batch_size, "schedule": schedule, "epochs": epochs, "warmup": warmup}
+    return Supervised(make_model, parts, how, tuple(measures), collate, target, defaults, name)
+
+
+def _check_data(part: str, data: Any) -> None:
+    try:
+        size = len(data)
+    except TypeError:
+        raise UsageError(
+            f"the {part} data ({type(data).__name__}) have no length; must have `__len__`"
+        ) from None
+    if size < 1:
+        raise UsageError(f"the {part} data are empty: must have one example or more")
+
+
+class Supervised(Problem):
+    """Made by :func:`supervised`; has a network only after :meth:`fresh`.
+
+    Attributes:
+        defaults: the settings of a training that the user gave with it.
+        metrics: what it is judged by, the first above all.
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[], nn.Module],
+        parts: Mapping[str, Any],
+        loss: Loss,
+        measures: tuple[Measure, ...],
+        collate: Callable[[list[Any]], Any] | None,
+        target: str | None,
+        defaults: Mapping[str, Any],
+        name: str,
+    ) -> None:
+        self.make_model, self.parts, self._loss, self.measures = make_model, parts, loss, measures
+        self._collate, self._target, self.name = collate or default_collate, target, name
+        self.defaults = dict(defaults)
+        self.metrics = tuple(measure.metric for measure in measures)
+        self.device = torch.device("cpu")
+        self.trivial = {}
+        self._train = _Part("train", parts["train"])
+        self._test = _Part("test", parts["test"])
+        self._describe()
+
+    def _describe(self) -> None:
+        self.examples = len(self._train)
+        self.facts = {"train_examples": self.examples, "test_examples": len(self._test)}
+
+    def fresh(self, device: torch.device, held_out: float = 0.0) -> Supervised:
+        """The same data, and a network that is drawn now.
+
+        Args:
+            device: where to compute.
+            held_out: the share of the training data that is tested on instead of the test data, if
+                there are no validation data (default: 0, nothing).
+
+        Raises:
+            UsageError: if no network comes of it, it has no weights that train, or no part can be
+                held out.
+        """
+        new = copy.copy(self)
+        try:
+            model = self.make_model()
+        except Exception as error:
+            raise UsageError(f"make_model raised {_reason(error)}") from error
+        if not isinstance(model, nn.Module):
+            raise UsageError(
+                f"make_model returned an object of type {type(model).__name__}; must be an "
+                "nn.Module"
+            )
+        if not any(p.requires_grad and p.numel() for p in model.parameters()):
+            raise UsageError(f"the network ({type(model).__name__}) has no parameters to train")
+        new.model, new.device = model.to(device), device
+        if held_out and "validation" in self.parts:
+            new._test = _Part("validation", self.parts["validation"])
+        elif held_out:
+            new._train, new._test = self._train.divided(held_out)
+        new._describe()
+        return new
+
+    def batches(self, size: int, draw: Generator) -> Tensor:
+        """The examples of each step; those of an iterable dataset stay in their order."""
+        if not self._train.iterable:
+            return super().batches(size, draw)
+        steps = self.examples // size
+        return torch.arange(steps * size).view(steps, size)
+
+    def batch(self, chosen: Tensor, draw: Generator) -> Any:
+        """Arguments of the network, and targets."""
+        return next(self.stream(chosen[None], [draw]))
+
+    def stream(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[Any]:
+        """The batch of each step; an iterable dataset is run through up to the first."""
+        read = self._train.reader(int(steps[0, 0]) if len(steps) else 0)
+        for chosen, draw in zip(steps, draws, strict=True):
+            with _seeded(draw):
+                batch = self._made(self._train.name, read(chosen.tolist()), chosen.tolist())
+            yield batch
+
+    def _made(self, part: str, examples: list[Any], numbers: list[int]) -> Any:
+        """A batch on the device, split into arguments and target, and found to be finite."""
+        try:
+            batch = self._collate(examples)
+        except Exception as error:
+            raise UsageError(
+                f"the {part} data cannot be made a batch ({_reason(error)}): give a collate"
+            ) from error
+        for tensor in _tensors(batch):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise UsageError(
+                    f"the {part} data hold NaN or infinity, in one of the examples "
+                    f"{_some(numbers)}: clean them, or fill the gaps"
+                )
+        return self._split(_moved(batch, self.device))
+
+    def _split(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Positional and named arguments of the network, and the target."""
+        if isinstance(batch, Mapping):
+            named = dict(batch)
+            key = self._target or next((k for k in _TARGETS if k in named), None)
+            if key is not None and key in named:
+                target = named.pop(key)
+                return (), named, target
+            if self._loss.shifted and "input_ids" in named:
+                ids = named["input_ids"]
+                return (), {"input_ids": ids[:, :-1]}, ids[:, 1:]
+            keys = ", ".join(map(str, named))
+            raise UsageError(
+                f"no target {(self._target or 'labels')!r} among the examples' entries {keys}: "
+                "give target="
+            )
+        if isinstance(batch, (tuple, list)) and len(batch) > 1:
+            return tuple(batch[:-1]), {}, batch[-1]
+        ids = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if self._loss.shifted and isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] > 1:
+            return (ids[:, :-1],), {}, ids[:, 1:]
+        raise UsageError(
+            "an example is one value, and no target: must be a tuple (input, target) or a dict"
+        )
+
+    def _output(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        try:
+            out = self.model(*args, **named)
+        except UsageError:
+            raise
+        except Exception as error:
+            shapes = ", ".join(_shape(value) for value in (*args, *named.values()))
+            raise UsageError(
+                f"the network ({type(self.model).__name__}) fails on a batch of {shapes}: "
+                f"{_reason(error)}"
+            ) from error
+        if isinstance(out, Mapping) and "logits" in out:
+            return out["logits"]
+        return getattr(out, "logits", out)
+
+    def _applied(self, function: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor:
+        """A loss or a measure of outputs and targets, or why they do not fit it."""
+        self._check_labels(output, target)
+        try:
+            return function(output, target)
+        except Exception as error:
+            raise UsageError(
+                f"the network's output ({_shape(output)}) does not fit the loss or metric with "
+                f"targets ({_shape(target)}): {_reason(error)}"
+            ) from error
+
+    def _check_labels(self, output: Any, target: Any) -> None:
+        if self._loss.of is not _cross_entropy or not isinstance(output, Tensor):
+            return
+        if not isinstance(target, Tensor) or output.ndim < 2:
+            return
+        if target.is_floating_point() and target.shape != output.shape:
+            raise UsageError(
+                f"targets are {_shape(target)}, and cross-entropy needs whole numbers: give "
+                'loss="mse", or labels of type long'
+            )
+        if target.is_floating_point() or target.device.type != "cpu" or not target.numel():
+            return  # elsewhere the device itself refuses them, without a wait at every step
+        classes = output.shape[-1 if output.shape[:-1] == target.shape else 1]
+        valid = target[target != -100]
+        if valid.numel() and not 0 <= int(valid.min()) <= int(valid.max()) < classes:
+            raise UsageError(
+                f"labels go from {int(valid.min())} to {int(valid.max())}, and the network has "
+                f"{classes} outputs: must be from 0 to {classes - 1}"
+            )
+
+    def loss(self, batch: Any) -> Tensor:
+        """The mean loss of the batch."""
+        args, named, target = batch
+        value = self._applied(self._loss.of, self._output(args, named), target)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise UsageError(f"the loss returned {_shape(value)}; must be a scalar tensor")
+        return value
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        """Every measure on the test data, and which examples are classified wrongly."""
+        self.model.eval()
+        totals, counts = [0.0] * len(self.measures), [0] * len(self.measures)
+        wrong: list[int] | None = []
+        size = self.defaults["batch_size"]
+        read = self._test.reader(0)
+        for start in range(0, len(self._test), size):
+            numbers = list(range(start, min(start + size, len(self._test))))
+            with _seeded(Generator().manual_seed(start)):
+                args, named, target = self._made(self._test.name, read(numbers), numbers)
+            output = self._output(args, named)
+            for i, measure in enumerate(self.measures):
+                values = self._applied(measure.of, output, target)
+                weight = values.numel() if values.ndim else len(numbers)
+                totals[i] += float(values.double().sum()) * (1 if values.ndim else weight)
+                counts[i] += weight
+                if measure is MEASURES["accuracy"] and wrong is not None:
+                    one_each = values.shape == (len(numbers),)
+                    missed = [n for n, v in zip(numbers, values.tolist(), strict=False) if v == 0]
+                    wrong = [*wrong, *missed] if one_each else None
+        metrics = {}
+        for measure, total, count in zip(self.measures, totals, counts, strict=True):
+            mean = total / count if count else math.nan
+            try:
+                metrics[measure.metric.name] = measure.finish(mean)
+            except OverflowError:
+                metrics[measure.metric.name] = math.inf
+        judged = self.measures[0] is MEASURES["accuracy"]
+        return Evaluation(metrics, wrong if judged else None)
+
+
+class _Part:
+    """Data by number, or one after the other.
+
+    Args:
+        name: as errors have it.
+        data: a dataset.
+        chosen: which of a map-style dataset's (default: all).
+    """
+
+    def __init__(self, name: str, data: Any, chosen: Sequence[int] | None = None) -> None:
+        self.name, self.data, self.chosen = name, data, chosen
+        self.iterable = isinstance(data, IterableDataset) or not hasattr(data, "__getitem__")
+
+    def __len__(self) -> int:
+        return len(self.data) if self.chosen is None else len(self.chosen)
+
+    def divided(self, share: float) -> tuple[_Part, _Part]:
+        """Two parts, always the same: what is left, and the share that is held out."""
+        held = round(share * len(self))
+        if self.iterable or not 0 < held < len(self):
+            why = "can only be run through" if self.iterable else f"are {len(self)} examples"
+            raise UsageError(
+                f"no part of the training data can be held out, which {why}: give supervised() "
+                "validation data"
+            )
+        order = torch.randperm(len(self), generator=Generator().manual_seed(0)).tolist()
+        return (
+            _Part(self.name, self.data, sorted(order[held:])),
+            _Part("validation", self.data, sorted(order[:held])),
+        )
+
+    def reader(self, start: int) -> Callable[[list[int]], list[Any]]:
+        """What gives the examples of these numbers, which of an iterable are the next ones."""
+        if self.iterable:
+            source = islice(iter(self.data), start, None)
+            return lambda numbers: self._following(source, len(numbers))
+        return lambda numbers: [self._one(n) for n in numbers]
+
+    def _following(self, source: Iterator[Any], count: int) -> list[Any]:
+        found = list(islice(source, count))
+        if len(found) < count:
+            raise UsageError(
+                f"the {self.name} data end before their length, {len(self)}: `__len__` must be the "
+                "number of examples"
+            )
+        return found
+
+    def _one(self, number: int) -> Any:
+        place = number if self.chosen is None else self.chosen[number]
+        try:
+            return self.data[place]
+        except Exception as error:
+            raise UsageError(
+                f"example {place} of the {self.name} data: {_reason(error)}"
+            ) from error
+
+
+@contextmanager
+def _seeded(draw: Generator) -> Iterator[None]:
+    """Inside, what datasets draw, from whichever usual generator, depends on ``draw`` alone."""
+    seed = int(torch.randint(2**31, (), generator=draw))
+    state = random.getstate()
+    random.seed(seed)
+    numpy = _numpy()
+    before = None if numpy is None else numpy.random.get_state()
+    if numpy is not None:
+        numpy.random.seed(seed)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(before)
+
+
+def _numpy() -> Any:
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        if value.dtype == torch.float64:  # numpy's numbers, where networks have float32
+            value = value.float()
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(_moved(item, device) for item in value)
+    return value
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
+
+
+def _some(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:4]))
+    return shown if len(numbers) <= 4 else f"{shown}, … ({len(numbers)} in all)"
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
