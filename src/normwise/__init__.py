@@ -6,6 +6,7 @@ from normwise.geometry import View
 from normwise.invariance import ParameterReport, Report, Symmetry, Term, analyze
 from normwise.monitor import Monitor
 from normwise.optim import SGDP, SGDW, AdamP, tangential
+from normwise.optim.by_role import groups
 from normwise.perturb import AWP, RWP
 from normwise.reparam import center_weight_normalize, fold, weight_normalize, weight_standardize
 from normwise.updates import UpdateRule, describe
@@ -30,6 +31,7 @@ __all__ = [
     "decay",
     "describe",
     "fold",
+    "groups",
     "init",
     "reparam",
     "tangential",
