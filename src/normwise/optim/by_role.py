@@ -7,7 +7,7 @@ dimensions alone.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, overload
 
@@ -19,7 +19,7 @@ from normwise.geometry import View
 from normwise.sharding import is_sharded
 from normwise.updates import UpdateRule, rule_of
 
-__all__ = ["Block", "ByRole", "Route", "groups"]
+__all__ = ["Block", "ByRole", "Route", "destination_of", "groups"]
 
 Factory = Callable[[list[dict[str, Any]]], Optimizer]
 Options = Mapping[str, Any]
@@ -398,6 +398,17 @@ def groups(
     return [group | dict(given[group["optimizer"]]) for group in found]
 
 
+def destination_of(row: _Row, given: Collection[str]) -> Destination:
+    """Where a parameter goes by its role; a vector goes with the others, whatever it does.
+
+    Args:
+        row: of a report.
+        given: the destinations that there are.
+    """
+    to = "others" if row.is_vector else _DESTINATIONS.get(row.role.kind, "others")
+    return to if to in given else "others"
+
+
 def _plain_groups(
     params: Mapping[str, nn.Parameter], routes: Iterable[Route]
 ) -> list[dict[str, Any]]:
@@ -453,10 +464,7 @@ def _routes(
         else:
             if not row.is_vector and row.role.kind == "other":
                 unknown.append(f"{row.name} ({row.role.evidence or 'no role was looked for'})")
-            to = _DESTINATIONS.get(row.role.kind, "others")
-            if row.is_vector:  # whatever it does, there is no matrix in it
-                to = "others"
-            to = to if to in given else "others"
+            to = destination_of(row, given)
             why = f"{row.role.kind}: {row.role.evidence}"
         blocks: tuple[Block, ...] = ()
         if to == "matrices" and not are_options:
