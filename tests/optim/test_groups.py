@@ -117,7 +117,12 @@ def test_grouped_queries_and_a_fused_gate_are_split_where_they_are():
         for r in optimizer.routes
         if r.destination == "matrices"
     }
-    assert starts == {"qkv_proj": [0, 32, 48], "gate_up_proj": [0, 48], "o_proj": [], "down_proj": []}
+    assert starts == {
+        "qkv_proj": [0, 32, 48],
+        "gate_up_proj": [0, 48],
+        "o_proj": [],
+        "down_proj": [],
+    }
     split = nw.groups(report, matrices=MUON, others=ADAMW, heads="split")
     starts = {r.name.split(".")[-2]: [b.start for b in r.blocks] for r in split.routes}
     assert starts["qkv_proj"] == [8 * i for i in range(8)]  # 4 of queries, 2 of keys, 2 of values
@@ -168,7 +173,7 @@ def test_a_checkpoint_goes_on_to_the_same_bits_and_does_not_depend_on_blocks(gpt
     resumed.load_state_dict(state)
     other.load_state_dict(saved)
     assert_same(expected, train(resumed, tokens, other))
-    whole, _, plain = fresh(gpt2, fused="whole")
+    _, _, plain = fresh(gpt2, fused="whole")
     with pytest.raises(ValueError, match="param"):  # groups differ, as for any torch optimizer
         plain.load_state_dict({**saved, "param_groups": saved["param_groups"][:1]})
     buffers = {tuple(s["momentum_buffer"].shape) for s in saved["state"].values() if len(s) == 1}
@@ -234,7 +239,7 @@ def test_a_policy_of_decay_acts_on_all_of_it(gpt2):
 
 
 def test_with_options_it_gives_plain_groups(gpt2):
-    model, _, report = gpt2
+    _, _, report = gpt2
     made = nw.groups(report, matrices={"weight_decay": 0.1, "lr": 1e-3}, others={"lr": 1e-2})
     optimizer = torch.optim.AdamW(made)
     sizes = {g["name"]: (len(g["params"]), g["lr"]) for g in optimizer.param_groups}
@@ -259,9 +264,7 @@ def test_what_nothing_is_known_of_is_named_and_can_be_assigned():
     optimizer = nw.groups(report, matrices=MUON, others=ADAMW, assign={"pooler.*": "others"})
     assert {r.name for r in optimizer.routes if r.destination == "matrices"} == {"a.weight"}
     with pytest.raises(ValueError, match=r"\['x'\] match no parameter"):
-        nw.groups(
-            report, matrices=MUON, others=ADAMW, assign={"pooler.*": "others", "x": "others"}
-        )
+        nw.groups(report, matrices=MUON, others=ADAMW, assign={"pooler.*": "others", "x": "others"})
     model.extra = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"'extra\.weight'"):
         nw.groups(report, matrices=MUON, others=ADAMW, model=model)

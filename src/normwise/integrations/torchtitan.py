@@ -69,7 +69,9 @@ def param_group_configs(
     """
     known = {"matrices", "others", "embeddings", "readouts", "routers"}
     if wrong := optimizers.keys() - known:
-        raise ValueError(f"Invalid optimizers: {sorted(wrong)}; keys are {', '.join(sorted(known))}")
+        raise ValueError(
+            f"Invalid optimizers: {sorted(wrong)}; keys are {', '.join(sorted(known))}"
+        )
     if "others" not in optimizers:
         raise ValueError("Invalid optimizers: there must be one for 'others'")
     members: dict[tuple[str, bool], list[str]] = {}
@@ -86,8 +88,8 @@ def param_group_configs(
             f"nothing shows what these parameters are for: {', '.join(unknown)}; freeze them"
         )
     configs = []
-    for (to, is_vector), names in members.items():
-        name, options = optimizers[to]
+    for (destination, is_vector), names in members.items():
+        name, options = optimizers[destination]
         configs.append(
             ParamGroupConfig(
                 pattern=f"^(?:{'|'.join(map(re.escape, names))})$",

@@ -143,7 +143,9 @@ class Monitor:
         _check_types("model", [model], nn.Module, "a module")
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
         if not isinstance(optimizers, list | tuple) or not optimizers:
-            raise TypeError(f"Invalid optimizer: {optimizer!r}; must be a torch optimizer or a list")
+            raise TypeError(
+                f"Invalid optimizer: {optimizer!r}; must be a torch optimizer or a list"
+            )
         _check_types("optimizer", optimizers, Optimizer, "a torch optimizer")
         _check_types("quantity", quantities, Quantity, "a Quantity, such as Norm()")
         _check_types("writer", writers, Callable, "a function of a Measurement")

@@ -15,8 +15,6 @@ from normwise.sharding import lay_out_channels, local, sum_over_ranks_, summed_g
 __all__ = ["ShardedWeight", "exchange", "local_gradients", "slices_from_sums"]
 
 
-
-
 class ShardedWeight:
     """One DTensor that is watched, as a :class:`normwise.monitor.watched.Bucket` of one weight.
 
@@ -83,7 +81,7 @@ class ShardedWeight:
     def by_slice(self, of_channels: Tensor) -> Tensor:
         """Sums over the channels of the whole weight to sums over its slices."""
         width = len(of_channels) // self.rows
-        return of_channels.unflatten(0, (self.rows, width)).sum(1)
+        return of_channels.reshape(self.rows, width, -1).sum(1)
 
     def _placed(self, mine: Tensor) -> Tensor:
         whole = mine.new_zeros(self._layout.count, mine.shape[1])

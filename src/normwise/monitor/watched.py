@@ -167,7 +167,8 @@ class WatchedWeights:
                 entries = math.prod(view.slices(real).shape[1:])
                 key = (p.device, computing_dtype(real.dtype), entries, owners[p])
             by_length.setdefault(key, []).append(p)
-        self.index = order = {p: i for i, p in enumerate(views)}
+        self.index: dict[Tensor, int] = {p: i for i, p in enumerate(views)}
+        order = self.index
         self.params = list(views)
         self.buckets: list[Bucket | ShardedWeight] = [
             ShardedWeight(params[0], views[params[0]], order[params[0]], owners[params[0]])

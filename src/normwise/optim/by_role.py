@@ -7,6 +7,7 @@ dimensions alone.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, overload
@@ -143,7 +144,7 @@ class ByRole(Optimizer):
 
     def __init__(
         self,
-        optimizers: Mapping[str, Factory],
+        optimizers: Mapping[Any, Factory],
         params: Mapping[str, nn.Parameter],
         routes: Sequence[Route],
     ) -> None:
@@ -299,7 +300,7 @@ class ByRole(Optimizer):
             place.copy_(value)
         else:  # flattened in an order of which this memory gives no alias
             order = _order(p)
-            back = value.unflatten(1, [whole.shape[d] for d in order])
+            back = value.reshape(len(value), *(whole.shape[d] for d in order))
             inverse = torch.tensor([0, *order]).argsort().tolist()
             whole.copy_(back.permute(inverse))
 
@@ -501,13 +502,13 @@ def _blocks(report: _Report, row: _Row, heads: bool, fused: bool) -> tuple[Block
             )
         return tuple(Block(index=i) for i in range(row.shape[0]))
     cuts = {dim: {0, size} for dim, size in enumerate(row.shape)}
-    found = _families(report, row)
+    found = _sides(report, row)
     if fused:
         for dim in (0, 1):
-            labels: list[tuple[int, ...]] = [() for _ in range(row.shape[dim])]
-            for i, (at, indices) in enumerate(found):
+            labels: list[frozenset[Any]] = [frozenset()] * row.shape[dim]
+            for (at, side), indices in found.items():
                 for index in indices if at == dim else ():
-                    labels[index] += (i,)
+                    labels[index] |= {side}
             cuts[dim] |= {i for i in range(1, len(labels)) if labels[i] != labels[i - 1]}
     if heads and row.role.heads:
         dim, length = _head(report, row, found)
@@ -531,33 +532,41 @@ def _without_names(group: dict[str, Any]) -> dict[str, Any]:
 
 def _runs(cuts: Iterable[int]) -> list[tuple[int, int]]:
     order = sorted(cuts)
-    return list(zip(order, order[1:], strict=False))
+    return list(itertools.pairwise(order))
 
 
-def _families(report: _Report, row: _Row) -> list[tuple[int, list[int]]]:
-    """The dimension and the indices of a weight's part in families that trade its scale.
+def _sides(report: _Report, row: _Row) -> dict[tuple[int, Any], list[int]]:
+    """The indices of a weight by dimension and by what their scale is traded against.
 
-    Families with the gain of a norm say what reads the norm, and nothing of heads or parts.
+    Families that trade the same parameters in the same direction are of one part: a partial rotary
+    embedding makes two of the queries and keys. Families with the gain of a norm say what reads the
+    norm, and nothing of heads or parts.
     """
-    found = []
+    found: dict[tuple[int, Any], list[int]] = {}
     for symmetry in report.symmetries:
         roles = {report[term.parameter].role.kind for term in symmetry.terms}
         if symmetry.is_view or roles & {"gain", "embedding", "tied"}:
             continue
+        traded = frozenset(
+            (term.parameter, term.exponent > 0)
+            for term in symmetry.terms
+            if not report[term.parameter].is_vector  # a bias goes with its matrix, where it can
+        )
         for term in symmetry.terms:
             if term.parameter == row.name and len(term.slices.dims) == 1:
-                found.append((term.slices.dims[0], term.slices.indices().flatten().tolist()))
+                key = term.slices.dims[0], (traded, term.exponent > 0)
+                found.setdefault(key, []).extend(term.slices.indices().flatten().tolist())
     return found
 
 
 def _head(
-    report: _Report, row: _Row, families: Sequence[tuple[int, list[int]]]
+    report: _Report, row: _Row, sides: Mapping[tuple[int, Any], Sequence[int]]
 ) -> tuple[int, int]:
     """Along which dimension a weight's heads lie, and how many indices each has."""
     view = row.view
     if view is not None and view.kind == "blocks" and row.role.heads == view.count:
         return view.dim, row.shape[view.dim] // view.count
-    for dim, indices in families:
+    for (dim, _), indices in sides.items():
         if len(indices) % row.role.heads == 0:
             return dim, len(indices) // row.role.heads
     return 0, row.shape[0] // row.role.heads
@@ -568,4 +577,4 @@ def _order(p: Tensor) -> tuple[int, ...]:
 
     Orthogonalization does not care about the order of columns.
     """
-    return tuple(sorted(range(1, p.ndim), key=lambda d: (-p.stride(d), d)))
+    return tuple(sorted(range(1, p.ndim), key=lambda d: (-p.stride()[d], d)))

@@ -109,7 +109,5 @@ def timescales(
         inner = inner.optimizer
     return Timescales(
         timescale(rule, steps=steps, batch=batch, name=group.get("name", f"group {i}"))
-        for i, (rule, group) in enumerate(
-            zip(describe(optimizer), inner.param_groups, strict=True)
-        )
+        for i, (rule, group) in enumerate(zip(describe(optimizer), inner.param_groups, strict=True))
     )
