@@ -274,3 +274,62 @@ def test_what_nothing_is_known_of_is_named_and_can_be_assigned():
         nw.groups(report, matrices=MUON, others={})
     with pytest.raises(ValueError, match="needs the key 'optimizer'"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64}
+SIZES |= {"num_hidden_layers": 1, "max_position_embeddings": 32}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GPT = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "n_layer": 1, "n_head": 4}
+QUERIES = SIZES | {"num_key_value_heads": 2}
+ATTENTION = {"q_proj": 4, "k_proj": 2, "v_proj": 2, "o_proj": 4}
+GATED = {"gate_proj": 1, "up_proj": 1, "down_proj": 1}
+
+# By hand, from each network's source: the hidden matrices, and how many each is with heads split.
+ANSWERS = {
+    "Mixtral": (
+        QUERIES | {"num_local_experts": 4, "num_experts_per_tok": 4},
+        ATTENTION | {"gate_up_proj": 4, "down_proj": 4},
+    ),
+    "Phi": (  # a rotary embedding of half of each head
+        QUERIES,
+        {"q_proj": 4, "k_proj": 2, "v_proj": 2, "dense": 4, "fc1": 1, "fc2": 1},
+    ),
+    "GPTNeoX": (  # q, k and v of a head lie side by side
+        SIZES,
+        {"query_key_value": 12, "dense": 4, "dense_h_to_4h": 1, "dense_4h_to_h": 1},
+    ),
+    "Llama": (QUERIES, ATTENTION | GATED),
+    "Qwen3": (QUERIES | {"head_dim": 8}, ATTENTION | GATED),
+    "Gemma2": (QUERIES | {"head_dim": 8}, ATTENTION | GATED),
+    "Glm": (QUERIES | {"head_dim": 8}, ATTENTION | {"gate_up_proj": 2, "down_proj": 1}),
+    "StableLm": (QUERIES, ATTENTION | GATED),
+    "Nemotron": (QUERIES, ATTENTION | {"up_proj": 1, "down_proj": 1}),
+    "Bloom": (
+        GPT | {"hidden_size": 32},
+        {"query_key_value": 12, "dense": 4, "dense_h_to_4h": 1, "dense_4h_to_h": 1},
+    ),
+    "GPTJ": (
+        GPT | {"n_embd": 32, "n_positions": 32, "rotary_dim": 4},
+        {"q_proj": 4, "k_proj": 4, "v_proj": 4, "out_proj": 4, "fc_in": 1, "fc_out": 1},
+    ),
+    "OPT": (
+        SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        {"q_proj": 4, "k_proj": 4, "v_proj": 4, "out_proj": 4, "fc1": 1, "fc2": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_no_parameter_of_known_architectures_is_misrouted(name):
+    torch.manual_seed(0)
+    sizes, answer = ANSWERS[name]
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    report = nw.analyze(model, {"input_ids": torch.randint(3, 64, (2, 8))})
+    optimizer = nw.groups(report, matrices=MUON, others=ADAMW, heads="split")
+    found = {
+        next(part for part in reversed(r.name.split(".")) if part != "weight"): len(r.blocks) or 1
+        for r in optimizer.routes
+        if r.destination == "matrices"
+    }
+    assert found == answer
