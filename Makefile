@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all gpu lint install clean
+.PHONY: demo test test-all gpu docs lint install clean
 
 demo: install
 	$(BIN)/normwise compare
@@ -19,6 +19,10 @@ test-all: lint
 gpu:
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --json docs/results/gpu.json
 
+# Open build/site/index.html, or `python -m http.server -d build/site` for the search.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,7 +33,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[lab,docs,dev]"
 	touch $(STAMP)
 
 clean:

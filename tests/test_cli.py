@@ -37,17 +37,18 @@ def usage_error(capsys, *arguments):
         (["--optimizers", " , "], ["no optimizer", "choose from"]),
         (["--optimizers", "sgd,SGD"], ["'sgd'", "twice"]),
         (["--task", "digit"], ["'digit'", "did you mean 'digits'?"]),
-        (["--seeds", "0"], ["--seeds 0", "1 or more"]),
-        (["--seeds", "-3"], ["--seeds -3", "1 or more"]),
-        (["--seeds", "two"], ["--seeds", "'two'", "1 or more"]),
+        (["--seeds", "0"], ["--seeds", "'0'", "from 1 to 10000"]),
+        (["--seeds", "-3"], ["--seeds", "'-3'", "from 1"]),
+        (["--seeds", "1000000000"], ["--seeds", "'1000000000'", "from 1 to 10000"]),
+        (["--seeds", "two"], ["--seeds", "'two'", "from 1"]),
         (["--seeds", "1.5"], ["--seeds", "'1.5'", "whole number"]),
-        (["--epochs", "0"], ["--epochs 0", "1 or more"]),
-        (["--batch-size", "-1"], ["--batch-size -1", "1 or more"]),
+        (["--epochs", "0"], ["--epochs", "'0'", "1 or more"]),
+        (["--batch-size", "-1"], ["--batch-size", "'-1'", "1 or more"]),
         (["--batch-size", "100000"], ["--batch-size 100000", "898"]),
-        (["--lr-sgd", "nan"], ["--lr-sgd nan", "finite", "greater than 0"]),
-        (["--lr-sgd", "-inf"], ["--lr-sgd -inf", "finite"]),
-        (["--lr-adam", "-1e-3"], ["--lr-adam -0.001", "greater than 0"]),
-        (["--lr-adam", "0"], ["--lr-adam 0", "greater than 0"]),
+        (["--lr-sgd", "nan"], ["--lr-sgd", "'nan'", "finite", "greater than 0"]),
+        (["--lr-sgd", "-inf"], ["--lr-sgd", "'-inf'", "finite"]),
+        (["--lr-adam", "-1e-3"], ["--lr-adam", "'-1e-3'", "greater than 0"]),
+        (["--lr-adam", "0"], ["--lr-adam", "'0'", "greater than 0"]),
         (["--lr-adam", "fast"], ["--lr-adam", "'fast'", "finite"]),
         (["--sedes", "3"], ["--sedes"]),
     ],
@@ -157,7 +158,10 @@ def test_the_toy_prints_the_papers_digits_and_draws(capsys, tmp_path):
     assert "3.7258" in capsys.readouterr().out
 
 
-def test_ctrl_c_leaves_a_readable_partial_run(tmp_path):
+@pytest.mark.parametrize(
+    "end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_a_signal_leaves_a_readable_partial_run(tmp_path, end):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "normwise", "compare", "--out", str(out), "--quiet", "--json"]
     process = subprocess.Popen(
@@ -174,7 +178,7 @@ def test_ctrl_c_leaves_a_readable_partial_run(tmp_path):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(end)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()

@@ -1,5 +1,7 @@
-"""Every code block of the README and of the docs runs."""
+"""Every code block of the README and of the docs runs; pages, links and reference are whole."""
 
+import importlib
+import inspect
 import json
 import re
 import shlex
@@ -8,13 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from normwise import cli
 from normwise.lab.recipes import ids
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESULTS = ROOT / "docs" / "results"
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -23,22 +27,32 @@ def blocks(page, *languages):
     return [code for language, code in found if language in languages]
 
 
+def identify(page):
+    return str(page.relative_to(ROOT))
+
+
+def prose(page):
+    """A page without its blocks and spans of code."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    return re.sub(r"`[^`\n]+`", "", text)
+
+
 def commands():
     for page in PAGES:
         for block in blocks(page, "bash", "console"):
             for line in block.splitlines():
                 words = shlex.split(line.removeprefix("$ "), comments=True)
                 if words:
-                    yield pytest.param(words, id=f"{page.name}: {' '.join(words)}")
+                    yield pytest.param(words, id=f"{identify(page)}: {' '.join(words)}")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=identify)
 def test_every_code_block_has_a_language_that_is_run(page):
     languages = {language for language, _ in BLOCK.findall(page.read_text(encoding="utf-8"))}
     assert languages <= {"python", "bash", "console"}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=identify)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "docs"}
@@ -51,6 +65,8 @@ def test_commands_exist_and_take_their_arguments(words, tmp_path, monkeypatch, c
     """Quick ones run; the others are parsed, or gone through dry."""
     if words[0] == "make":
         subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True)
+    elif words[0] == "python":
+        assert (ROOT / words[1]).exists()
     elif words[0] == "pip":
         assert words[1] == "install"
         extras = re.findall(r"\[(\w+)\]", words[2])
@@ -74,6 +90,63 @@ def test_commands_exist_and_take_their_arguments(words, tmp_path, monkeypatch, c
         monkeypatch.chdir(tmp_path)
         assert cli.main(words[1:]) == 0
         assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=identify)
+def test_every_link_within_the_repository_leads_somewhere(page):
+    targets = [target for target in LINK.findall(prose(page)) if "://" not in target]
+    missing = [t for t in targets if not (page.parent / t.partition("#")[0]).exists()]
+    assert not missing
+
+
+def test_every_page_of_the_site_is_in_its_navigation():
+    def files(nav):
+        for entry in nav:
+            value = next(iter(entry.values())) if isinstance(entry, dict) else entry
+            yield from files(value) if isinstance(value, list) else [value]
+
+    docs = ROOT / "docs"
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    pages = [str(page.relative_to(docs).as_posix()) for page in docs.rglob("*.md")]
+    assert sorted(files(nav)) == sorted(pages)
+
+
+def test_every_room_with_public_names_is_in_the_reference():
+    """All but the lab, which is public through its commands, and optim, whose names are at the top.
+
+    The page of a room lists what its ``__all__`` has.
+    """
+    reference = ROOT / "docs" / "reference"
+    shown = {
+        m for p in reference.glob("*.md") for m in re.findall(r"^::: (\S+)", p.read_text(), re.M)
+    }
+    package = ROOT / "src" / "normwise"
+    rooms = {
+        f"normwise.{p.parent.name}"
+        for p in package.glob("*/__init__.py")
+        if "__all__" in p.read_text()
+    }
+    assert {"normwise"} | rooms - {"normwise.lab", "normwise.optim"} <= shown
+
+
+def test_the_site_is_built_strictly(tmp_path):
+    """A broken link or anchor, a page that is not listed, a name that is gone: each is an error."""
+    pytest.importorskip("material", reason="the site needs the extra docs")
+    pytest.importorskip("mkdocstrings", reason="the site needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert built.returncode == 0, built.stderr
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        shown = (tmp_path / "reference" / f"{page.stem}.html").read_text(encoding="utf-8")
+        for room in re.findall(r"^::: (normwise(?:\.\w+)?)$", page.read_text(), re.MULTILINE):
+            module = importlib.import_module(room)
+            public = {name: getattr(module, name) for name in module.__all__}
+            told = [n for n, o in public.items() if inspect.isclass(o) or inspect.isfunction(o)]
+            missing = [name for name in told if f'id="{room}.{name}"' not in shown]
+            assert not missing, f"of {room}"
+    loaded = re.compile(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="https?:')
+    outside = [p.name for p in tmp_path.rglob("*.html") if loaded.search(p.read_text("utf-8"))]
+    assert not outside, "reading the site needs no network"
 
 
 def test_importing_normwise_imports_nothing_heavy_but_torch():

@@ -552,13 +552,13 @@ def test_sgd_is_within_a_tenth_of_equilibrium_at_the_time_foretold(start, moment
         lambda w: torch.optim.SGD([w], lr=lr, momentum=momentum, weight_decay=decay),
         start=start * k,
     )
-    course = norms.pow(4).mean(1).pow(0.25) / k
+    trajectory = norms.pow(4).mean(1).pow(0.25) / k
     arrived = 1.1 if start > 1 else 0.9
-    assert float(course[round(time) - 1]) == pytest.approx(arrived, rel=0.02)
-    foretold = sgd_norms([lr] * len(course), decay, 1.0, start * k, momentum)
-    # Momentum's buffer takes 1/(1 − α) steps to fill, which the closed course leaves out.
-    for t in (len(course) // 2, len(course) - 1):
-        assert float(course[t]) * k == pytest.approx(foretold[t + 1], rel=0.03)
+    assert float(trajectory[round(time) - 1]) == pytest.approx(arrived, rel=0.02)
+    foretold = sgd_norms([lr] * len(trajectory), decay, 1.0, start * k, momentum)
+    # Momentum's buffer takes 1/(1 − α) steps to fill, which the closed trajectory leaves out.
+    for t in (len(trajectory) // 2, len(trajectory) - 1):
+        assert float(trajectory[t]) * k == pytest.approx(foretold[t + 1], rel=0.03)
 
 
 @pytest.mark.parametrize("start", [0.3, 3.0])
@@ -574,10 +574,10 @@ def test_adamw_is_within_a_tenth_of_equilibrium_at_the_time_foretold(start):
         isotropic=True,
     )
     arrived = 1.1 if start > 1 else 0.9
-    course = norms.square().mean(1).sqrt()
-    assert float(course[-1]) / k == pytest.approx(arrived, rel=0.02)
-    foretold = adamw_norms([lr] * len(course), decay, entries, start * k)
-    assert float(course[-1]) == pytest.approx(foretold[-1], rel=0.02)
+    trajectory = norms.square().mean(1).sqrt()
+    assert float(trajectory[-1]) / k == pytest.approx(arrived, rel=0.02)
+    foretold = adamw_norms([lr] * len(trajectory), decay, entries, start * k)
+    assert float(trajectory[-1]) == pytest.approx(foretold[-1], rel=0.02)
 
 
 class KnownMoments(torch.optim.Optimizer):
@@ -770,29 +770,29 @@ def real_run(make, steps=60):
     """Weights before each step and after the last, of a network with batch norm."""
     from sklearn.datasets import load_digits
 
-    from normwise.lab.models import ConvNet
+    from normwise.lab.networks import build
 
     digits = load_digits()
     x = torch.tensor(digits.images[:, None] / 16, dtype=torch.float64)
     y = torch.tensor(digits.target)
-    net = ConvNet(1, 10, 8).double()
-    for norm in net.norms:
+    net = build("convnet", 1, 10, 8).double()
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.eps = 1e-300
-    weights = [w.weight for w in net.invariant_weights()]
+    weights = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)]
     optimizer = make(weights)
     rest = torch.optim.SGD(
         [p for p in net.parameters() if all(p is not w for w in weights)], lr=0.05
     )
     generator = torch.Generator().manual_seed(0)
-    course = [[w.detach().clone() for w in weights]]
+    trajectory = [[w.detach().clone() for w in weights]]
     for _ in range(steps):
         chosen = torch.randint(len(y), (32,), generator=generator)
         net.zero_grad()
         nn.functional.cross_entropy(net(x[chosen]), y[chosen]).backward()
         optimizer.step()
         rest.step()
-        course.append([w.detach().clone() for w in weights])
-    return course
+        trajectory.append([w.detach().clone() for w in weights])
+    return trajectory
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -808,15 +808,15 @@ def test_norm_growth_of_lemmas_2_1_and_2_2_on_a_real_run(momentum, scheduled):
         optimizer.register_step_post_hook(lambda *_: planned.step())
         return optimizer
 
-    course = real_run(make)
-    for i in range(len(course[0])):
+    trajectory = real_run(make)
+    for i in range(len(trajectory[0])):
         steps = torch.stack(
             [
                 ((a[i] - b[i]) / lr).flatten(1).norm(dim=1)
-                for (a, b), lr in zip(pairwise(course), lrs, strict=True)
+                for (a, b), lr in zip(pairwise(trajectory), lrs, strict=True)
             ]
         )
-        measured = torch.stack([c[i].flatten(1).norm(dim=1) for c in course])
+        measured = torch.stack([c[i].flatten(1).norm(dim=1) for c in trajectory])
         lr = lrs if scheduled else lrs[0]
         foretold = momentum_norms(steps**2, lr, measured[0], momentum)
         assert float((foretold / measured - 1).abs().max()) < 1e-10
@@ -828,8 +828,8 @@ def test_a_projected_step_adds_its_own_square_on_a_real_run(name):
     """‖w + Δ‖² = ‖w‖² + ‖Δ‖², [AdamP] Eq. 8, to 1e-10."""
     options = {"lr": 0.01} | ({"momentum": 0.9} if name == "SGDP" else {})
     optimizer = getattr(normwise, name)
-    course = real_run(lambda ws: optimizer(ws, view=View.channel(), **options))
-    for a, b in pairwise(course):
+    trajectory = real_run(lambda ws: optimizer(ws, view=View.channel(), **options))
+    for a, b in pairwise(trajectory):
         for old, new in zip(a, b, strict=True):
             square = [t.flatten(1).square().sum(1) for t in (old, new, new - old)]
             assert torch.allclose(square[1], square[0] + square[2], rtol=1e-10, atol=0)

@@ -5,10 +5,16 @@ from normwise.decay import EpsilonShiftedL2
 from normwise.geometry import View
 from normwise.invariance import ParameterReport, Report, Symmetry, Term, analyze
 from normwise.monitor import Monitor
-from normwise.optim import SGDP, SGDW, AdamP, tangential
+from normwise.optim import SGDP, SGDW, AdamP, LearnedNorm, RadialBrake, sphere, tangential
 from normwise.optim.by_role import groups
 from normwise.perturb import AWP, RWP
-from normwise.reparam import center_weight_normalize, fold, weight_normalize, weight_standardize
+from normwise.reparam import (
+    add_gains,
+    center_weight_normalize,
+    fold,
+    weight_normalize,
+    weight_standardize,
+)
 from normwise.updates import UpdateRule, describe
 
 __version__ = "0.1.0"
@@ -20,12 +26,17 @@ __all__ = [
     "SGDW",
     "AdamP",
     "EpsilonShiftedL2",
+    "LearnedNorm",
     "Monitor",
     "ParameterReport",
+    "RadialBrake",
     "Report",
+    "Symmetry",
+    "Term",
     "UpdateRule",
     "View",
     "__version__",
+    "add_gains",
     "analyze",
     "center_weight_normalize",
     "decay",
@@ -34,6 +45,7 @@ __all__ = [
     "groups",
     "init",
     "reparam",
+    "sphere",
     "tangential",
     "theory",
     "weight_normalize",

@@ -6,15 +6,19 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from normwise import __version__
 from normwise.invariance.cli import add_inspect_parser
+from normwise.lab.arguments import positive, seeds, whole
 from normwise.lab.cli import add_lab_parsers
-from normwise.lab.errors import UsageError, nearest, require_lab
+from normwise.lab.errors import Unavailable, UsageError, nearest, require_lab
 from normwise.monitor.cli import add_plan_parser
 
 __all__ = ["main"]
@@ -53,13 +57,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if done, 1 if a training failed, 2 for wrong usage, 130 after Ctrl-C.
     """
     try:
-        return _run(argv)
+        with _terminated_as_interrupted():
+            return _run(argv)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # Whoever read our output has gone; without this Python would complain while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, SIGTERM ends as Ctrl-C does; processes of torchrun end at once."""
+    if threading.current_thread() is not threading.main_thread() or "RANK" in os.environ:
+        yield
+        return
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -76,6 +98,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return code
     except UsageError as error:
         return _complain(str(error), 2)
+    except Unavailable as error:
+        return _complain(str(error), 1)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
@@ -110,15 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--task", default="digits", metavar="NAME", help="what to learn (default: digits)")
     option(
         "--optimizers",
-        default="sgd,sgdp,adamw,adamp",
         metavar="A,B,…",
         help="any of sgd, sgdp, adamw, adamp, in any order (default: all)",
     )
-    whole = _number(int, "a whole number, 1 or more")
-    option("--seeds", type=whole, default=3, metavar="N", help="runs an optimizer (default: 3)")
+    option("--seeds", type=seeds, default=3, metavar="N", help="runs per optimizer (default: 3)")
     option("--epochs", type=whole, metavar="N", help="passes over the data (default: the task's)")
-    option("--batch-size", type=whole, metavar="N", help="examples a step (default: the task's)")
-    positive = _number(float, "a finite number greater than 0")
+    option("--batch-size", type=whole, metavar="N", help="examples per step (default: the task's)")
     option("--lr-sgd", type=positive, metavar="LR", help="of SGD and SGDP, at first (default: 0.1)")
     option(
         "--lr-adam",
@@ -161,53 +182,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _number(kind: Callable[[str], Any], allowed: str) -> Callable[[str], Any]:
-    """A converter whose error says what is allowed."""
-
-    def convert(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not allowed: must be {allowed}"
-            ) from None
-
-    return convert
-
-
 def _compare(arguments: argparse.Namespace) -> int:
     require_lab()
-    from normwise.lab.compare import assist, compare, default_folder
+    from normwise.lab.compare import Choice, assist, compare
     from normwise.lab.console import print_outcome, progress
-    from normwise.lab.contenders import CONTENDERS
     from normwise.lab.parallel import processes
-    from normwise.lab.settings import Settings
-    from normwise.lab.tasks import TASKS
 
-    task = TASKS.get(arguments.task)
-    given = {
-        name: getattr(arguments, name)
-        for name in ("epochs", "batch_size", "lr_sgd", "lr_adam")
-        if getattr(arguments, name) is not None
-    }
-    defaults = {"epochs": task.epochs, "batch_size": task.batch_size} if task else {}
-    # An unknown task has no defaults; the settings refuse it whatever else they are given.
-    settings = Settings(
+    choice = Choice(
         task=arguments.task,
-        optimizers=tuple(
-            name for part in arguments.optimizers.split(",") if (name := part.strip().lower())
-        ),
-        seeds=arguments.seeds,
-        parallel=arguments.parallel,
-        **{"epochs": 1, "batch_size": 1, **defaults, **given},
+        optimizers=None if arguments.optimizers is None else _names(arguments.optimizers),
+        **{name: getattr(arguments, name) for name in _CHOSEN},
     )
-    with processes(settings.parallel, "compare", [settings.batch_size], "--batch-size") as together:
+    size = choice.cells[0].training.batch_size
+    with processes(choice.parallel, "compare", [size], "--batch-size") as together:
         if together.rank > 0:
-            assist(settings, together)
+            assist(choice, together)
             return 0
-        labels = {name: CONTENDERS[name].label for name in settings.optimizers}
-        with progress(labels, settings.seeds, settings.epochs, arguments.quiet) as observe:
-            outcome = compare(settings, arguments.out or default_folder(), observe, together)
+        labels = {name: choice.recipe.methods[name].label for name in choice.names}
+        epochs = choice.cells[0].training.epochs
+        with progress(labels, choice.seeds, epochs, arguments.quiet) as observe:
+            outcome = compare(choice, arguments.out, observe, together)
     if arguments.json:
         print(json.dumps({"folder": str(outcome.folder), **outcome.summary}, allow_nan=False))
     else:
@@ -218,6 +212,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     for failure in outcome.failures:
         _complain(f"{failure['optimizer']}, seed {failure['seed']}: {failure['error']}", 1)
     return 1 if outcome.failures else 0
+
+
+_CHOSEN = ("seeds", "epochs", "batch_size", "lr_sgd", "lr_adam", "parallel")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for part in text.split(",") if (name := part.strip().lower()))
 
 
 def _toy(arguments: argparse.Namespace) -> int:

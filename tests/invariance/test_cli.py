@@ -25,6 +25,9 @@ def batch():
     return torch.ones(4, 6).cumsum(0)
 
 number = 3
+
+def broken():
+    return {}["width"]
 """
 
 
@@ -85,6 +88,13 @@ def test_batches_and_settings(inspect, arguments):
     assert out.splitlines()[2].split()[:3] == ["0.weight", f"{width}×6", "layer"]
 
 
+def test_a_model_too_large_to_copy_is_told_before_it_is_built(inspect):
+    pytest.importorskip("transformers", reason="the networks come from transformers")
+    code, out, err = inspect("hf:mixtral")
+    assert (code, out) == (2, "")
+    assert "billion parameters; make it narrow with --set" in err
+
+
 def test_a_model_type_and_a_configuration_file_of_transformers(inspect, tmp_path):
     pytest.importorskip("transformers", reason="the networks come from transformers")
     fields = {"vocab_size": 20, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
@@ -114,6 +124,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(inspect, library, mon
     [
         (("nothing",), "Invalid source: 'nothing'"),
         (("nothing:at_all",), "no module 'nothing'"),
+        (("inspected_network:broken",), "raised KeyError: 'width'"),
         (("inspected_network:absent",), "has no function 'absent'"),
         (("inspected_network:number",), "has no function 'number'"),
         (("inspected_network:batch",), "returned Tensor; must return an nn.Module"),

@@ -1,4 +1,4 @@
-"""Families derived by hand, and the definition itself: rescaled along them, a network is the same."""
+"""Families derived by hand, and the definition: rescaled along them, a network is the same."""
 
 from dataclasses import replace
 
@@ -26,14 +26,18 @@ def linear(inputs, outputs):
 def multilayer():
     """ReLU lets scale pass: row and bias against the next column. The last bias stands alone."""
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3))
-    return net, torch.randn(60, 6), {
-        "0.weight rows, 0.bias ↔ 2.weight columns: 8 units",
-        "2.weight rows, 2.bias ↔ 4.weight columns: 7 units",
-    }
+    return (
+        net,
+        torch.randn(60, 6),
+        {
+            "0.weight rows, 0.bias ↔ 2.weight columns: 8 units",
+            "2.weight rows, 2.bias ↔ 4.weight columns: 7 units",
+        },
+    )
 
 
 def convolutional():
-    """A channel's 16 positions after flattening are 16 columns. BN's convolution is invariant."""
+    """A channel's 16 positions after flattening are 16 columns; BN makes rows invariant."""
     net = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
         nn.ReLU(),
@@ -46,11 +50,15 @@ def convolutional():
         nn.ReLU(),
         nn.Linear(10, 3),
     )
-    return net, torch.randn(30, 3, 8, 8), {
-        "0.weight rows, 0.bias ↔ 2.weight columns: 6 units",
-        "3.weight, 3.bias ↔ 7.weight columns, in runs of 16: 5 units",
-        "7.weight rows, 7.bias ↔ 9.weight columns: 10 units",
-    }
+    return (
+        net,
+        torch.randn(30, 3, 8, 8),
+        {
+            "0.weight rows, 0.bias ↔ 2.weight columns: 6 units",
+            "3.weight, 3.bias ↔ 7.weight columns, in runs of 16: 5 units",
+            "7.weight rows, 7.bias ↔ 9.weight columns: 10 units",
+        },
+    )
 
 
 def grouped():
@@ -68,13 +76,17 @@ def grouped():
         nn.Flatten(),
         nn.Linear(64, 3),
     )
-    return net, torch.randn(20, 3, 10, 10), {
-        "0.weight rows, 0.bias ↔ 2.weight slices along dimensions 0 and 1, 4 at a time 4 apart: "
-        "8 units",
-        "2.weight rows, 2.bias ↔ 4.weight rows: 8 units",
-        "4.weight rows, 4.bias ↔ 6.weight columns: 8 units",
-        "6.weight rows, in runs of 2, 6.bias entries, in runs of 2: 2 units",
-    }
+    return (
+        net,
+        torch.randn(20, 3, 10, 10),
+        {
+            "0.weight rows, 0.bias ↔ "
+            "2.weight slices along dimensions 0 and 1, 4 at a time 4 apart: 8 units",
+            "2.weight rows, 2.bias ↔ 4.weight rows: 8 units",
+            "4.weight rows, 4.bias ↔ 6.weight columns: 8 units",
+            "6.weight rows, in runs of 2, 6.bias entries, in runs of 2: 2 units",
+        },
+    )
 
 
 class Adapted(nn.Module):
@@ -107,15 +119,20 @@ class Recurrent(nn.Module):
 
 def recurrent():
     ids = torch.arange(27).view(3, 9) * 5 % 9
-    return Recurrent(), ids, {
-        "embed.weight columns ↔ lstm.weight_ih_l0 columns: 6 units",
-        "lstm.weight_hh_l0 columns, lstm.weight_ih_l1 columns ↔ lstm.weight_hr_l0 rows: 4 units",
-        "lstm.weight_hh_l1 columns, out.weight columns ↔ lstm.weight_hr_l1 rows: 4 units",
-    }
+    return (
+        Recurrent(),
+        ids,
+        {
+            "embed.weight columns ↔ lstm.weight_ih_l0 columns: 6 units",
+            "lstm.weight_hh_l0 columns, lstm.weight_ih_l1 columns ↔ "
+            "lstm.weight_hr_l0 rows: 4 units",
+            "lstm.weight_hh_l1 columns, out.weight columns ↔ lstm.weight_hr_l1 rows: 4 units",
+        },
+    )
 
 
 class Gated(nn.Module):
-    """relu(gate) · up is homogeneous in both: two ways to trade, of which any two tell the third."""
+    """relu(gate) · up is homogeneous in both: two trades tell the third."""
 
     def __init__(self):
         super().__init__()
@@ -126,10 +143,14 @@ class Gated(nn.Module):
 
 
 def gated():
-    return Gated(), torch.randn(60, 6), {
-        "gate.weight rows ↔ up.weight rows: 8 units",
-        "up.weight rows ↔ down.weight columns: 8 units",
-    }
+    return (
+        Gated(),
+        torch.randn(60, 6),
+        {
+            "gate.weight rows ↔ up.weight rows: 8 units",
+            "up.weight rows ↔ down.weight columns: 8 units",
+        },
+    )
 
 
 class Experts(nn.Module):
@@ -151,10 +172,15 @@ class Experts(nn.Module):
 
 
 def experts():
-    return Experts(), torch.randn(60, 6), {
-        "up slices along dimensions 0 and 1 ↔ down slices along dimensions 0 and 2 ^2: 20 units",
-        "norm.weight ↔ router.weight columns, up slices along dimension 2: 6 units",
-    }
+    return (
+        Experts(),
+        torch.randn(60, 6),
+        {
+            "up slices along dimensions 0 and 1 ↔ "
+            "down slices along dimensions 0 and 2 ^2: 20 units",
+            "norm.weight ↔ router.weight columns, up slices along dimension 2: 6 units",
+        },
+    )
 
 
 class Tied(nn.Module):
@@ -187,10 +213,14 @@ class Shuffled(nn.Module):
 
 
 def shuffled():
-    return Shuffled(), torch.randn(60, 5), {
-        "a.weight rows in another order, a.bias entries in another order ↔ b.weight columns: "
-        "12 units"
-    }
+    return (
+        Shuffled(),
+        torch.randn(60, 5),
+        {
+            "a.weight rows in another order, a.bias entries in another order ↔ b.weight columns: "
+            "12 units"
+        },
+    )
 
 
 NETWORKS = [
@@ -283,7 +313,9 @@ def test_heads_are_blocks_of_units_that_mix():
         "q.weight rows, q.bias ↔ k.weight rows: 12 units",
         "v.weight rows, v.bias ↔ o.weight columns: 12 units",
     }
-    assert {name: report[f"{name}.weight"].role.heads for name in "qkvo"} == dict.fromkeys("qkvo", 3)
+    assert {name: report[f"{name}.weight"].role.heads for name in "qkvo"} == dict.fromkeys(
+        "qkvo", 3
+    )
     # Without attention between, all units mix, and with an activation none do: no heads.
     plain = analyze(nn.Sequential(linear(5, 6), linear(6, 4), nn.Tanh()), torch.randn(9, 5))
     assert plain["0.weight"].role.heads is None
@@ -323,7 +355,9 @@ class Block(nn.Module):
 
     def forward(self, x):
         y, size = self.n1(x), (x.shape[-1] // self.heads,)
-        q, k, v = (m(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        q, k, v = (
+            m(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.q, self.k, self.v)
+        )
         y = F.scaled_dot_product_attention(F.rms_norm(q, size), F.rms_norm(k, size), v)
         x = x + self.o(y.transpose(1, 2).flatten(2))
         y = self.n2(x)
@@ -412,7 +446,8 @@ def test_a_family_of_a_small_network_serves_the_large_one():
 
         def forward(self, x):
             q, k, v = (
-                m(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for m in (self.q, self.k, self.v)
+                m(x).unflatten(-1, (-1, self.size)).transpose(1, 2)
+                for m in (self.q, self.k, self.v)
             )
             y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
             return torch.tanh(self.o(y.transpose(1, 2).flatten(2)))

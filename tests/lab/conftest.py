@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from normwise.lab.compare import Choice
 from normwise.lab.recipes import Cell
 from normwise.lab.running.cell import run_cell
 from normwise.lab.tasks.problem import Problem
@@ -71,6 +72,12 @@ def run() -> dict[str, Any]:
         "status": "complete",
         "started": "2026-01-02T03:04:05+00:00",
         "seconds": 1.5,
+        "command": "normwise compare --task digits --optimizers sgd,sgdp --seeds 2 --epochs 2",
+        "settings": Choice(optimizers=("sgd", "sgdp"), seeds=2, epochs=2).settings(),
+        "methods": [
+            {"name": "sgd", "label": "SGD", "update": "gradient", "baseline": None},
+            {"name": "sgdp", "label": "SGDP", "update": "gradient", "baseline": "sgd"},
+        ],
         "task": {
             "title": "handwritten digits",
             "source": "a book",

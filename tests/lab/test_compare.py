@@ -5,32 +5,34 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from normwise import cli
 from normwise.lab import compare as module
-from normwise.lab.compare import compare
-from normwise.lab.contenders import CONTENDERS, Family
+from normwise.lab.compare import CELLS, Choice, compare
 from normwise.lab.errors import UsageError
-from normwise.lab.models import ConvNet
-from normwise.lab.settings import Settings
+from normwise.lab.recipes import find
+from normwise.lab.running.cell import run_cell
+from normwise.lab.running.events import Measured
+from normwise.lab.running.results import read_cells, tables
+from normwise.lab.running.trainer import Diverged, Trainer
 from normwise.lab.store import read_metrics
-from normwise.lab.tasks import TASKS
-from normwise.lab.train import Diverged, train
 
 ALL = ("sgd", "sgdp", "adamw", "adamp")
 TIMES = ("step_ms", "optimizer_ms")
 
 
-def settings(**changes):
+def choice(**changes):
     quick = {"optimizers": ALL, "seeds": 2, "epochs": 2, "batch_size": 128}
-    return Settings(task="digits", **{**quick, **changes})
+    return Choice(**{**quick, **changes})
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    return compare(settings(), tmp_path_factory.mktemp("run"))
+    return compare(choice(), tmp_path_factory.mktemp("run"))
 
 
 def summary(folder):
@@ -43,7 +45,7 @@ def timeless(records):
 
 def test_the_same_seeds_give_the_same_metrics_whatever_came_before(outcome, tmp_path):
     torch.manual_seed(12345)
-    alone = compare(settings(optimizers=("adamp", "sgd")), tmp_path)
+    alone = compare(choice(optimizers=("adamp", "sgd")), tmp_path)
     for name in ("adamp", "sgd"):
         first, again = (
             [r for r in timeless(o.records) if r["optimizer"] == name] for o in (outcome, alone)
@@ -55,17 +57,41 @@ def test_different_seeds_start_from_different_networks(outcome):
     assert len({r["norm"] for r in outcome.records if r["epoch"] == 0}) == 2
 
 
-def test_different_seeds_see_different_batches():
-    def same_network(data):
-        torch.manual_seed(0)
-        return TASKS["digits"].model(data)
+def test_a_comparison_and_a_paper_run_give_the_same_metrics(tmp_path):
+    """The recipe's own cell, of as many epochs, ends in the same bits, lines and weights."""
+    out = compare(choice(optimizers=("sgdp",), seeds=1, batch_size=None), tmp_path / "compare")
+    (cell,) = find("digits").cells("paper", 1, ["sgdp"])
+    cell = replace(cell, training=replace(cell.training, epochs=2))
+    result = run_cell(cell, tmp_path / "paper", tmp_path)
+    lines = read_metrics(tmp_path / "paper" / cell.folder)
+    assert result == json.loads(
+        (tmp_path / "compare" / CELLS / cell.folder / "result.json").read_text("utf-8")
+    )
+    assert len(lines) == len(out.records) == 3
+    for line, record in zip(lines, out.records, strict=True):
+        assert record["test_accuracy"] == line.pop("accuracy")
+        assert line.items() <= record.items()
+    assert out.records[-1]["test_errors"] == result["wrong"]
 
-    task = dataclasses.replace(TASKS["digits"], model=same_network)
-    quick = settings(epochs=1)
-    runs = [list(train(task, task.load(), CONTENDERS["sgd"], quick, seed)) for seed in (0, 1)]
-    (start, end), (other_start, other_end) = runs
-    assert start.norm == other_start.norm
-    assert end.train_loss != other_end.train_loss
+
+@pytest.mark.slow
+def test_the_commands_compare_and_paper_run_give_the_same_metrics(tmp_path, capsys):
+    """As users type them, with no option but the method and the seed."""
+    shared = ["--seeds", "1", "--quiet", "--json"]
+    where = str(tmp_path / "a")
+    assert cli.main(["compare", *shared, "--optimizers", "adamp", "--out", where]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["optimizers"]
+    run = ["paper", "run", "digits", "--scale", "paper", "--methods", "adamp"]
+    assert cli.main([*run, *shared, "--out", str(tmp_path / "b")]) == 0
+    (same,) = json.loads(capsys.readouterr().out)
+    assert same["values"]["0"] == 100 * row["numbers"]["test_accuracy"]["values"][0]
+
+
+def test_a_comparison_can_be_reported_as_any_run(outcome):
+    (table,) = tables(read_cells([outcome.folder]))
+    means = {e.method: e.spread.mean for e in table.entries}
+    for row in outcome.summary["optimizers"]:
+        assert means[row["name"]] == pytest.approx(100 * row["numbers"]["test_accuracy"]["mean"])
 
 
 def test_a_comparison_leaves_the_generator_and_the_threads_alone(tmp_path):
@@ -73,7 +99,7 @@ def test_a_comparison_leaves_the_generator_and_the_threads_alone(tmp_path):
     expected = torch.rand(1)
     threads = torch.get_num_threads()
     torch.manual_seed(3)
-    compare(settings(optimizers=("sgd",), seeds=1, epochs=1), tmp_path)
+    compare(choice(optimizers=("sgd",), seeds=1, epochs=1), tmp_path)
     assert torch.equal(torch.rand(1), expected)
     assert torch.get_num_threads() == threads
 
@@ -93,7 +119,7 @@ def test_every_record_is_in_the_file(outcome):
 def test_effective_learning_rates_follow_from_norms_and_schedule(outcome):
     starts = {(r["optimizer"], r["seed"]): r for r in outcome.records if r["epoch"] == 0}
     for r in outcome.records:
-        power = 2 if CONTENDERS[r["optimizer"]].family is Family.SGD else 1
+        power = 2 if r["optimizer"] in ("sgd", "sgdp") else 1
         start = starts[r["optimizer"], r["seed"]]
         assert math.isclose(r["effective_lr"], r["lr"] / r["norm"] ** power)
         assert math.isclose(r["norm_growth"], r["norm"] / start["norm"])
@@ -110,6 +136,7 @@ def test_projected_norms_grow_less_than_under_momentum(outcome):
 def test_all_files_are_there_and_whole(outcome):
     assert sorted(path.name for path in outcome.folder.iterdir()) == [
         "accuracy.png",
+        "cells",
         "effective_lr.png",
         *sorted(f"layers-{name}.jsonl" for name in outcome.run["settings"]["optimizers"]),
         "metrics.jsonl",
@@ -123,14 +150,21 @@ def test_all_files_are_there_and_whole(outcome):
     run = json.loads((outcome.folder / "run.json").read_text("utf-8"))
     assert run["status"] == "complete"
     # Everything that decides the outcome is written down.
-    for field in dataclasses.fields(Settings):
-        assert field.name in run["settings"]
+    for field in dataclasses.fields(Choice):
+        assert run["settings"][field.name] is not None or field.name == "parallel"
+    assert run["methods"][1] == {
+        "name": "sgdp",
+        "label": "SGDP",
+        "update": "gradient",
+        "baseline": "sgd",
+    }
+    assert [method["update"] for method in run["methods"]] == ["gradient"] * 2 + ["normalized"] * 2
     assert json.loads((outcome.folder / "summary.json").read_text("utf-8"))["status"] == "complete"
 
 
 def test_layers_are_watched_with_the_first_seed(outcome):
     page = (outcome.folder / "report.html").read_text("utf-8")
-    slices = {w.name: len(w.weight) for w in ConvNet(1, 10).invariant_weights()}
+    slices = {"0.weight": 16, "3.weight": 16, "7.weight": 32, "10.weight": 32}
     for name in outcome.run["settings"]["optimizers"]:
         lines = (outcome.folder / f"layers-{name}.jsonl").read_text("utf-8").splitlines()
         measured = {line["step"]: line["norm"] for line in map(json.loads, lines)}
@@ -138,35 +172,16 @@ def test_layers_are_watched_with_the_first_seed(outcome):
         for r in epochs[1:]:
             logs = [n * math.log(measured[r["step"]][layer]) for layer, n in slices.items()]
             assert math.exp(sum(logs) / sum(slices.values())) == pytest.approx(r["norm"])
-        assert f"<b>{CONTENDERS[name].label}</b>: 4 layers, no alarms" in page
+        assert "</b>: 4 layers, no alarms" in page
     assert page.count('<div class="charts panels">') == len(outcome.run["settings"]["optimizers"])
 
 
-def test_the_learning_rate_drops_at_the_papers_fractions():
-    s = settings(epochs=100)
-    assert s.drop_epochs() == [30, 60, 90]
-    rates = [s.lr(Family.SGD, epoch) for epoch in (0, 1, 30, 31, 60, 61, 91, 100)]
-    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01, 0.01, 1e-3, 1e-4, 1e-4])
-    assert settings(epochs=1).lr(Family.ADAM, 1) == 1e-3
-
-
-def test_weight_decay_spares_biases_and_norms():
-    from normwise.lab.train import _param_groups
-
-    model = ConvNet(1, 10)
-    decayed, spared = _param_groups(model, CONTENDERS["adamp"], settings())
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (1e-2, 0.0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert all("norms" in names[id(p)] or "bias" in names[id(p)] for p in spared["params"])
-    assert len(decayed["params"]) + len(spared["params"]) == len(names)
-
-
 def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path):
-    out = compare(settings(optimizers=("sgd", "adamw"), seeds=1, lr_sgd=1e30), tmp_path)
+    out = compare(choice(optimizers=("sgd", "adamw"), seeds=1, lr_sgd=1e30), tmp_path)
     sgd, adamw = summary(tmp_path)["optimizers"]
     (failed,) = sgd["failed"]
     assert failed["seed"] == 0
-    assert "became" in failed["error"]
+    assert "not finite" in failed["error"]
     assert sgd["numbers"] == {}
     assert adamw["finished"] == [0]
     assert out.run["status"] == "complete"
@@ -176,28 +191,31 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path):
 
 
 def test_a_comparison_of_nothing_but_failures_has_failed(tmp_path):
-    out = compare(settings(optimizers=("sgd", "sgdp"), seeds=1, lr_sgd=1e30), tmp_path)
+    out = compare(choice(optimizers=("sgd", "sgdp"), seeds=1, lr_sgd=1e30), tmp_path)
     assert out.run["status"] == "failed"
     assert "No run came far enough" in out.summary["headline"]
 
 
 def stopping(error, after):
-    """A replacement of ``train`` that raises ``error`` after so many epochs of the second run."""
-    original = module.train
+    """A replacement of ``run_cell`` that raises after so many epochs of the second method."""
+    original = module.run_cell
 
-    def train(task, data, contender, settings, *others):
-        for record in original(task, data, contender, settings, *others):
-            yield record
-            if contender.name != settings.optimizers[0] and record.epoch == after:
+    def run_cell(cell, *others, observe, **more):
+        def watch(event):
+            observe(event)
+            second = isinstance(event, Measured) and cell.method != "sgd"
+            if second and event.record["epoch"] == after:
                 raise error
 
-    return train
+        return original(cell, *others, observe=watch, **more)
+
+    return run_cell
 
 
 @pytest.mark.parametrize("after", [0, 1])
 def test_an_interrupted_comparison_reports_what_it_has(tmp_path, monkeypatch, after):
-    monkeypatch.setattr(module, "train", stopping(KeyboardInterrupt(), after))
-    out = compare(settings(seeds=1), tmp_path)
+    monkeypatch.setattr(module, "run_cell", stopping(KeyboardInterrupt(), after))
+    out = compare(choice(seeds=1), tmp_path)
     assert out.interrupted
     assert len(read_metrics(tmp_path)) == 3 + after + 1
     assert json.loads((tmp_path / "run.json").read_text("utf-8"))["status"] == "interrupted"
@@ -208,44 +226,42 @@ def test_an_interrupted_comparison_reports_what_it_has(tmp_path, monkeypatch, af
 
 
 def test_a_comparison_interrupted_at_once_is_readable_too(tmp_path, monkeypatch):
-    def train(*_):
+    def run_cell(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "train", train)
-    out = compare(settings(), tmp_path)
+    monkeypatch.setattr(module, "run_cell", run_cell)
+    out = compare(choice(), tmp_path)
     assert out.interrupted
     assert read_metrics(tmp_path) == []
     assert (tmp_path / "report.html").exists()
 
 
 def test_an_unforeseen_error_is_marked_and_passed_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "train", stopping(RuntimeError("out of luck"), 0))
+    monkeypatch.setattr(module, "run_cell", stopping(RuntimeError("out of luck"), 0))
     with pytest.raises(RuntimeError, match="out of luck"):
-        compare(settings(seeds=1), tmp_path)
+        compare(choice(seeds=1), tmp_path)
     run = json.loads((tmp_path / "run.json").read_text("utf-8"))
     assert (run["status"], run["error"]) == ("failed", "RuntimeError: out of luck")
+    assert summary(tmp_path)["status"] == "failed"
 
 
 def test_a_nan_in_one_seed_leaves_the_other_seeds_alone(tmp_path, monkeypatch):
-    original = module.train
+    line = Trainer.line
 
-    def train(task, data, contender, settings, seed, *others):
-        for record in original(task, data, contender, settings, seed, *others):
-            if seed == 1 and record.epoch == 1:
-                raise Diverged("the training loss became nan", 1, 3)
-            yield record
+    def diverge(self, metrics):
+        if self.cell.seed == 1 and self.epoch == 1:
+            raise Diverged("the training loss became nan")
+        return line(self, metrics)
 
-    monkeypatch.setattr(module, "train", train)
-    out = compare(settings(optimizers=("sgd", "sgdp")), tmp_path)
+    monkeypatch.setattr(Trainer, "line", diverge)
+    out = compare(choice(optimizers=("sgd", "sgdp")), tmp_path)
     for row in summary(tmp_path)["optimizers"]:
         assert row["finished"] == [0]
-        assert row["failed"] == [
-            {"seed": 1, "error": "the training loss became nan at step 3, in epoch 1"}
-        ]
+        assert row["failed"] == [{"seed": 1, "error": "the training loss became nan"}]
     assert out.summary["findings"][0]["seeds"] == 1
 
 
 def test_a_batch_larger_than_the_data_is_refused_before_a_folder_is_made(tmp_path):
     with pytest.raises(UsageError, match="898 training examples"):
-        compare(settings(batch_size=899), tmp_path / "run")
+        compare(choice(batch_size=899), tmp_path / "run")
     assert not (tmp_path / "run").exists()

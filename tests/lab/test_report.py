@@ -11,7 +11,7 @@ import pytest
 
 from normwise.lab.plots import PLOTS
 from normwise.lab.report import render
-from normwise.lab.report.curves import Comparison, methods_of
+from normwise.lab.report.curves import Comparison
 from normwise.lab.summary import summarize
 
 METHODS = ("sgd", "sgdp")
@@ -72,7 +72,8 @@ def records(record):
 
 
 def shown(run, records):
-    return render(run, records, summarize(records, METHODS, 2, run["task"]["test_examples"]))
+    summary = summarize(records, run["methods"], 2, run["task"]["test_examples"])
+    return render(run, records, summary)
 
 
 def test_the_page_is_well_formed_and_shows_everything(run, records):
@@ -100,7 +101,7 @@ def test_the_page_loads_nothing(run, records):
 def test_what_is_not_ours_is_escaped(run, records, failure):
     bad = '</title></style><script>alert("x")</script>'
     run["task"]["title"] = run["task"]["source"] = run["command"] = bad
-    run["methods"] = [{**m, "label": f"{m['label']} {bad}"} for m in methods_of(run)]
+    run["methods"] = [{**m, "label": f"{m['label']} {bad}"} for m in run["methods"]]
     failed = {**failure("sgd", 1), "error": "<img src=x onerror=alert(1)>"}
     page = Page(shown(run, [*records, failed]))
     assert page.open == []
@@ -171,19 +172,6 @@ def test_twenty_methods_are_all_named_in_every_chart(run, record):
         # In six charts, each for two widths.
         assert len(re.findall(rf">{name.title()}</text>", html)) == 12
     assert len(set(Comparison(run, records).marks.values())) == 20
-
-
-def test_an_older_run_tells_its_methods_by_its_optimizers(run):
-    run["settings"]["optimizers"] = ["adamp", "sgd"]
-    adamp, sgd = methods_of(run)
-    assert adamp == {
-        "name": "adamp",
-        "label": "AdamP",
-        "update": "normalized",
-        "baseline": "adamw",
-    }
-    assert sgd["update"] == "gradient"
-    assert methods_of({**run, "methods": [{"name": "mine"}]}) == [{"name": "mine"}]
 
 
 def test_both_modes_give_every_method_a_colour(run, records):

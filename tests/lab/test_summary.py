@@ -11,7 +11,6 @@ from scipy import stats
 from normwise.lab.summary import (
     Spread,
     Verdict,
-    curve,
     example_half_width,
     findings,
     headline,
@@ -20,7 +19,9 @@ from normwise.lab.summary import (
     summarize,
 )
 
-PAIR = ("sgd", "sgdp")
+SGD = {"name": "sgd", "label": "SGD", "baseline": None}
+SGDP = {"name": "sgdp", "label": "SGDP", "baseline": "sgd"}
+PAIR = (SGD, SGDP)
 
 
 def test_the_spread_is_the_sample_standard_deviation():
@@ -59,7 +60,7 @@ def test_a_row_is_the_end_of_the_finished_seeds(record):
         record("sgd", 1, 2, test_accuracy=0.9, train_loss=0.4, step_ms=8.0),
         record("sgd", 2, 1, test_accuracy=0.0),  # was interrupted
     ]
-    (row,) = rows(records, ["sgd"], epochs=2)
+    (row,) = rows(records, [SGD], epochs=2)
     assert row.numbers["test_accuracy"].values == (0.8, 0.9)
     assert math.isclose(row.numbers["train_loss"].mean, 0.3)
     assert (row.finished, row.unfinished, row.failed) == ((0, 1), (2,), {})
@@ -69,7 +70,7 @@ def test_a_row_is_the_end_of_the_finished_seeds(record):
 
 def test_an_interrupted_first_seed_is_shown_as_far_as_it_came(record):
     records = [record("sgd", 0, e, test_accuracy=0.1 * e) for e in range(4)]
-    (row,) = rows(records, ["sgd"], epochs=9)
+    (row,) = rows(records, [SGD], epochs=9)
     assert row.epoch == 3
     assert row.finished == ()
     assert row.unfinished == (0,)
@@ -82,41 +83,22 @@ def test_a_failed_seed_counts_in_no_mean(record, failure):
         record("sgd", 1, 0, test_accuracy=0.1),
         failure("sgd", 1),
     ]
-    (row,) = rows(records, ["sgd"], epochs=1)
+    (row,) = rows(records, [SGD], epochs=1)
     assert row.numbers["test_accuracy"].values == (0.8,)
     assert row.failed == {1: "the training loss became nan"}
-    assert curve(records, "sgd", "test_accuracy", 1).mean == (0.8,)
 
 
 def test_nothing_but_failures_is_nothing_to_show(record, failure):
     records = [record("sgd", 0, 0), failure("sgd", 0)]
-    (row,) = rows(records, ["sgd"], epochs=1)
+    (row,) = rows(records, [SGD], epochs=1)
     assert row.numbers == {}
     assert row.unfinished == ()
-    assert curve(records, "sgd", "norm_growth", 1).epochs == ()
     assert headline([], [row]) == "No run came far enough to say anything"
 
 
 def test_an_optimizer_that_was_not_reached_is_an_empty_row(record):
     row = rows([record("sgd")], PAIR, epochs=1)[1]
     assert (row.label, row.numbers, row.step_ms) == ("SGDP", {}, None)
-
-
-def test_a_curve_has_the_mean_and_the_range_over_seeds(record):
-    growths = {0: (1.0, 2.0), 1: (1.0, 4.0), 2: (1.0, 3.0)}
-    records = [
-        record("sgd", seed, epoch, norm_growth=g)
-        for seed, values in growths.items()
-        for epoch, g in enumerate(values)
-    ]
-    found = curve(records, "sgd", "norm_growth", 1)
-    assert (found.epochs, found.mean) == ((0, 1), (1.0, 3.0))
-    assert (found.low, found.high, found.seeds) == ((1.0, 2.0), (1.0, 4.0), 3)
-
-
-def test_a_quantity_without_a_value_at_the_start_begins_later(record):
-    records = [record("sgd", 0, epoch) for epoch in range(3)]
-    assert curve(records, "sgd", "train_loss", 2).epochs == (1, 2)
 
 
 def pair(record, with_projection, without, growth=(1.1, 2.0)):
@@ -179,8 +161,8 @@ def test_differences_are_paired_by_seed_over_common_seeds_only(record):
 def test_unfinished_runs_and_lone_optimizers_make_no_finding(record):
     half_done = pair(record, (0.9, 0.9), (0.9, 0.9))
     assert findings(half_done, PAIR, 2, 100) == []
-    assert findings(half_done, ("sgdp",), 1, 100) == []
-    lone = headline([], rows(half_done, ("sgdp",), 1))
+    assert findings(half_done, (SGDP,), 1, 100) == []
+    lone = headline([], rows(half_done, (SGDP,), 1))
     assert lone == "The norm of the scale-invariant weights changed by ×1.10 under SGDP"
 
 

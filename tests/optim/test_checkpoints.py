@@ -125,7 +125,8 @@ def test_torch_adamw_to_ours_and_back():
 def to_torch(source, target):
     """Load our state into torch's AdamW, which wants its own options in the groups."""
     for group, current in zip(source["param_groups"], target.param_groups, strict=True):
-        group.update({key: current[key] for key in ("amsgrad", "decoupled_weight_decay")})
+        wanted = {"amsgrad", "decoupled_weight_decay"} & current.keys()  # the second from 2.7 on
+        group.update({key: current[key] for key in wanted})
     target.load_state_dict(source)
 
 

@@ -149,8 +149,7 @@ def test_a_step_compiles_whole_and_once_for_a_whole_schedule(name, options, fore
     assert counts[-1] == counts[1] <= 2
 
 
-# Weights of three and more dimensions, and two of one shape, among them: torch's CPU code generator
-# fails on reductions over several dimensions (pytorch#196570), which a compiled step does not make.
+# Torch's CPU code generator fails on reductions over slices (pytorch#196570): it is not shown them.
 BY_INDUCTOR = [*COMPILED, ("sgdp", {"view": "channel", "norm": "fixed"})]
 
 

@@ -200,9 +200,7 @@ def _gather(replica: Replica, draws: int) -> dict[str, Evidence]:
     return evidence
 
 
-def _confirmed(
-    replica: Replica, claims: list[Symmetry]
-) -> tuple[list[Symmetry], list[str]]:
+def _confirmed(replica: Replica, claims: list[Symmetry]) -> tuple[list[Symmetry], list[str]]:
     """What survives finite scaling, and a note for each claim that does not."""
     generator = torch.Generator().manual_seed(replica.seed + 1)
     replica.move(0)
@@ -211,7 +209,10 @@ def _confirmed(
 
     def change(scaled: list[dict[str, Tensor]]) -> float:
         with replica.scaled(_product(scaled)):
-            return _difference(before, replica.run())
+            try:
+                return _difference(before, replica.run())
+            except ValueError:  # NaN
+                return math.inf
 
     if change(factors) <= TOLERANCE:
         return claims, []
@@ -272,7 +273,7 @@ def _absorbers(
     """A module that absorbs the scale of each invariant or ineffective parameter."""
     replica = explainer.replica
     generator = torch.Generator().manual_seed(replica.seed + 2)
-    scaled = {}
+    scaled: dict[str, Tensor] = {}
     for name, view in views.items():
         symmetry = _of_view(replica, name, view)
         scaled |= symmetry.factors(_factors(symmetry.units, generator))

@@ -46,10 +46,10 @@ class Finding:
 class Evidence:
     """What the draws said about one parameter: sums over indices, never the gradients.
 
-    For each of its index ``sets`` (see :func:`index_sets`), ``sums[dims]`` and ``sizes[dims]`` collect a
-    draw's Σ w·g and Σ |w·g| at every index, and ``noise[dims]`` the rounding of Σ |w·g|: its change
-    when the upstream gradient is multiplied by a number that is no power of 2 and the gradient
-    divided by it again.
+    For each of its index ``sets`` (see :func:`index_sets`), ``sums[dims]`` and ``sizes[dims]``
+    collect a draw's Σ w·g and Σ |w·g| at every index, and ``noise[dims]`` the rounding of
+    Σ |w·g|: its change when the upstream gradient is multiplied by a number that is no power of 2
+    and the gradient divided by it again.
     """
 
     shape: torch.Size
@@ -121,6 +121,17 @@ class Evidence:
         """The indices whose gradient is more than rounding."""
         size = self.sizes[dims][0]
         return (size > 0) & (self.noise[dims] <= TOLERANCE * size)
+
+    def noisy(self, dims: tuple[int, ...]) -> Tensor:
+        """The indices whose gradient is nothing but rounding."""
+        size = self.sizes[dims][0]
+        # Rounding may repeat itself by chance; then it is told by its size beside the others'.
+        tiny = size < 2.0**-43 * size.max()
+        return (size > 0) & ((self.noise[dims] > TOLERANCE * size) | tiny)
+
+    def seen(self, dims: tuple[int, ...]) -> Tensor:
+        """The indices that had a gradient in any draw: an activation may open at one point only."""
+        return (torch.stack(self.sizes[dims]) > 0).any(0) & ~self.noisy(dims)
 
     def _residuals(self, dim: int, count: int, live: Tensor) -> Tensor:
         """For each of ``count`` blocks the largest |Σ w·g| / Σ |w·g|; −1 without a live channel."""

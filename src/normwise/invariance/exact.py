@@ -112,7 +112,8 @@ class Exact(TorchFunctionMode):
             return args[0].to(_CASTS[name])
         args = (*args[:1], *wide(args[1:])) if _writes_into_first(name) else wide(args)
         kwargs = {key: value if key == "out" else wide(value) for key, value in kwargs.items()}
-        for key, value in (*enumerate(args), *kwargs.items()):
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for key, value in places:
             for t in _tensors((value,)):
                 if isinstance(t, nn.Parameter):
                     self.used.setdefault(id(t))

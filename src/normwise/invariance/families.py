@@ -19,7 +19,7 @@ The search goes from the finest slices to the coarsest, and passes over what is 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -97,7 +97,7 @@ class Draws:
     ) -> None:
         self._replica = replica
         self._names = names
-        self._sets = {name: evidence[name].sets for name in names}
+        self._evidence = evidence
         self._rows: dict[Key, list[Tensor]] = {
             (name, dims): list(evidence[name].sums[dims])
             for name in names
@@ -114,13 +114,14 @@ class Draws:
                 if g is None:
                     g = torch.zeros_like(self._replica.params[name])
                 products = euler_products(self._replica.params[name], g)
-                for dims in self._sets[name]:
+                for dims in self._evidence[name].sets:
                     self._rows[name, dims].append(by_index(products, dims).cpu())
             self.count += 1
 
     def of(self, strip: Strip) -> Tensor:
-        """The products of a strip, shape ``(draws, indices)``; 0 where there is no gradient."""
-        return torch.stack(self._rows[strip.name, strip.dims]) * strip.live
+        """The products of a strip, shape ``(draws, indices)``; 0 where they are rounding."""
+        noisy = self._evidence[strip.name].noisy(strip.dims)
+        return torch.stack(self._rows[strip.name, strip.dims]) * ~noisy
 
     def _drawn(self) -> Iterator[Sequence[Tensor | None]]:
         while True:
@@ -177,7 +178,7 @@ class _Search:
         for name in names:
             shape = tuple(evidence[name].shape)
             for dims in self.evidence[name].sets:
-                live = evidence[name].live(dims)
+                live = evidence[name].seen(dims)
                 if len(live) == 1 and len(shape) > 1 and dims != (0,):
                     continue
                 strip = Strip(name, shape, dims, live, torch.ones_like(live))
@@ -199,10 +200,9 @@ class _Search:
             indices = torch.tensor(channels).view(-1, length)
             slices = Slices.fitted((dim,), indices)
             if slices is not None:
-                shape = tuple(self.evidence[name].shape)
                 self._claim([(self.strips[name, (dim,)], slices, 1.0)])
         for strip in self.strips.values():
-            if len(strip.dims) == 1 and strip.dims[0] < 2 or self.findings[strip.name].view:
+            if (len(strip.dims) == 1 and strip.dims[0] < 2) or self.findings[strip.name].view:
                 continue
             indices = (~strip.open & strip.live).nonzero()
             one_entry = len(indices) and math.prod(strip.shape) == strip.size
@@ -252,10 +252,12 @@ class _Search:
 
     def _column(self, strips: tuple[Strip, ...], slices: Slices) -> Column:
         indices = slices.indices()
-        products = sum((self.draws.of(strip)[:, indices].sum(2) for strip in strips), torch.zeros(()))
+        products = sum(
+            (self.draws.of(strip)[:, indices].sum(2) for strip in strips), torch.zeros(())
+        )
         return Column(strips, slices, products)
 
-    def _null_space(self, places: list[tuple[tuple[Strip, ...], Slices]], units: int) -> None:
+    def _null_space(self, places: Sequence[tuple[tuple[Strip, ...], Slices]], units: int) -> None:
         """Claim the families of these slices, of which each has as many units."""
         if len(places) < 2:
             return
@@ -357,7 +359,7 @@ class _Search:
             if ".parametrizations." not in strip.name:
                 owner = strip.name.rpartition(".")[0] + "."
             owners[owner].append(strip)
-        pairs = []
+        pairs: list[tuple[Strip, ...]] = []
         for strips in owners.values():
             for b in strips:
                 if math.prod(b.shape) != b.size:
@@ -412,7 +414,7 @@ class _Search:
                 self._claim(parts)
 
     def whole_parameters(self) -> list[Symmetry]:
-        """Symmetries of one unit: whole parameters, or the parts that the families cut them into."""
+        """Symmetries of one unit: whole parameters, or parts that the families cut."""
         pieces = self._pieces()
         known = self._known(pieces)
         shapes = {name: tuple(self.evidence[name].shape) for name in self.names}
@@ -492,12 +494,10 @@ class _Search:
                 if (name, dims) not in self.strips:
                     continue
                 labels = self._labels(name, dims)
-                values = labels.unique()
+                values = sorted(set(labels.tolist()))
                 if len(values) < 2:
                     continue
-                cut = [
-                    Slices.fitted(dims, (labels == v).nonzero().view(1, -1)) for v in values.tolist()
-                ]
+                cut = [Slices.fitted(dims, (labels == v).nonzero().view(1, -1)) for v in values]
                 if all(slices is not None for slices in cut):
                     parts = [slices for slices in cut if slices is not None]
                     break
@@ -665,14 +665,18 @@ class _Vectors:
         order = keys.argsort()
         near = (keys[order].diff() <= _NEAR).tolist()
         found: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
-        start = 0
-        for i in (i for i, is_near in enumerate(near) if is_near):
-            if i > start and not near[i - 1]:
-                start = i
-            if i + 1 == len(near) or not near[i + 1]:
-                cluster = order[start : i + 2].tolist()
-                self._pair(cluster, meta, units, norms, signs, found)
-                start = i + 2
+        clusters = [c for near in _chains(near, order) for c in self._close(near, units, signs)]
+        # Where an index has no gradient, sums with it and without are alike: then the pattern that
+        # most units have is meant.
+        often: Counter[tuple[int, ...]] = Counter()
+        for cluster in clusters:
+            kinds = {tuple(kind) for kind in meta[cluster, :3].tolist()}
+            if len({kind[0] for kind in kinds}) > 1:
+                often.update(kinds)
+        for cluster in clusters:
+            chosen = self._disjoint(cluster, meta, often)
+            if len(chosen) > 1:
+                self._pair(chosen, meta, norms, signs, found)
         finest_first = sorted(found, key=lambda key: sorted((key[1], key[4]), reverse=True))
         for key in finest_first:
             a, count_a, apart_a, b, count_b, apart_b, ratio = key
@@ -695,21 +699,11 @@ class _Vectors:
         self,
         cluster: list[int],
         meta: Tensor,
-        units: Tensor,
         norms: Tensor,
         signs: Tensor,
         found: dict[tuple[int, ...], list[tuple[int, int]]],
     ) -> None:
         """Pair all of a cluster with the one that most others grow against."""
-        directions = units[cluster] * signs[cluster].unsqueeze(1)
-        close = (directions - directions[0]).abs().amax(1) <= 100 * _NEAR
-        if not close.all():
-            apart = [at for at, same in zip(cluster, close.tolist(), strict=True) if not same]
-            self._pair(apart, meta, units, norms, signs, found)
-        cluster = [at for at, same in zip(cluster, close.tolist(), strict=True) if same]
-        cluster = self._finest(cluster, meta)
-        if len(cluster) < 2:
-            return
         opposite = [sum(bool(signs[i] != signs[j]) for j in cluster) for i in cluster]
         anchor = max(range(len(cluster)), key=lambda i: (opposite[i], i))
         b = cluster[anchor]
@@ -730,13 +724,33 @@ class _Vectors:
             rounded = round(1000 * exponent)
             if abs(1000 * exponent - rounded) > 1e-4:
                 continue
-            found[(*key_a[:3], *key_b[:3], rounded)].append((key_a[3], key_b[3]))
+            kinds = (*key_a[:3], *key_b[:3], rounded)
+            found[kinds].append((key_a[3], key_b[3]))
 
-    def _finest(self, cluster: list[int], meta: Tensor) -> list[int]:
-        """Of slices that share an index the smallest: the sum of two alike is like both."""
+    def _close(self, chain: list[int], units: Tensor, signs: Tensor) -> list[list[int]]:
+        """The slices of a chain of near keys whose directions are near too, cluster by cluster."""
+        clusters = []
+        while len(chain) > 1:
+            directions = units[chain] * signs[chain].unsqueeze(1)
+            near = ((directions - directions[0]).abs().amax(1) <= 100 * _NEAR).tolist()
+            cluster = [at for at, is_near in zip(chain, near, strict=True) if is_near]
+            if len(cluster) > 1:
+                clusters.append(cluster)
+            chain = [at for at, is_near in zip(chain, near, strict=True) if not is_near]
+        return clusters
+
+    def _disjoint(
+        self, cluster: list[int], meta: Tensor, often: Mapping[tuple[int, ...], int]
+    ) -> list[int]:
+        """Of slices that share an index one, in the pattern that is found most often."""
+
+        def rank(at: int) -> tuple[int, list[int]]:
+            kind = meta[at].tolist()
+            return -often.get(tuple(kind[:3]), 0), [kind[1], *kind]
+
         kept: list[int] = []
         covered: set[tuple[str, tuple[int, ...], int]] = set()
-        for at in sorted(cluster, key=lambda at: (int(meta[at, 1]), meta[at].tolist())):
+        for at in sorted(cluster, key=rank):
             group, count, apart, first = meta[at].tolist()
             mine = {
                 (strip.name, strip.dims, first + apart * k)
@@ -773,9 +787,7 @@ def _fitting(pairs: Tensor) -> list[Tensor]:
     if not len(pairs):
         return []
     zero = torch.zeros(len(pairs), 1, dtype=torch.long)
-    if all(
-        Slices.fitted((0,), pairs[:, k : k + 1] + zero) is not None for k in (0, 1)
-    ):
+    if all(Slices.fitted((0,), pairs[:, k : k + 1] + zero) is not None for k in (0, 1)):
         return [pairs]
     steps = pairs.diff(dim=0)
     parts, start = [], 0
@@ -786,12 +798,25 @@ def _fitting(pairs: Tensor) -> list[Tensor]:
     return [*parts, pairs[start:]]
 
 
+def _chains(near: list[bool], order: Tensor) -> Iterator[list[int]]:
+    """Runs of ``order`` of which each is near the next."""
+    start = 0
+    for i in (i for i, is_near in enumerate(near) if is_near):
+        if i > start and not near[i - 1]:
+            start = i
+        if i + 1 == len(near) or not near[i + 1]:
+            yield order[start : i + 2].tolist()
+            start = i + 2
+
+
 def _is_one_dimension(strips: tuple[Strip, ...], count: int, apart: int) -> bool:
     """Whether such sums along several dimensions are those of fewer, which are tried as such."""
     for strip in strips:
         if len(strip.dims) > 1:
             last, first = strip.shape[strip.dims[-1]], strip.shape[strip.dims[0]]
-            if (apart == 1 and count % last == 0) or (count == first and apart * first == strip.size):
+            if (apart == 1 and count % last == 0) or (
+                count == first and apart * first == strip.size
+            ):
                 return True
     return False
 

@@ -14,6 +14,7 @@ _COLOURS = {
     "joint": "green",
     "balanced": "ochre",
     "none": "orange",
+    "not looked for": "violet",
     "no effect": "grey",
     "unused": "strong-line",
 }

@@ -1,9 +1,9 @@
 """The ledger: how much scale freedom is lost where norms are fixed, and where gains give it back.
 
 A set F of slices whose norms are fixed takes away as many degrees of freedom as it has slices. Of
-these the symmetries had ``rank`` to spare: those along which the norms of F move independently while
-the function stays. What is left, |F| − rank, are products of norms that the function depends on
-(theory: "Symmetries between slices").
+these the symmetries had ``rank`` to spare: directions in which the norms of F move independently
+while the function stays. What is left, |F| − rank, are products of norms on which the function
+depends.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Freedom:
     Args:
         fixed: the view in which each parameter's norms are fixed, by name.
         slices: the number of norms fixed.
-        symmetries: how many of them the symmetries can bring to any value, at no change of function.
+        symmetries: how many of them the symmetries can bring to any value, the function unchanged.
         losses: the products of norms that the function loses.
         verdicts: for each parameter: ``"fix"`` at no loss, ``"fix with a gain"`` (of the parameters
             that share a loss the last used is named), or ``"leave"`` (not among the fixed).
@@ -110,9 +110,7 @@ def ledger(
     held = {name: view for name, view in fixed.items() if name not in free}
     moves = _moves(symmetries, shapes, held)
     rows = [(name, i) for name in held for i in range(counts[name])]
-    reached = torch.cat(
-        [moves[name] for name in held] or [torch.zeros(0, 0, dtype=torch.float64)]
-    )
+    reached = torch.cat([moves[name] for name in held] or [torch.zeros(0, 0, dtype=torch.float64)])
     losses, dependent = _losses(rows, reached)
     slices = sum(counts.values())
     gains = {rows[i][0] for i in dependent}
@@ -128,8 +126,10 @@ def _is_coarser(view: View, own: View | None) -> bool:
     if own is None:
         return False
     same = own.kind == "channel" and own.dim == view.dim
-    return view in (own, View.layer()) or same or (
-        view.dim == own.dim and own.count % view.count == 0 and view.kind == own.kind
+    return (
+        view in (own, View.layer())
+        or same
+        or (view.dim == own.dim and own.count % view.count == 0 and view.kind == own.kind)
     )
 
 
@@ -143,9 +143,9 @@ def _moves(
     """
     columns: list[list[tuple[Term, Tensor]]] = []
     for symmetry in symmetries:
-        for units in _tied(symmetry, held):
-            columns.append([(term, units) for term in symmetry.terms if term.parameter in held])
-    columns = [column for column in columns if column]
+        terms = [term for term in symmetry.terms if term.parameter in held]
+        if terms:
+            columns += [[(term, units) for term in terms] for units in _tied(symmetry, held)]
     exponents: dict[str, dict[tuple[int, ...], Tensor]] = {name: {} for name in held}
     for j, column in enumerate(columns):
         for term, units in column:
@@ -168,7 +168,7 @@ def _moves(
             else:
                 groups = matrix.unsqueeze(0)
             # Within a slice all indices must move alike.
-            constraints.append((groups[:, 1:] - groups[:, :1]).flatten(0, 1).unique(dim=0))
+            constraints.append((groups[:, 1:] - groups[:, :1]).flatten(0, 1))
             moved[name] += groups[:, 0]
     if constraints and columns:
         system = torch.cat(constraints)
@@ -197,13 +197,11 @@ def _tied(symmetry: Symmetry, held: Mapping[str, View]) -> Iterator[Tensor]:
         for i in units.tolist():
             near = torch.isin(mine, mine[i]).any(1)
             labels[torch.isin(labels, labels[near])] = labels[near].min()
-    for label in labels.unique().tolist():
+    for label in sorted(set(labels.tolist())):
         yield units[labels == label]
 
 
-def _losses(
-    rows: list[tuple[str, int]], reached: Tensor
-) -> tuple[tuple[Loss, ...], list[int]]:
+def _losses(rows: list[tuple[str, int]], reached: Tensor) -> tuple[tuple[Loss, ...], list[int]]:
     """The products that no symmetry moves, and for each the row that is dependent by it."""
     chosen: list[int] = []
     dependent: list[int] = []
@@ -216,7 +214,9 @@ def _losses(
             rest = target - solved @ basis
         else:
             solved, rest = target.new_zeros(0), target
-        if torch.linalg.vector_norm(rest) > 1e-6 * max(float(torch.linalg.vector_norm(target)), 1e-6):
+        if torch.linalg.vector_norm(rest) > 1e-6 * max(
+            float(torch.linalg.vector_norm(target)), 1e-6
+        ):
             chosen.append(i)
             continue
         dependent.append(i)

@@ -17,6 +17,7 @@ __all__ = ["RowSpace", "null_space", "pivots", "sparse_basis"]
 # Exponents are small rationals. Values this near to one are taken for it, and the relation is then
 # tested with the rounded exponents.
 _SNAP = 1e-4
+_NEAR, _LARGEST = 1e-3, 16
 
 
 class RowSpace:
@@ -143,12 +144,15 @@ def _circuits(null: Tensor, order: Tensor) -> list[Tensor]:
 
 
 def _simplified(relation: Tensor, products: Tensor) -> Tensor | None:
-    """The relation with exponents rounded, the smallest being 1; None if it does not hold then."""
+    """The relation in whole and half exponents, the smallest 1; None if it does not hold then."""
     size = relation.abs()
     relation = torch.where(size > _SNAP * size.max(), relation, 0)
     relation = relation / relation.abs()[relation != 0].min()
-    rounded = relation.round()
-    relation = torch.where((relation - rounded).abs() < _SNAP, rounded, relation)
+    rounded = (2 * relation).round() / 2
+    # Anything else is a sum of relations with the noise of tensors of small influence in it.
+    if float((relation - rounded).abs().max()) > _NEAR or float(rounded.abs().max()) > _LARGEST:
+        return None
+    relation = rounded
     positive, negative = (relation > 0).sum(), (relation < 0).sum()
     first = relation[relation.nonzero()[0]]
     if negative > positive or (negative == positive and first < 0):
@@ -186,9 +190,7 @@ def _independent(relations: list[Tensor], known: list[Tensor]) -> list[Tensor]:
     return chosen
 
 
-def _polished(
-    relations: list[Tensor], known: list[Tensor], products: Tensor
-) -> list[Tensor]:
+def _polished(relations: list[Tensor], known: list[Tensor], products: Tensor) -> list[Tensor]:
     """Replace relations by cheaper sums of themselves and a multiple of another."""
     relations = [*relations, *known]
     count = len(relations) - len(known)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from normwise.invariance.exact import SHRINK, Exact, wide
 
@@ -76,12 +77,21 @@ class Replica:
             if buffer is not None
         ]
 
+        # Statistics that a norm uses as they are: at the start, a mean of zero hides what it does.
+        self._statistics = [
+            (module, key, value)
+            for module, key, value in self._buffers
+            if isinstance(module, _NormBase) and not module.training and value.is_floating_point()
+        ]
+        self._moved: dict[tuple[nn.Module, str], Tensor] = {}
+
     def move(self, point: int | None) -> None:
         """Set the parameters to a generic point near the model's own weights.
 
         Entries are multiplied by factors from [0.9, 1.1]; zeros, at which an invariance may hold
         by accident (a zero bias beside a weight) or not show (a zero gain behind it), become
-        positive, and tensors of tiny entries larger. ``None`` sets the model's own weights.
+        positive, and tensors of tiny entries larger. Running statistics that are used as they are
+        move too. ``None`` sets the model's own weights.
         """
         generator = torch.Generator().manual_seed(self.seed * 7919 + (point or 0))
         with torch.no_grad():
@@ -89,6 +99,11 @@ class Replica:
                 p.copy_(self.source[name])
                 if point is not None:
                     _generic_(p, generator)
+            for module, key, value in self._statistics:
+                moved = value.clone()
+                if point is not None:
+                    _generic_(moved, generator)
+                self._moved[module, key] = moved
 
     @contextmanager
     def scaled(self, factors: Mapping[str, Tensor | float]) -> Iterator[None]:
@@ -96,7 +111,8 @@ class Replica:
         saved = {name: self.params[name].detach().clone() for name in factors}
         with torch.no_grad():
             for name, factor in factors.items():
-                self.params[name].mul_(factor)
+                parameter = self.params[name]
+                parameter.mul_(torch.as_tensor(factor).to(parameter))
         try:
             yield
         finally:
@@ -112,7 +128,7 @@ class Replica:
             ValueError: if it returns no differentiable tensor, or NaN.
         """
         for module, key, value in self._buffers:
-            module._buffers[key] = value.clone()
+            module._buffers[key] = self._moved.get((module, key), value).clone()
         with deterministic(self.seed, self.params), Exact(shrink) as exact:
             try:
                 result = self.forward(self.model)
@@ -129,6 +145,11 @@ class Replica:
             raise ValueError(
                 f"the forward returned no differentiable tensor, but {_described(result)}; "
                 "return a tensor that depends on the parameters"
+            )
+        if not any(output.numel() for output in outputs):
+            raise ValueError(
+                f"the forward returned empty outputs, of shape {tuple(outputs[0].shape)}; "
+                "give a batch with samples"
             )
         for output in outputs:
             if output.isnan().any():

@@ -19,9 +19,7 @@ from normwise.invariance.symmetry import Slices, Symmetry, Term
 
 __all__ = ["ParameterReport", "Report"]
 
-Kind = Literal[
-    "invariant", "joint", "balanced", "none", "not looked for", "no effect", "unused"
-]
+Kind = Literal["invariant", "joint", "balanced", "none", "not looked for", "no effect", "unused"]
 
 KINDS: dict[Kind, str] = {
     "invariant": "scale-invariant by itself",
@@ -67,7 +65,7 @@ class ParameterReport:
     why: str
     frozen: bool = False
     aliases: tuple[str, ...] = ()
-    role: Role = Role("other", "")
+    role: Role = field(default_factory=lambda: Role("other", ""))
 
     @property
     def entries(self) -> int:

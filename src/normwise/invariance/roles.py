@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normwise.invariance.replica import TOLERANCE, Replica
-from normwise.invariance.symmetry import Slices, Symmetry, Term
+from normwise.invariance.symmetry import Slices, Symmetry
 
 __all__ = ["Role", "find_roles"]
 
@@ -63,7 +63,7 @@ class Role:
     parts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        text = self.kind
+        text: str = self.kind
         if self.heads:
             text += f", {self.heads} heads"
         if self.parts:
@@ -91,6 +91,7 @@ def find_roles(replica: Replica, symmetries: Sequence[Symmetry]) -> dict[str, Ro
     roles = {}
     for name, p in replica.params.items():
         matrix = sum(size > 1 for size in p.shape) > 1
+        kind: RoleKind
         kind, evidence = _told(name, uses[name], readout, matrix=matrix)
         if kind == "hidden" and name in routers:
             kind, evidence = "router", routers[name]
@@ -196,8 +197,8 @@ def _blocks(together: Tensor) -> int | None:
     length = len(first)
     if length < 2 or length == units or units % length:
         return None
-    expected = torch.block_diag(*[torch.ones(length, length)] * (units // length)).bool()
-    return units // length if torch.equal(together, expected) else None
+    block = torch.arange(units) // length
+    return units // length if torch.equal(together, block.unsqueeze(1) == block) else None
 
 
 def _routers(symmetries: Sequence[Symmetry]) -> dict[str, str]:

@@ -7,7 +7,9 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["batch_for", "load"]
+
+# A copy in float64 and a few gradients of more would not fit in an ordinary machine's memory.
+_MOST_ENTRIES = 500_000_000
 
 
 def load(source: str, settings: Mapping[str, Any]) -> tuple[nn.Module, Any]:
@@ -47,7 +52,16 @@ def load(source: str, settings: Mapping[str, Any]) -> tuple[nn.Module, Any]:
     if kind == "torchvision":
         models = _optional("torchvision").models
         return _built(lambda: models.get_model(name, weights=None, **settings), source), None
-    made = _function(source)(**settings)
+    function = _function(source)
+    try:
+        made = function(**settings)
+    except Exception as error:  # whatever the user's code raises, said with its place
+        text = (str(error).strip() or "no message").splitlines()[0]
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"{source} raised {type(error).__name__}: {text} "
+            f"({frame.filename}, line {frame.lineno})"
+        ) from error
     model, batch = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{source} returned {type(model).__name__}; must return an nn.Module")
@@ -117,10 +131,23 @@ def _from_transformers(name: str, settings: Mapping[str, Any]) -> nn.Module:
             "nothing is downloaded"
         )
     config = transformers.CONFIG_MAPPING[kind](**{**fields, **settings})
+    build = _builder(transformers, config, name)
+    with torch.device("meta"):
+        entries = sum(p.numel() for p in build().parameters())
+    if entries > _MOST_ENTRIES:
+        raise ValueError(
+            f"hf:{name} has {entries / 1e9:.1f} billion parameters; make it narrow with --set, "
+            "such as --set hidden_size=64 --set num_hidden_layers=2: the verdicts are the same"
+        )
+    return build()
+
+
+def _builder(transformers: Any, config: Any, name: str) -> Callable[[], nn.Module]:
+    """What builds the network of a configuration."""
     architectures = getattr(config, "architectures", None) or []
     for architecture in architectures:
         if hasattr(transformers, architecture):
-            return _module(getattr(transformers, architecture)(config))
+            return lambda: _module(getattr(transformers, architecture)(config))
     # The heads whose names say what the network was made for, before the bare network.
     for auto in (
         transformers.AutoModelForCausalLM,
@@ -129,8 +156,12 @@ def _from_transformers(name: str, settings: Mapping[str, Any]) -> nn.Module:
         transformers.AutoModel,
     ):
         if type(config) in auto._model_mapping:
-            return _module(auto.from_config(config))
+            return partial(_from_config, auto, config)
     raise ValueError(f"transformers has no network for the configuration {name!r}")
+
+
+def _from_config(auto: Any, config: Any) -> nn.Module:
+    return _module(auto.from_config(config))
 
 
 def _module(model: Any) -> nn.Module:

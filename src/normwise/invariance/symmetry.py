@@ -53,8 +53,10 @@ class Slices:
         """``count`` units of ``length`` consecutive indices each."""
         if count == 1:
             return cls(dims, 0, (), _digit(length))
-        return cls(dims, 0, ((count, length),), _digit(length)) if length > 1 else cls.each(
-            dims, count
+        return (
+            cls(dims, 0, ((count, length),), _digit(length))
+            if length > 1
+            else cls.each(dims, count)
         )
 
     @classmethod
@@ -134,7 +136,10 @@ class Slices:
         for stride in {step for _, step in (*self.units, *self.within)}:
             grown = [
                 tuple(
-                    (count * ratio if step == stride else count, step * ratio if step > stride else step)
+                    (
+                        count * ratio if step == stride else count,
+                        step * ratio if step > stride else step,
+                    )
                     for count, step in digits
                 )
                 for digits in (self.units, self.within)

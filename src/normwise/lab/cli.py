@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normwise.lab.arguments import seconds, seeds, whole
 from normwise.lab.errors import UsageError, require_lab
 
 if TYPE_CHECKING:
     from normwise.lab.parallel import Processes
     from normwise.lab.recipes import Cell, Recipe
+    from normwise.lab.running.events import Event
 
 __all__ = ["add_lab_parsers"]
 
@@ -66,14 +69,29 @@ def _add_paper(subparsers: Any) -> None:
     option("--scale", default="small", metavar="NAME", help="small or paper (default: small)")
     option("--rows", default="", metavar="A,B,…", help="only these rows")
     option("--methods", default="", metavar="A,B,…", help="only these methods")
-    option("--seeds", type=_whole, metavar="N", help="(default: the recipe's)")
-    option("--jobs", type=_whole, default=1, metavar="N", help="trainings at once (default: 1)")
+    option("--seeds", type=seeds, metavar="N", help="(default: the recipe's)")
+    option("--jobs", type=whole, default=1, metavar="N", help="trainings at once (default: 1)")
     option("--executor", default="local", metavar="NAME", help="local or ray (default: local)")
     option(
         "--parallel",
         choices=("ddp", "fsdp"),
         help="train a cell on several processes: torchrun --nproc-per-node 2 -m normwise paper …",
     )
+    option(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="let the recipe run code of this module of yours (may be given several times)",
+    )
+    option(
+        "--checkpoint-every",
+        type=seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="the most that is lost when it is killed (default: 60)",
+    )
+    option("--quiet", action="store_true", help="show no progress")
     option("--device", default="cpu", metavar="NAME", help="(default: cpu)")
     option("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="(runs/paper)")
     option("--json", action="store_true", help="print the results as JSON, and nothing else")
@@ -94,18 +112,6 @@ def _add_report(subparsers: Any) -> None:
         help=f"a file ending in {', '.join(_FORMATS)}; it is replaced (default: print Markdown)",
     )
     report.set_defaults(run=_report)
-
-
-def _whole(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed: must be a whole number, 1 or more"
-        )
-    return value
 
 
 def _names(text: str) -> list[str]:
@@ -149,6 +155,7 @@ def _paper_run(arguments: argparse.Namespace) -> int:
     from normwise.lab.errors import nearest
     from normwise.lab.parallel import processes
     from normwise.lab.recipes import find
+    from normwise.lab.running.cell import check_device
     from normwise.lab.running.executors import EXECUTORS, check_parallel, run_cells
 
     if arguments.executor not in EXECUTORS:
@@ -166,12 +173,62 @@ def _paper_run(arguments: argparse.Namespace) -> int:
         [cell.training.batch_size for cell in cells],
         device=arguments.device,
     ) as together:
+        if arguments.executor == "local":
+            check_device(arguments.device)
         if together.rank > 0:
             run_cells(
-                cells, arguments.out, data_root(), device=arguments.device, processes=together
+                cells,
+                arguments.out,
+                data_root(),
+                device=arguments.device,
+                checkpoint_seconds=arguments.checkpoint_every,
+                processes=together,
+                trust=arguments.trust,
             )
             return 0
         return _run_and_show(arguments, recipe, cells, together)
+
+
+@dataclass
+class _Lines:
+    """Progress as lines on stderr, from this process and from those that train.
+
+    Args:
+        total: how many cells there are.
+        quiet: whether nothing is shown.
+    """
+
+    total: int
+    quiet: bool
+    done: int = 0
+
+    def __call__(self, event: Event) -> None:
+        from normwise.lab.running.events import Finished, Progress
+
+        who = f"{event.cell.row} {event.cell.method} seed {event.cell.seed}"
+        if isinstance(event, Finished):
+            self.done += 1
+            if event.result["status"] == "skipped":
+                print(f"normwise: skipped: {event.result['error']}", file=sys.stderr)
+                return
+            shown = event.result.get("metrics", event.result.get("error"))
+            line = f"{self.done}/{self.total} {who}: {shown}"
+        elif isinstance(event, Progress):
+            line = (
+                f"{who}: {100 * event.share:.0f}%, loss {event.loss:.4g}, "
+                f"{_duration(event.seconds_left)} left"
+            )
+        else:
+            return
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02} min"
+    return f"{minutes // 60}:{minutes % 60:02} h"
 
 
 def _run_and_show(
@@ -180,25 +237,15 @@ def _run_and_show(
     """What the first process, or the only one, does."""
     from normwise.lab.data.files import data_root
     from normwise.lab.recipes import text
-    from normwise.lab.running.executors import run_cells
+    from normwise.lab.running.executors import check_trust, run_cells
     from normwise.lab.running.export import as_data, as_markdown
     from normwise.lab.running.results import RECIPE, read_cells, tables
     from normwise.lab.store import write_atomically
 
+    check_trust(cells, arguments.trust)
     folder = arguments.out / f"{recipe.id}-{arguments.scale}"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RECIPE, text(arguments.recipe).encode())
-    done = 0
-
-    def observe(cell: Any, result: dict[str, Any]) -> None:
-        nonlocal done
-        done += 1
-        shown = result.get("metrics", result.get("error"))
-        print(
-            f"{done}/{len(cells)} {cell.row} {cell.method} seed {cell.seed}: {shown}",
-            file=sys.stderr,
-        )
-
     try:
         results = run_cells(
             cells,
@@ -207,19 +254,26 @@ def _run_and_show(
             jobs=arguments.jobs,
             executor=arguments.executor,
             device=arguments.device,
-            observe=observe,
+            checkpoint_seconds=arguments.checkpoint_every,
+            observe=_Lines(len(cells), arguments.quiet),
             processes=together,
+            trust=arguments.trust,
         )
     except KeyboardInterrupt:
         print("normwise: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    made = tables(read_cells([arguments.out / cell.folder for cell in cells]))
+    whole = [
+        arguments.out / cell.folder
+        for cell, result in zip(cells, results, strict=True)
+        if result["status"] != "skipped"
+    ]
+    made = tables(read_cells(whole)) if whole else []
     if arguments.json:
         print(json.dumps(as_data(made), allow_nan=False))
     else:
         print(as_markdown(made))
         print(f"normwise report {folder} --out report.html")
-    return 1 if any(result["status"] == "failed" for result in results) else 0
+    return 1 if any(result["status"] != "ok" for result in results) else 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -231,10 +285,15 @@ def _report(arguments: argparse.Namespace) -> int:
     out: Path | None = arguments.out
     if out is not None and out.suffix not in _FORMATS:
         raise UsageError(f"--out {str(out)!r} is not allowed: must end in {', '.join(_FORMATS)}")
-    made = tables(read_cells(arguments.runs))
+    damaged: list[str] = []
+    made = tables(read_cells(arguments.runs, damaged.append))
+    for reason in damaged:
+        print(f"normwise: skipped: {reason}", file=sys.stderr)
+    if damaged and not made:
+        return 1
     if out is None:
         print(as_markdown(made))
-        return 0
+        return 1 if damaged else 0
     if out.suffix == ".html":
         from normwise.lab.report.runs import render
 
@@ -246,4 +305,4 @@ def _report(arguments: argparse.Namespace) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, text.encode())
     print(out)
-    return 0
+    return 1 if damaged else 0

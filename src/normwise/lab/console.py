@@ -14,7 +14,7 @@ from normwise.figures.tables import Column, Row, Table, show, stdout
 from normwise.lab.plots import PLOTS
 from normwise.lab.report.curves import Comparison
 from normwise.lab.report.page import comparison_table
-from normwise.lab.toy import PRINTED, Trajectory
+from normwise.lab.toy import PRINTED, Path2D
 
 __all__ = ["print_outcome", "print_toy", "progress"]
 
@@ -117,7 +117,7 @@ def print_outcome(
         console.print(str(folder / name), soft_wrap=True)
 
 
-def print_toy(trajectories: Mapping[str, Trajectory]) -> None:
+def print_toy(trajectories: Mapping[str, Path2D]) -> None:
     """Our numbers beside the ones that the paper's pictures print."""
     columns = (
         Column("method", words=True),

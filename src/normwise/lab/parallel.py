@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normwise.lab.errors import UsageError
-from normwise.lab.models import InvariantWeight
 from normwise.sharding import is_sharded
 
-__all__ = ["ALONE", "KINDS", "Processes", "gathered", "processes", "whole"]
+__all__ = ["ALONE", "KINDS", "Processes", "processes", "whole"]
 
 KINDS = ("ddp", "fsdp")
 T = TypeVar("T")
@@ -226,8 +225,3 @@ def whole(t: Tensor) -> Tensor:
         return t
     gathered: Tensor = t.full_tensor().detach()
     return gathered
-
-
-def gathered(weight: InvariantWeight) -> InvariantWeight:
-    """A weight that can be measured: gathered, if it is sharded."""
-    return replace(weight, weight=whole(weight.weight))

@@ -10,7 +10,7 @@ from typing import Any
 from normwise.figures import Figure, document, matplotlib_figure, png
 from normwise.lab.report.curves import Comparison
 from normwise.lab.report.toy import toy_loss, toy_norm, toy_plane
-from normwise.lab.toy import Trajectory
+from normwise.lab.toy import Path2D
 
 __all__ = ["PLOTS", "draw_toy"]
 
@@ -37,7 +37,7 @@ PLOTS: dict[str, Callable[[Mapping[str, Any], Records], bytes]] = {
 """From a ``run.json`` and its records to the bytes of a PNG file, by the file's name."""
 
 
-def draw_toy(trajectories: Mapping[str, Trajectory], format: str) -> bytes:
+def draw_toy(trajectories: Mapping[str, Path2D], format: str) -> bytes:
     """The toy's paths over its loss, and norms and losses step by step, as a file's bytes.
 
     Args:

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from normwise.lab.errors import UsageError
+from filelock import FileLock, Timeout
 
-__all__ = ["METRICS", "RunFolder", "read_metrics", "write_atomically", "write_new"]
+from normwise.lab.errors import Damaged, UsageError
+
+__all__ = [
+    "METRICS",
+    "RunFolder",
+    "append",
+    "locked",
+    "named",
+    "read_metrics",
+    "read_sealed",
+    "read_sealed_json",
+    "seal",
+    "seal_json",
+    "write_atomically",
+    "write_new",
+]
 
 METRICS = "metrics.jsonl"
+_DIGEST = 32  # bytes of a SHA-256
 
 
 class RunFolder:
@@ -51,8 +69,9 @@ class RunFolder:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to ``metrics.jsonl`` and hand it to the operating system at once."""
-        self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
-        self._metrics.flush()
+        with named(self.path / METRICS):
+            self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+            self._metrics.flush()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write ``content`` as a JSON file, whole or not at all."""
@@ -80,7 +99,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with named(path), os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -92,6 +111,79 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def append(path: Path, content: bytes) -> None:
+    """Add to a file, on the disk when this returns."""
+    with named(path), path.open("ab") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Inside, an ``OSError`` that does not say which file it is of, such as a full disk's, does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes out while inside; the lock goes when the process does, however it does.
+
+    Raises:
+        UsageError: if another process is inside.
+    """
+    try:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout:
+        raise UsageError(f"another process is running {path.parent}") from None
+
+
+def seal(content: bytes) -> bytes:
+    """``content`` with its SHA-256 behind it, which a reader of zip files passes over."""
+    return content + hashlib.sha256(content).digest()
+
+
+def read_sealed(path: Path) -> bytes:
+    """What was sealed.
+
+    Raises:
+        Damaged: if it is not what was written.
+    """
+    content, digest = (whole := path.read_bytes())[:-_DIGEST], whole[-_DIGEST:]
+    if hashlib.sha256(content).digest() != digest:
+        raise Damaged(path, "its checksum differs")
+    return content
+
+
+def seal_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the SHA-256 of the rest of it as its key ``sha256``."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, allow_nan=False)
+    return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """A JSON object that was sealed.
+
+    Raises:
+        Damaged: if it is not what was written.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        intact = seal_json(content)["sha256"] == content["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(path, f"{type(error).__name__}: {error}") from None
+    if not intact:
+        raise Damaged(path, "its checksum differs")
+    return dict(content)
 
 
 def write_new(path: Path, content: bytes) -> None:

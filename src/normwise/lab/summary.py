@@ -12,15 +12,11 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
-from normwise.lab.contenders import CONTENDERS
-
 __all__ = [
-    "Curve",
     "Finding",
     "Row",
     "Spread",
     "Verdict",
-    "curve",
     "example_half_width",
     "findings",
     "headline",
@@ -30,6 +26,7 @@ __all__ = [
 ]
 
 Record = Mapping[str, Any]
+Method = Mapping[str, Any]  # name, label, baseline: an entry of run.json's "methods"
 
 # Two norms that differ by less than this factor are called equal in words.
 _SAME_NORM = 1.05
@@ -90,12 +87,13 @@ _QUANTITIES = (
 )
 
 
-def rows(records: Sequence[Record], optimizers: Sequence[str], epochs: int) -> list[Row]:
-    """One row for each optimizer, in the order given."""
-    return [_row(records, name, epochs) for name in optimizers]
+def rows(records: Sequence[Record], methods: Sequence[Method], epochs: int) -> list[Row]:
+    """One row for each method, in the order given."""
+    return [_row(records, method, epochs) for method in methods]
 
 
-def _row(records: Sequence[Record], name: str, epochs: int) -> Row:
+def _row(records: Sequence[Record], method: Method, epochs: int) -> Row:
+    name = method["name"]
     own = [r for r in records if r["optimizer"] == name]
     failed = {r["seed"]: r["error"] for r in own if r["status"] == "failed"}
     seeds = _shown(own, epochs)
@@ -116,7 +114,7 @@ def _row(records: Sequence[Record], name: str, epochs: int) -> Row:
     finished = {r["seed"] for r in own if r["status"] == "ok" and r["epoch"] == epochs}
     return Row(
         name=name,
-        label=CONTENDERS[name].label,
+        label=method["label"],
         epoch=epoch,
         finished=tuple(sorted(finished)),
         unfinished=tuple(sorted(started - finished - failed.keys())),
@@ -132,36 +130,6 @@ def _shown(own: Sequence[Record], epochs: int) -> list[int]:
     failed = {r["seed"] for r in own if r["status"] == "failed"}
     finished = {r["seed"] for r in own if r["status"] == "ok" and r["epoch"] == epochs}
     return sorted(finished or {r["seed"] for r in own} - failed)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A quantity over the epochs: the mean over seeds, with the least and the greatest value."""
-
-    epochs: tuple[int, ...]
-    mean: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    seeds: int
-
-
-def curve(records: Sequence[Record], name: str, quantity: str, epochs: int) -> Curve:
-    """The curve of ``quantity`` under one optimizer, over the seeds that count in its row."""
-    own = [r for r in records if r["optimizer"] == name]
-    seeds = _shown(own, epochs)
-    by_epoch: dict[int, list[float]] = {}
-    for r in own:
-        if r["seed"] in seeds and r["status"] == "ok" and r[quantity] is not None:
-            by_epoch.setdefault(r["epoch"], []).append(r[quantity])
-    # An epoch that not every seed has reached would make the mean jump.
-    reached = sorted(epoch for epoch, values in by_epoch.items() if len(values) == len(seeds))
-    return Curve(
-        epochs=tuple(reached),
-        mean=tuple(fmean(by_epoch[e]) for e in reached),
-        low=tuple(min(by_epoch[e]) for e in reached),
-        high=tuple(max(by_epoch[e]) for e in reached),
-        seeds=len(seeds),
-    )
 
 
 class Verdict(Enum):
@@ -284,7 +252,7 @@ def _points(share: float) -> str:
 
 
 def findings(
-    records: Sequence[Record], optimizers: Sequence[str], epochs: int, test_examples: int
+    records: Sequence[Record], methods: Sequence[Method], epochs: int, test_examples: int
 ) -> list[Finding]:
     """A finding for every pair, with and without the projection, that finished a common seed."""
     end = {
@@ -292,10 +260,10 @@ def findings(
         for r in records
         if r["status"] == "ok" and r["epoch"] == epochs
     }
+    labels = {method["name"]: method["label"] for method in methods}
     found = []
-    for name in optimizers:
-        baseline = CONTENDERS[name].baseline
-        if baseline not in optimizers or baseline is None:
+    for name, baseline in ((method["name"], method["baseline"]) for method in methods):
+        if baseline not in labels:
             continue
         seeds = sorted(s for o, s in end if o == name and (baseline, s) in end)
         if not seeds:
@@ -310,8 +278,8 @@ def findings(
         )
         found.append(
             Finding(
-                projected=CONTENDERS[name].label,
-                baseline=CONTENDERS[baseline].label,
+                projected=labels[name],
+                baseline=labels[baseline],
                 growth=fmean(r["norm_growth"] for r in mine),
                 baseline_growth=fmean(r["norm_growth"] for r in theirs),
                 slowdown=fmean(r["relative_effective_lr"] for r in mine),
@@ -386,11 +354,11 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def summarize(
-    records: Sequence[Record], optimizers: Sequence[str], epochs: int, test_examples: int
+    records: Sequence[Record], methods: Sequence[Method], epochs: int, test_examples: int
 ) -> dict[str, Any]:
     """What ``summary.json`` holds beside the run's identity: rows, findings and the headline."""
-    table = rows(records, optimizers, epochs)
-    found = findings(records, optimizers, epochs, test_examples)
+    table = rows(records, methods, epochs)
+    found = findings(records, methods, epochs, test_examples)
     return {
         "headline": headline(found, table),
         "optimizers": [

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from normwise.geometry import View, norms
 from normwise.optim import SGDP
 
-__all__ = ["METHODS", "PRINTED", "Printed", "Trajectory", "loss", "trajectories"]
+__all__ = ["METHODS", "PRINTED", "Path2D", "Printed", "loss", "trajectories"]
 
 LR = 0.01
 MOMENTUM = 0.9
@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[str, Callable[[list[Tensor]], Optimizer]]] = {
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Path2D:
     """The path of one method.
 
     Args:
@@ -72,11 +72,11 @@ class Printed:
     step: int
     text: str
 
-    def ours(self, trajectory: Trajectory) -> float:
+    def ours(self, trajectory: Path2D) -> float:
         """The same number from our own run."""
         return (trajectory.losses if self.quantity == "loss" else trajectory.norms)[self.step]
 
-    def rounded(self, trajectory: Trajectory) -> str:
+    def rounded(self, trajectory: Path2D) -> str:
         """Our number, rounded to as many digits as the paper prints, in the paper's spelling."""
         digits = len(self.text.partition(".")[2])
         text = f"{self.ours(trajectory):.{digits}f}"
@@ -108,12 +108,12 @@ def loss_at_angle(angle: float) -> float:
 
 
 @cache
-def trajectories() -> dict[str, Trajectory]:
+def trajectories() -> dict[str, Path2D]:
     """The three methods, run once in float64."""
     return {method: _run(method) for method in METHODS}
 
 
-def _run(method: str) -> Trajectory:
+def _run(method: str) -> Path2D:
     label, build = METHODS[method]
     w = torch.tensor([START], dtype=torch.float64, requires_grad=True)
     optimizer = build([w])
@@ -128,4 +128,4 @@ def _run(method: str) -> Trajectory:
         if step < STEPS:
             value.backward()  # type: ignore[no-untyped-call]  # torch has no types here
             optimizer.step()
-    return Trajectory(method, label, tuple(points), tuple(losses), tuple(lengths))
+    return Path2D(method, label, tuple(points), tuple(losses), tuple(lengths))

@@ -253,3 +253,4 @@ STANDARD: tuple[Quantity, ...] = (
     LargestInverseNorm(),
     ScaledGradient(),
 )
+"""What a monitor measures unless told otherwise."""

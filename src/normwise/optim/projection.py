@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ def project_(
         For each weight whether it was projected: a bool, or in ``"auto"`` a 0-dim bool tensor.
     """
     projected: list[Tensor | bool] = [view is not None for view in views]
+    if _is_hidden(weights, views):
+        _remove_radial_(list(updates), list(weights), _spelled(views))
+        return projected
     for view, members in _buckets(views, weights):
         slicing = view if isinstance(view, View) else _CHANNEL
         u, w = (batch(tensors, members, slicing) for tensors in (updates, weights))
@@ -64,6 +67,12 @@ def project_(
 
 def norms_by_slice(weights: Sequence[Tensor], views: Sequence[ViewOption]) -> list[Tensor]:
     """The norms of the slices of weights that have a :class:`View`, for :func:`retract_`."""
+    if _is_hidden(weights, views):
+        return [cast(Tensor, _norms_by_slice(list(weights), _spelled(views)))]
+    return _norms_of_buckets(weights, views)
+
+
+def _norms_of_buckets(weights: Sequence[Tensor], views: Sequence[ViewOption]) -> list[Tensor]:
     return [
         slice_norms(batch(weights, members, view), 2)
         for view, members in _buckets(views, weights)
@@ -74,10 +83,13 @@ def norms_by_slice(weights: Sequence[Tensor], views: Sequence[ViewOption]) -> li
 def retract_(
     weights: Sequence[Tensor], views: Sequence[ViewOption], norms: Sequence[Tensor]
 ) -> None:
-    """Rescale each slice to the norm it had when :func:`norms_by_slice` was asked.
+    """Put each slice on a norm: those of :func:`norms_by_slice`, or radii of their shapes.
 
-    A slice that had or has norm 0 is set to 0.
+    A slice whose norm is or is to be 0 is set to 0.
     """
+    if _is_hidden(weights, views):
+        _retract_(list(weights), _spelled(views), norms[0])
+        return
     remaining = iter(norms)
     for view, members in _buckets(views, weights):
         if isinstance(view, View):
@@ -103,11 +115,65 @@ def _buckets(
 def is_alias(members: list[int]) -> bool:
     """Whether a batch of these is an alias: of one member, changed in place.
 
-    Outside autograd, whose saved tensors must not change; and outside torch.compile, whose
-    generator of CPU code fails on reductions over several dimensions (pytorch#196570): a copy has
-    flat slices.
+    Outside autograd, whose saved tensors must not change.
     """
-    return len(members) == 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return len(members) == 1 and not torch.is_grad_enabled()
+
+
+def _is_hidden(weights: Sequence[Tensor], views: Sequence[ViewOption]) -> bool:
+    """Whether torch.compile is to see the work on slices as operators, and not what is in them.
+
+    On the CPU its code generator fails on such reductions (pytorch#196570).
+    """
+    return (
+        torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and all(w.device.type == "cpu" for w in weights)
+        and any(isinstance(view, View) for view in views)
+        and "auto" not in views
+    )
+
+
+def _spelled(views: Sequence[ViewOption]) -> list[str]:
+    return ["" if view is None else str(view) for view in views]
+
+
+def _parsed(spellings: Sequence[str]) -> list[ViewOption]:
+    return [View.parse(spelling) if spelling else None for spelling in spellings]
+
+
+@torch.library.custom_op(
+    "normwise::remove_radial_",
+    mutates_args=("updates",),
+    schema="(Tensor(a!)[] updates, Tensor[] weights, str[] views) -> ()",
+)
+def _remove_radial_(updates: list[Tensor], weights: list[Tensor], views: list[str]) -> None:
+    project_(updates, weights, (), _parsed(views), delta=0.0, eps=0.0)
+
+
+@torch.library.custom_op(
+    "normwise::norms_by_slice",
+    mutates_args=(),
+    schema="(Tensor[] weights, str[] views) -> Tensor",
+)
+def _norms_by_slice(weights: list[Tensor], views: list[str]) -> Tensor:
+    return torch.cat([n.flatten() for n in _norms_of_buckets(weights, _parsed(views))])
+
+
+@_norms_by_slice.register_fake
+def _(weights: list[Tensor], views: list[str]) -> Tensor:
+    return torch.cat([n.flatten() for n in _norms_of_buckets(weights, _parsed(views))])
+
+
+@torch.library.custom_op(
+    "normwise::retract_",
+    mutates_args=("weights",),
+    schema="(Tensor(a!)[] weights, str[] views, Tensor norms) -> ()",
+)
+def _retract_(weights: list[Tensor], views: list[str], norms: Tensor) -> None:
+    shaped = _norms_of_buckets(weights, _parsed(views))
+    parts = torch.split(norms, [n.numel() for n in shaped])
+    retract_(weights, _parsed(views), [n.view(s.shape) for n, s in zip(parts, shaped, strict=True)])
 
 
 def batch(tensors: Sequence[Tensor], members: list[int], view: View) -> Tensor:

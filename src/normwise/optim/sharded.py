@@ -27,12 +27,12 @@ from normwise.optim.step import (
     Tensors,
     descend_,
     round_back_,
-    scalar_dtype,
 )
+from normwise.optim.sums import channel_sums, divisor
 from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
 
 if TYPE_CHECKING:
-    from normwise.optim.kernels.cpu import Plan
+    from normwise.optim.kernels.cpu import KernelPlan
 
 __all__ = ["Exchange"]
 
@@ -41,8 +41,6 @@ WU, WW, WG, GG, SHUT = range(5)
 UU = GG
 
 _CHANNEL, _LAYER = View.channel(), View.layer()
-# Sums are taken of pieces of this many entries, whose copies in float64 stay in a CPU's cache.
-_SUMMED_ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 
 @dataclass
@@ -70,13 +68,13 @@ class _DeferredPlan:
     """A fused step that was put off.
 
     Attributes:
-        plan, params: what :meth:`Plan.finish_` is called with.
+        plan, params: what :meth:`KernelPlan.finish_` is called with.
         layouts: of the weights.
         pieces: sums over what this rank has of their slices, if those are split.
         sums: what is exchanged of each weight.
     """
 
-    plan: Plan
+    plan: KernelPlan
     params: Sequence[Tensor]
     layouts: list[Layout]
     pieces: list[Tensor]
@@ -204,7 +202,7 @@ class Exchange:
         )
 
     def defer_plan_(
-        self, layouts: Mapping[Tensor, Layout], plan: Plan, params: Sequence[Tensor]
+        self, layouts: Mapping[Tensor, Layout], plan: KernelPlan, params: Sequence[Tensor]
     ) -> None:
         """Put off the end of a fused step until :meth:`finish_`."""
         of_params = [layouts[p] for p in params]
@@ -249,7 +247,7 @@ class _AfterExchange:
     def end_(self, *tensors: Any, foreach: bool) -> None:
         self.exchange.defer_(self.layouts, *tensors, foreach=foreach)
 
-    def end_plan_(self, plan: Plan, params: Sequence[Tensor]) -> None:
+    def end_plan_(self, plan: KernelPlan, params: Sequence[Tensor]) -> None:
         self.exchange.defer_plan_(self.layouts, plan, params)
 
     @property
@@ -327,7 +325,7 @@ def _finish_(deferred: _Deferred) -> None:
             for i, gate in zip(b.members, open_.unbind(), strict=True):
                 projected[i] = gate
         else:
-            coefficients = b.layout.by_channel(sums[..., WU] / _positive(sums[..., WW]))
+            coefficients = b.layout.by_channel(sums[..., WU] / divisor(sums[..., WW]))
         coefficients = coefficients.T.to(w.dtype).view(*w.shape[:2], *(1 for _ in w.shape[2:]))
         if is_alias(b.members):
             u.addcmul_(w, coefficients, value=-1)
@@ -351,23 +349,9 @@ def _finish_(deferred: _Deferred) -> None:
 
 
 def _channel_sums(u: Tensor, w: Tensor, other: Tensor | None) -> Tensor:
-    """⟨w, u⟩, ‖w‖² and, if there is another, ⟨w, other⟩, ‖other‖² of each channel.
-
-    Args:
-        u, w, other: batches of shape ``(members, channels, ...)``.
-
-    Returns:
-        Shape ``(channels, members, 2 or 4)``, in float64 where the device has it.
-    """
-    tensors = [t for t in (u, w, other) if t is not None]
+    """⟨w, u⟩, ‖w‖² and, if there is another, ⟨w, other⟩, ‖other‖² of each channel."""
     pairs = [(1, 0), (1, 1), (1, 2), (2, 2)][: 2 if other is None else 4]
-    entries = _SUMMED_ENTRIES.get(w.device.type, 1 << 20)
-    channels = max(1, entries // max(1, w[:, :1].numel()))
-    sums = []
-    for pieces in zip(*(torch.split(t, channels, 1) for t in tensors), strict=True):
-        wide = [piece.flatten(2).to(scalar_dtype(w.device)) for piece in pieces]
-        sums.append(torch.stack([(wide[a] * wide[b]).sum(2).T for a, b in pairs], 2))
-    return torch.cat(sums)
+    return channel_sums([t for t in (u, w, other) if t is not None], pairs)
 
 
 def _shut(sums: Tensor, entries: int, dtype: torch.dtype, delta: float, eps: float) -> Tensor:
@@ -408,16 +392,11 @@ def _cosine(sums: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
 
 def _shrunk(sums: Tensor, eps: float) -> Tensor:
     """⟨w, u⟩/(‖w‖ + eps)²: the multiple of w that the official code subtracts."""
-    return sums[..., WU] / _positive((sums[..., WW].sqrt() + eps).square())
+    return sums[..., WU] / divisor((sums[..., WW].sqrt() + eps).square())
 
 
 def _retraction(sums: Tensor, step_size: float | Tensor) -> Tensor:
     """‖w‖/‖w − σu‖ of slices whose u has lost its radial part; 0 for a slice that is zero."""
-    tangential = (sums[:, UU] - sums[:, WU].square() / _positive(sums[:, WW])).clamp_min(0)
+    tangential = (sums[:, UU] - sums[:, WU].square() / divisor(sums[:, WW])).clamp_min(0)
     after = sums[:, WW] + step_size * step_size * tangential
-    return (sums[:, WW] / _positive(after)).sqrt()
-
-
-def _positive(t: Tensor) -> Tensor:
-    """``t``, but where it is zero, a divisor that makes zero of zero."""
-    return torch.where(t == 0, 1, t)
+    return (sums[:, WW] / divisor(after)).sqrt()

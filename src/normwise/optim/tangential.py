@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,28 +12,20 @@ from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View
 from normwise.optim.groups import (
-    as_view_option,
     check_norm_option,
-    check_not_flattened,
     check_number,
 )
 from normwise.optim.projection import ViewOption
 from normwise.optim.sharded import Exchange
 from normwise.optim.step import Ending, SGDRule, Step, by_device_and_dtype, for_computing
+from normwise.optim.wrapping import Views, Wrapper, resolve_views
 from normwise.sharding import local
 from normwise.updates import Coupling, Update, UpdateRule, own_rule, rule_of
 
 __all__ = ["Tangential", "tangential"]
 
 
-class _Report(Protocol):
-    def parameter_views(self) -> Mapping[Any, View]: ...
-
-
-Views = View | str | Mapping[Any, View | str] | _Report
-
-
-class Tangential(Optimizer):
+class Tangential(Wrapper):
     r"""An optimizer whose steps have lost their radial part, made by :func:`tangential`.
 
     It shares groups, state and defaults with the optimizer that it wraps, so schedulers, gradient
@@ -49,44 +40,10 @@ class Tangential(Optimizer):
         wd_ratio: float,
         norm: Literal["free", "fixed"],
     ) -> None:
-        # Intentionally no call of Optimizer.__init__, which would make groups of its own.
-        self.optimizer = optimizer
-        self._views = dict(views)
+        super().__init__(optimizer, views)
         self._wd_ratio = wd_ratio
         self._norm = norm
-        self.__setstate__({})
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # shared, not a copy
-        return self.optimizer.defaults
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]  # shared, not a copy
-        return self.optimizer.state
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # shared
-        return self.optimizer.param_groups
-
-    def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "_views", "_wd_ratio", "_norm")
-        return {name: self.__dict__[name] for name in names}
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer. It has no view, so it is not projected."""
-        self.optimizer.add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the wrapped optimizer does it."""
-        self.optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the wrapped optimizer."""
-        self.optimizer.load_state_dict(state_dict)
+        self._own |= {"_wd_ratio", "_norm"}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the wrapped optimizer step, then take the radial part out of what it did.
@@ -165,33 +122,6 @@ class Tangential(Optimizer):
             changed_by=(*rule.changed_by, "tangential"),
         )
 
-    @contextmanager
-    def _without_decay(self) -> Iterator[None]:
-        """For one step, keep the wrapped optimizer from decaying the weights that have a view.
-
-        Its groups are split in two for that long. State belongs to parameters and stays; what the
-        optimizer writes into a group is carried over.
-        """
-        groups = self.optimizer.param_groups
-        parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for group in groups:
-            ours = [p for p in group["params"] if p in self._views]
-            if not ours or "weight_decay" not in group:
-                parts.append((group, group))
-                continue
-            theirs = [p for p in group["params"] if p not in self._views]
-            parts.append((group, {**group, "params": ours, "weight_decay": 0.0}))
-            if theirs:
-                parts.append((group, {**group, "params": theirs}))
-        self.optimizer.param_groups = [part for _, part in parts]
-        try:
-            yield
-        finally:
-            self.optimizer.param_groups = groups
-            for group, part in parts:
-                for key in part.keys() - {"params", "weight_decay", "param_names"}:
-                    group[key] = part[key]
-
 
 def tangential(
     optimizer: Optimizer,
@@ -234,15 +164,9 @@ def tangential(
             has fewer than two dimensions, or if no weight is left to project.
     """
     check_number("wd_ratio", wd_ratio)
-    resolved = _resolved(optimizer, views)
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            check_not_flattened(p, "of tangential")
-    for p, view in resolved.items():
-        view.check(p.shape)
+    resolved = resolve_views(optimizer, views, "tangential")
+    for view in resolved.values():
         check_norm_option(norm, view)
-    if not resolved:
-        raise ValueError("no weight of two dimensions or more has a view: nothing to project")
     return Tangential(optimizer, resolved, wd_ratio=wd_ratio, norm=norm)
 
 
@@ -251,39 +175,3 @@ def _decay_rate(rule: UpdateRule) -> float:
     if rule.update is Update.GRADIENT and rule.coupling is Coupling.L2:
         return float(1 / (1 - rule.momentum))
     return rule.rate
-
-
-def _resolved(optimizer: Optimizer, views: Views) -> dict[Tensor, View]:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if isinstance(views, View | str):
-        return {p: _as_view(views) for p in params if p.ndim > 1}
-    mapping = views if isinstance(views, Mapping) else _matrices(views.parameter_views())
-    by_name: dict[str, Tensor] = {}
-    for group in optimizer.param_groups:
-        by_name.update(zip(group.get("param_names", ()), group["params"], strict=False))
-    known = set(params)
-    resolved: dict[Tensor, View] = {}
-    for key, view in mapping.items():
-        p = by_name.get(key) if isinstance(key, str) else key
-        if p is None or p not in known:
-            hint = "" if by_name else "; make it from model.named_parameters() to use names"
-            label = repr(key) if isinstance(key, str) else f"of shape {tuple(key.shape)}"
-            raise ValueError(f"parameter {label} is not one of the optimizer's{hint}")
-        if p.ndim < 2:
-            raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} cannot be projected: it has fewer than two "
-                "dimensions"
-            )
-        resolved[p] = _as_view(view)
-    return resolved
-
-
-def _matrices(views: Mapping[Tensor, View]) -> dict[Tensor, View]:
-    return {p: view for p, view in views.items() if p.ndim > 1}
-
-
-def _as_view(value: View | str) -> View:
-    view = as_view_option(value)
-    if not isinstance(view, View):
-        raise ValueError(f"Invalid view: {value!r}; tangential needs a normwise.View")
-    return view

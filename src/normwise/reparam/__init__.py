@@ -17,6 +17,7 @@ from normwise.reparam.convert import (
     weight_standardize,
 )
 from normwise.reparam.folding import fold
+from normwise.reparam.gains import Gain, Gains, add_gains
 from normwise.reparam.layers import MeanOnlyBatchNorm, TranslatedReLU
 from normwise.reparam.lipschitz import AOL, SLL, ContractiveResidual
 from normwise.reparam.once import computed_once
@@ -43,6 +44,8 @@ __all__ = [
     "DividedWeight",
     "Divisor",
     "Draw",
+    "Gain",
+    "Gains",
     "MeanOnlyBatchNorm",
     "Oscillation",
     "RowColumnConditioning",
@@ -52,6 +55,7 @@ __all__ = [
     "WeightNormalized",
     "WeightParametrization",
     "WeightStandardization",
+    "add_gains",
     "center_weight_normalize",
     "clip_after_steps",
     "computed_once",

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from normwise.reparam.checkpoint import LoadOtherFormats
+from normwise.reparam.gains import Gain
 from normwise.reparam.lipschitz import SLL
-from normwise.reparam.parametrizations import originals, owner, stacks
+from normwise.reparam.parametrizations import (
+    WeightParametrization,
+    originals,
+    owner,
+    stacks,
+)
 from normwise.reparam.recurrent import ReleaseFlatWeights
 
 __all__ = ["fold"]
@@ -19,7 +25,8 @@ __all__ = ["fold"]
 def fold(model: nn.Module) -> nn.Module:
     """Replace every weight that :func:`reparametrize` converted by its effective weight, in place.
 
-    :class:`SLL` layers inside of the model become :class:`ContractiveResidual` ones.
+    And every weight that :func:`add_gains` has put a gain on. :class:`SLL` layers inside of the
+    model become :class:`ContractiveResidual` ones.
 
     Outputs are the same to rounding. Modules are again of their plain classes, and the state dict
     has the keys of the unconverted model, in its order. Parametrizations of other libraries stay,
@@ -40,7 +47,7 @@ def fold(model: nn.Module) -> nn.Module:
     """
     hosts: dict[nn.Module, list[str]] = {}
     for module in model.modules():
-        names = [name for name, stack in stacks(module).items() if owner(stack) is not None]
+        names = [name for name, stack in stacks(module).items() if any(map(_is_ours, stack))]
         if names:
             hosts[module] = names
     folded = _fold_residual_layers(model)
@@ -51,7 +58,8 @@ def fold(model: nn.Module) -> nn.Module:
         if any(o.held is not None for o in owners):
             raise RuntimeError("fold inside of computed_once: leave the context first")
         # Recorded one by one as tensors were converted, so the longest is the original order.
-        order = max((o.siblings for o in owners), key=len)
+        ours = [part for name in names for part in stacks(module)[name] if _is_ours(part)]
+        order = max((part.siblings for part in ours), key=len)
         for name in names:
             _fold_one(module, name)
         for key, hook in list(module._forward_hooks.items()):
@@ -73,6 +81,10 @@ def _fold_residual_layers(model: nn.Module) -> dict[SLL, nn.Module]:
                     folded[child] = child.folded().train(child.training)
                 parent._modules[name] = folded[child]
     return folded
+
+
+def _is_ours(part: nn.Module) -> TypeGuard[WeightParametrization | Gain]:
+    return isinstance(part, WeightParametrization | Gain)
 
 
 def _fold_one(module: nn.Module, name: str) -> None:

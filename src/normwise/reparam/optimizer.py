@@ -93,7 +93,7 @@ class WeightNormalized(Optimizer):
 
         The wrapped optimizer's rule holds for weights that are stepped as they are.
         """
-        if p is not None and not self._fits(p):
+        if p is not None and not self._is_normalized(p):
             return rule_of(self.optimizer, group, p)
         return unknown_rule(self, group)
 
@@ -155,12 +155,14 @@ class WeightNormalized(Optimizer):
     def _normalized(self) -> Iterator[Tensor]:
         for group in self.param_groups:
             for p in group["params"]:
-                if p.ndim > 1 and p.numel() and not p.is_complex() and self._fits(p):
+                if self._is_normalized(p):
                     yield p
 
-    def _fits(self, p: Tensor) -> bool:
+    def _is_normalized(self, p: Tensor) -> bool:
         if p in self._pairs:
             return True
+        if p.ndim < 2 or p.numel() == 0 or p.is_complex():
+            return False
         try:
             self._formula.view.check(p.shape)
         except ValueError:

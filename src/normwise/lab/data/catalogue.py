@@ -35,6 +35,8 @@ class Source:
         archives: what to download.
         files: what must be in the folder in the end, relative to it.
         licence: as its makers state it.
+        labelled: of a set to classify, its reader, ``MODULE:FUNCTION`` under
+            ``normwise.lab.data``, a function of the data's root (default: none).
     """
 
     name: str
@@ -43,6 +45,7 @@ class Source:
     archives: tuple[Archive, ...]
     files: tuple[str, ...]
     licence: str
+    labelled: str = ""
 
 
 _TORONTO = "https://www.cs.toronto.edu/~kriz/"
@@ -80,6 +83,7 @@ CATALOGUE: dict[str, Source] = {
             ),
             (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"),
             "none declared; cite Krizhevsky 2009",
+            labelled="images:cifar10",
         ),
         Source(
             "cifar100",
@@ -95,6 +99,7 @@ CATALOGUE: dict[str, Source] = {
             ),
             ("train.bin", "test.bin"),
             "none declared; cite Krizhevsky 2009",
+            labelled="images:cifar100",
         ),
         Source(
             "mnist",
@@ -111,6 +116,7 @@ CATALOGUE: dict[str, Source] = {
             ),
             tuple(f"{name}.gz" for name in _IDX),
             "commonly given as CC BY-SA 3.0",
+            labelled="images:mnist",
         ),
         Source(
             "fashion-mnist",
@@ -127,6 +133,7 @@ CATALOGUE: dict[str, Source] = {
             ),
             tuple(f"{name}.gz" for name in _IDX),
             "MIT",
+            labelled="images:fashion_mnist",
         ),
         Source(
             "tinyshakespeare",
@@ -161,6 +168,7 @@ CATALOGUE: dict[str, Source] = {
             (Archive(None, "recordings (a folder of WAV files)", None),),
             ("recordings",),
             "CC BY-SA 4.0; github.com/Jakobovski/free-spoken-digit-dataset",
+            labelled="sounds:spoken_digits",
         ),
         Source(
             "speech-commands",
@@ -169,6 +177,7 @@ CATALOGUE: dict[str, Source] = {
             (Archive(None, "speech_commands_v0.02.tar.gz", None, unpack=True),),
             ("testing_list.txt", "validation_list.txt", "yes"),
             "CC BY 4.0; Warden 2018",
+            labelled="sounds:speech_commands",
         ),
         Source(
             "esc10",
@@ -177,6 +186,7 @@ CATALOGUE: dict[str, Source] = {
             (Archive(None, "esc10_logmel.npz", None),),
             ("esc10_logmel.npz",),
             "CC BY 3.0; made from github.com/karoldvl/ESC-10",
+            labelled="sounds:esc10",
         ),
         Source(
             "bccd",
@@ -257,14 +267,6 @@ CATALOGUE: dict[str, Source] = {
             (Archive(None, "wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens", None),),
             ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
             "CC BY-SA 3.0; Merity et al. 2016",
-        ),
-        Source(
-            "cue_conflict",
-            "Texture against shape, 64×64",
-            "cue_conflict",
-            (Archive(None, "cue_conflict_64.npz", None),),
-            ("cue_conflict_64.npz",),
-            "CC BY 4.0; made from github.com/rgeirhos/texture-vs-shape",
         ),
     )
 }

@@ -35,7 +35,7 @@ def omniglot(root: Path, part: str, size: int = 28, characters: int | None = Non
         root: where the data sets are.
         part: ``"background"`` (964 characters, to learn from) or ``"evaluation"`` (659).
         size: pixels a side; the drawings have 105 (default: 28).
-        characters: only so many, evenly spread over the alphabets (default: all).
+        characters: how many are used, evenly spread over the alphabets (default: all).
 
     Raises:
         DataError: if a drawing cannot be decoded, has another size, or a character has not 20.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 import tarfile
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 from normwise.lab.data.catalogue import CATALOGUE, Archive, Source
 from normwise.lab.data.files import DataError, checksum
-from normwise.lab.errors import UsageError, nearest
+from normwise.lab.errors import Unavailable, UsageError, nearest
 
 __all__ = ["fetch", "is_there", "missing"]
 
@@ -49,8 +48,8 @@ def fetch(root: Path, name: str) -> str:
 
     Raises:
         UsageError: for an unknown name.
-        DataError: if it cannot be had, with the file to get and the folder to put it in; or if a
-            checksum differs.
+        DataError: if no official address is known, or a checksum differs.
+        Unavailable: if the address cannot be reached, with the file to get and where to put it.
     """
     if name not in CATALOGUE:
         raise UsageError(f"unknown data set {name!r}: {nearest(name, CATALOGUE)}")
@@ -88,14 +87,24 @@ def _download(archive: Archive, target: Path, folder: Path) -> Path:
         )
     by_hand = f"download {archive.url} elsewhere and put {archive.name} in {folder}"
     try:
-        with (
-            urllib.request.urlopen(archive.url, timeout=_TIMEOUT_SECONDS) as reply,
-            target.open("wb") as file,
-        ):
-            shutil.copyfileobj(reply, file, 1 << 20)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", error)
-        raise DataError(f"cannot reach {archive.url} ({reason}); {by_hand}") from None
+        pooch = import_module("pooch")
+    except ImportError:
+        raise UsageError('downloads need pooch: pip install "normwise[lab]"') from None
+    pooch.get_logger().setLevel("WARNING")
+    try:
+        # The checksum is compared below, for files that were put there by hand too.
+        pooch.retrieve(
+            archive.url,
+            known_hash=None,
+            fname=target.name,
+            path=target.parent,
+            downloader=pooch.HTTPDownloader(timeout=_TIMEOUT_SECONDS, progressbar=False),
+        )
+    except OSError as error:  # of requests too; of the disk it names a file
+        if error.filename is not None:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Unavailable(f"cannot reach {archive.url} ({reason}); {by_hand}") from None
     return target
 
 

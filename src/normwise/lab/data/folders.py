@@ -50,7 +50,7 @@ _AROUND = (124, 116, 104)
 
 _KINDS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 _WORKERS = "NORMWISE_WORKERS"
-# So many images are tested at a time.
+# Images that are tested at a time.
 PART = 100
 # A random crop is tried so often; then it is a central one.
 _TRIES = 10
@@ -332,7 +332,7 @@ class Decoder:
 
         Args:
             paths: the files of all images.
-            steps: which of them, a row a step.
+            steps: which of them, one row per step.
             draws: for each step its source of randomness.
         """
         ahead: deque[tuple[Tensor, Generator]] = deque()

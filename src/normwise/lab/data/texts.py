@@ -21,32 +21,30 @@ END = "<eos>"
 
 @dataclass(frozen=True)
 class Text:
-    """A corpus in three parts.
+    """A corpus: what is learned from, and what is tested on.
 
     Args:
         name: of the data set.
         train: token numbers, shape ``(N,)``, int64.
-        valid: the same.
         test: the same.
         vocabulary: what each number stands for.
     """
 
     name: str
     train: npt.NDArray[np.int64]
-    valid: npt.NDArray[np.int64]
     test: npt.NDArray[np.int64]
     vocabulary: tuple[str, ...]
 
 
 def encode(name: str, parts: Sequence[Sequence[str]], size: int | None = None) -> Text:
-    """Number the tokens of a training, a validation and a test part.
+    """Number the tokens of a training and a test part.
 
     The vocabulary is that of the training part, most frequent first; what is not in it becomes
-    ``<unk>``, in every part.
+    ``<unk>``, in both parts.
 
     Args:
         name: of the data set.
-        parts: the tokens of the three.
+        parts: the tokens of the two.
         size: the most words in the vocabulary (default: all).
     """
     counts = Counter(parts[0])
@@ -56,8 +54,8 @@ def encode(name: str, parts: Sequence[Sequence[str]], size: int | None = None) -
     vocabulary = (UNKNOWN, *ranked[: None if size is None else size - 1])
     number = {word: index for index, word in enumerate(vocabulary)}
     coded = (np.array([number.get(word, 0) for word in part], np.int64) for part in parts)
-    train, valid, test = coded
-    return Text(name, train, valid, test, vocabulary)
+    train, test = coded
+    return Text(name, train, test, vocabulary)
 
 
 def _read(path: Path) -> str:
@@ -70,37 +68,40 @@ def _read(path: Path) -> str:
 
 
 def brown(root: Path, vocabulary: int | None = 10_000) -> Text:
-    """The Brown corpus, by words: of every ten documents, one to validate on and one to test on.
+    """The Brown corpus, by words: of every ten documents the first eight, and the last to test on.
 
-    It has no official split. Documents begin with a line ``= ca01 =``; each other line is a
-    sentence of tokens between blanks, after which comes ``<eos>``.
+    It has no official split; the ninth documents are kept for validation. Documents begin with a
+    line ``= ca01 =``; each other line is a sentence of tokens between blanks, after which comes
+    ``<eos>``.
     """
     path = locate(root, "brown", ("brown", "."), "brown.txt") / "brown.txt"
     lines = _read(path).splitlines()
     heads = [i for i, line in enumerate(lines) if line.startswith("= ") and line.endswith(" =")]
     if len(heads) < 10:
         raise DataError(f"{path} has {len(heads)} documents and should have 500")
-    parts: tuple[list[str], list[str], list[str]] = ([], [], [])
+    train: list[str] = []
+    test: list[str] = []
     for document, (start, end) in enumerate(pairwise([*heads, len(lines)])):
-        part = parts[{8: 1, 9: 2}.get(document % 10, 0)]
+        if document % 10 == 8:
+            continue
+        part = test if document % 10 == 9 else train
         for line in lines[start + 1 : end]:
             part += [*line.split(), END]
-    return encode("brown", parts, vocabulary)
+    return encode("brown", (train, test), vocabulary)
 
 
 def tinyshakespeare(root: Path) -> Text:
-    """Tiny Shakespeare, by characters: the first 90%, then 5% and 5%."""
+    """Tiny Shakespeare, by characters: the first 90%, and the last 5% to test on."""
     path = locate(root, "tinyshakespeare", ("tinyshakespeare", "."), "input.txt") / "input.txt"
     text = _read(path)
     if len(text) < 100:
         raise DataError(f"{path} has {len(text)} characters: it is truncated")
     first, second = len(text) * 90 // 100, len(text) * 95 // 100
-    parts = (list(text[:first]), list(text[first:second]), list(text[second:]))
-    return encode("tinyshakespeare", parts)
+    return encode("tinyshakespeare", (text[:first], text[second:]))
 
 
 def wikitext(root: Path, version: str = "2") -> Text:
-    """WikiText-2 or -103 by words, from ``wiki.{train,valid,test}.tokens``.
+    """WikiText-2 or -103 by words, from ``wiki.train.tokens`` and ``wiki.test.tokens``.
 
     Args:
         root: where the data sets are.
@@ -114,6 +115,6 @@ def wikitext(root: Path, version: str = "2") -> Text:
             for line in _read(folder / f"wiki.{part}.tokens").splitlines()
             for word in (*line.split(), END)
         ]
-        for part in ("train", "valid", "test")
+        for part in ("train", "test")
     ]
     return encode(name, parts)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks.convolutional import (
+    convnet,
     harmonic,
     mobilenet,
     resnet,
@@ -16,6 +17,7 @@ from normwise.lab.networks.convolutional import (
     shufflenet,
     wide_resnet,
 )
+from normwise.lab.trust import check_trusted, is_code
 
 __all__ = ["NETWORKS", "build"]
 
@@ -27,6 +29,7 @@ NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "mobilenet": mobilenet,
     "shufflenet": shufflenet,
     "harmonic": harmonic,
+    "convnet": convnet,
 }
 
 
@@ -35,7 +38,8 @@ def build(name: str, channels: int, classes: int, width: int) -> nn.Module:
 
     Args:
         name: one in ``NETWORKS``, or ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, whose
-            number of classes is set and whose width is the name's own.
+            number of classes is set and whose width is the name's own. ``MODULE:FACTORY`` is code
+            of the user's, which must be trusted.
         channels: of the images.
         classes: how many logits.
         width: channels of the first stage.
@@ -48,6 +52,8 @@ def build(name: str, channels: int, classes: int, width: int) -> nn.Module:
     library, colon, _ = name.partition(":")
     if not colon:
         raise UsageError(f"unknown network {name!r}: {nearest(name, NETWORKS)}")
+    if is_code(name):
+        check_trusted(name)
     from normwise.invariance.sources import load
 
     settings = {

@@ -1,7 +1,8 @@
 """Convolutional networks for small images and spectra.
 
 Convolutions feed a BatchNorm each and have no bias; weights are drawn from N(0, 2/fan_out)
-(He et al., 2015), and every network ends in a mean over space and a linear classifier.
+(He et al., 2015) but in :func:`convnet`, and every network ends in a mean over space and a linear
+classifier.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
+    "convnet",
     "harmonic",
     "mobilenet",
     "resnet",
@@ -42,6 +44,19 @@ def _shortcut(fan_in: int, fan_out: int, stride: int) -> nn.Module:
 
 def _head(features: int, classes: int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(features, classes)]
+
+
+def convnet(channels: int, classes: int, width: int) -> nn.Module:
+    """Four 3×3 convolutions with torch's own initial weights, the last two twice as wide."""
+    layers: list[nn.Module] = []
+    fan_in = channels
+    for index, fan_out in enumerate((width, width, 2 * width, 2 * width)):
+        conv = nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False)
+        layers += [conv, nn.BatchNorm2d(fan_out), nn.ReLU()]
+        if index == 1:
+            layers.append(nn.MaxPool2d(2))
+        fan_in = fan_out
+    return nn.Sequential(*layers, *_head(fan_in, classes))
 
 
 class _Residual(nn.Module):

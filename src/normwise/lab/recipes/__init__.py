@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.recipes.schema import Cell, Method, Paper, Recipe, Scale, Training, parse
@@ -64,7 +65,21 @@ def read(content: str, where: str) -> Recipe:
         import yaml
     except ImportError:
         raise UsageError('recipes need PyYAML: pip install "normwise[lab]"') from None
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+        """Refuses a key that is given twice, of which YAML's own readers drop one."""
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen = set()
+            for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+                if key.value in seen:
+                    place = f"line {key.start_mark.line + 1}"
+                    raise UsageError(f"{where}, {place}: key {key.value!r} is given twice")
+                seen.add(key.value)
+            return node
+
     try:
-        return parse(yaml.safe_load(content), where)
+        return parse(yaml.load(content, Loader), where)
     except yaml.YAMLError as error:
         raise UsageError(f"{where} is not YAML: {error}") from None

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from normwise.lab.checks import within
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.tasks.kinds import kind
 
 __all__ = ["SCHEMA", "Cell", "Method", "Paper", "Recipe", "Scale", "Training", "parse"]
 
 SCHEMA = 1
+MOST_SEEDS = 10_000
 OPTIMIZERS = ("sgd", "sgdp", "adam", "adamw", "adamp")
 SCHEDULES = ("constant", "steps", "cosine")
 NORMALIZATIONS = ("none", "WN", "CWN", "WS")
@@ -27,7 +30,7 @@ class Training:
 
     Args:
         epochs: passes over the training data.
-        batch_size: examples a step.
+        batch_size: examples per step.
         optimizer: sgd, sgdp, adam, adamw or adamp.
         lr: the learning rate at its highest.
         weight_decay: L2 in sgd and adam, decoupled in the others (default: 0).
@@ -102,17 +105,27 @@ class Training:
             if value not in allowed:
                 raise UsageError(f"unknown {name} {value!r}: {nearest(value, allowed)}")
         for name in ("epochs", "batch_size", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} {getattr(self, name)} is not allowed: must be 1 or more")
-        for name in ("lr", "weight_decay", "warmup"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"{name} {value} is not allowed: must be finite and not negative")
-        guard = self.normalization_eps
-        if guard is not None and not (math.isfinite(guard) and guard >= 0):
+            within(self, name, 1)
+        for name in ("lr", "weight_decay", "eps", "wd_ratio", "delta", "lr_factor"):
+            within(self, name, 0)
+        for name in ("normalization_eps", "epsilon_shift"):
+            within(self, name, 0)
+        within(self, "clip", 0, above=True)
+        within(self, "momentum", 0, 1, below=True)
+        within(self, "warmup", 0, 1, below=True)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(
-                f"normalization_eps {guard} is not allowed: must be finite and not negative"
+                f"betas {list(self.betas)} are not allowed: must be two numbers, 0 or more and "
+                "below 1"
             )
+        drops = self.drops
+        if not all(0 < a < 1 for a in drops) or list(drops) != sorted(set(drops)):
+            raise UsageError(
+                f"drops {list(drops)} are not allowed: must be shares of the steps, rising, "
+                "between 0 and 1"
+            )
+        if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
+            raise UsageError("nesterov is set, but momentum is 0")
         self._check_decay()
         if self.normalization == "none":
             for name in ("normalize_depthwise", "normalization_skip"):
@@ -202,6 +215,13 @@ class Scale:
     seeds: int = 3
     note: str = ""
 
+    def __post_init__(self) -> None:
+        within(self, "seeds", 1, MOST_SEEDS)
+        if not self.rows:
+            raise UsageError("there are no rows; must be one or more")
+        for row in self.rows:
+            check_name("row", row)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -254,6 +274,15 @@ class Recipe:
     scales: dict[str, Scale]
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_name("id", self.id)
+        if not self.methods:
+            raise UsageError("there are no methods; must be one or more")
+        for name in self.methods:
+            check_name("method", name)
+        for name in self.scales:
+            check_name("scale", name)
+
     def cells(
         self,
         scale: str,
@@ -277,6 +306,8 @@ class Recipe:
             _known(self.methods, name, "method")
         for name in rows:
             _known(chosen.rows, name, "row")
+        if seeds is not None and not 1 <= seeds <= MOST_SEEDS:
+            raise UsageError(f"{seeds} seeds are not allowed: must be from 1 to {MOST_SEEDS}")
         return [
             self._cell(scale, row, method, seed)
             for row in (list(rows) or chosen.rows)
@@ -304,9 +335,25 @@ class Recipe:
             training = _checked(Training, {k: v for k, v in settings.items() if k in shared}, where)
             rest = _checked(options, {k: v for k, v in settings.items() if k in own}, where)
         except UsageError as error:
-            text = str(error)
-            raise UsageError(text if text.startswith(where) else f"{where}: {text}") from None
+            raise UsageError(_placed(where, str(error))) from None
         return Cell(self.id, scale, row, method, seed, self.task, training, rest)
+
+
+def _placed(where: str, text: str) -> str:
+    return text if text.startswith(where) else f"{where}: {text}"
+
+
+def check_name(what: str, name: str) -> None:
+    """Refuse a name that could not be that of a folder on every system, or would leave its own.
+
+    Raises:
+        UsageError: for such a name.
+    """
+    if not re.fullmatch(r"\w[\w.+=,@ -]{0,99}(?<![. ])", name):
+        raise UsageError(
+            f"{what} {name!r} is not allowed: must be letters, digits and any of _ . + = , @ - "
+            "and blanks, at most 100, begin with a letter or digit and not end with a dot or blank"
+        )
 
 
 def _known(names: Mapping[str, Any], name: str, what: str) -> Any:
@@ -340,13 +387,18 @@ def parse(content: Any, where: str) -> Recipe:
                 else "it is newer, or no recipe"
             )
         )
-    recipe: Recipe = _checked(Recipe, content, where)
+    try:
+        recipe: Recipe = _checked(Recipe, content, where)
+    except UsageError as error:
+        raise UsageError(_placed(where, str(error))) from None
     missing = {"paper", "small"} - set(recipe.scales)
     if missing:
         raise UsageError(f"{where} lacks scale {min(missing)!r}; must have 'paper' and 'small'")
     for name, method in recipe.methods.items():
         if method.baseline is not None:
             _known(recipe.methods, method.baseline, f"baseline of method {name!r}")
+            if method.baseline == name:
+                raise UsageError(f"{where}: method {name!r} is its own baseline")
     for row, values in recipe.paper.rows.items():
         for name in values:
             _known(recipe.methods, name, f"method in the paper's row {row!r}")
@@ -389,9 +441,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if hint is float and not isinstance(value, bool):
         # YAML 1.1 reads 1e-3, without a point, as a string.
         try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+        raise UsageError(f"{where} is {value!r} and must be a finite number")
     elif origin is None and type(value) is hint:
         return value
     wanted = getattr(hint, "__name__", str(hint))

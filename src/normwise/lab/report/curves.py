@@ -10,27 +10,10 @@ from typing import Any
 
 from normwise.figures import Axis, Line, Lines, Spacing, marks
 
-__all__ = ["EPOCH", "QUANTITIES", "Comparison", "Quantity", "listed", "methods_of", "over_seeds"]
+__all__ = ["EPOCH", "QUANTITIES", "Comparison", "Quantity", "listed", "over_seeds"]
 
 Record = Mapping[str, Any]
 EPOCH = Axis("epoch", Spacing.TIGHT)
-
-
-def methods_of(run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The methods of a ``run.json``; one from before it named them tells them by its optimizers."""
-    if "methods" in run:
-        return list(run["methods"])
-    known = {
-        "sgd": ("SGD", "gradient", None),
-        "sgdp": ("SGDP", "gradient", "sgd"),
-        "adamw": ("AdamW", "normalized", None),
-        "adamp": ("AdamP", "normalized", "adamw"),
-    }
-    names = run["settings"]["optimizers"]
-    return [
-        dict(zip(("name", "label", "update", "baseline"), (name, *known[name]), strict=True))
-        for name in names
-    ]
 
 
 @dataclass(frozen=True)
@@ -141,7 +124,7 @@ class Comparison:
     @cached_property
     def methods(self) -> list[dict[str, Any]]:
         """Its methods: name, label, update and baseline."""
-        return methods_of(self.run)
+        return list(self.run["methods"])
 
     @cached_property
     def marks(self) -> dict[str, tuple[str, tuple[float, ...]]]:

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from normwise.figures import Axis, Line, Lines, Plane, Spacing, marks
 from normwise.figures.tables import Cell, Column, Row, Table
-from normwise.lab.toy import PRINTED, START, Printed, Trajectory, loss_at_angle
+from normwise.lab.toy import PRINTED, START, Path2D, Printed, loss_at_angle
 
 __all__ = ["toy_loss", "toy_norm", "toy_plane", "toy_table"]
 
 _BASELINES = {"momentum"}
 
 
-def _toy_lines(trajectories: Mapping[str, Trajectory], quantity: str) -> tuple[Line, ...]:
+def _toy_lines(trajectories: Mapping[str, Path2D], quantity: str) -> tuple[Line, ...]:
     found = []
     for name, (colour, dash) in marks(trajectories, _BASELINES).items():
         t = trajectories[name]
@@ -26,7 +26,7 @@ def _toy_lines(trajectories: Mapping[str, Trajectory], quantity: str) -> tuple[L
     return tuple(found)
 
 
-def toy_plane(trajectories: Mapping[str, Trajectory]) -> Plane:
+def toy_plane(trajectories: Mapping[str, Path2D]) -> Plane:
     """The paths of the toy's weight over the loss, which is the same along every ray."""
     return Plane(
         "Paths of w",
@@ -42,20 +42,20 @@ def toy_plane(trajectories: Mapping[str, Trajectory]) -> Plane:
     )
 
 
-def toy_norm(trajectories: Mapping[str, Trajectory]) -> Lines:
+def toy_norm(trajectories: Mapping[str, Path2D]) -> Lines:
     """The norms of the toy's weight by step."""
     lines = _toy_lines(trajectories, "norm")
     return Lines("Norm", "", Axis("step", Spacing.TIGHT), Axis("‖w‖", holds=(0.0,)), lines)
 
 
-def toy_loss(trajectories: Mapping[str, Trajectory]) -> Lines:
+def toy_loss(trajectories: Mapping[str, Path2D]) -> Lines:
     """The toy's losses by step."""
     lines = _toy_lines(trajectories, "loss")
     steps, loss = Axis("step", Spacing.TIGHT), Axis("loss, log scale", Spacing.LOG)
     return Lines("Loss", "", steps, loss, lines)
 
 
-def toy_table(trajectories: Mapping[str, Trajectory]) -> Table:
+def toy_table(trajectories: Mapping[str, Path2D]) -> Table:
     """Our numbers with the printed ones beside them: a row for each method."""
     printed = {(p.quantity, p.step, p.method): p for p in PRINTED}
     shown = list(dict.fromkeys((p.quantity, p.step) for p in PRINTED))
@@ -83,7 +83,7 @@ def toy_table(trajectories: Mapping[str, Trajectory]) -> Table:
     return Table(columns, rows)
 
 
-def _cell(trajectory: Trajectory, quantity: str, step: int, printed: Printed | None) -> Cell:
+def _cell(trajectory: Path2D, quantity: str, step: int, printed: Printed | None) -> Cell:
     if printed is None:
         value = (trajectory.losses if quantity == "loss" else trajectory.norms)[step]
         return Cell(f"{value:.4f}", "not printed")

@@ -4,23 +4,61 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
-from normwise.lab.errors import UsageError
+from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import ALONE, Processes
 from normwise.lab.recipes.schema import Cell
-from normwise.lab.running.cell import run_cell
+from normwise.lab.running.cell import CHECKPOINT_SECONDS, check_device, config_of, run_cell
+from normwise.lab.running.events import Event, Finished, Observer, Started, ignore
+from normwise.lab.trust import trusting
 
-__all__ = ["EXECUTORS", "check_parallel", "run_cells"]
+__all__ = ["EXECUTORS", "check_parallel", "check_trust", "run_cells"]
 
 EXECUTORS = ("local", "ray")
-Observer = Callable[[Cell, dict[str, Any]], None]
+_RAY_SECONDS = 25
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All that a process needs besides the cell; can be sent to it.
+
+    Args:
+        out, root, device, checkpoint_seconds, trust: as of :func:`run_cell`.
+        observe: called where the cell is trained.
+    """
+
+    out: Path
+    root: Path
+    device: str
+    checkpoint_seconds: float
+    trust: tuple[str, ...]
+    observe: Observer
+
+    def __call__(self, cell: Cell, processes: Processes = ALONE) -> dict[str, Any]:
+        """Run a cell; one that cannot go on from its files is skipped, with the reason."""
+        try:
+            return run_cell(
+                cell,
+                self.out,
+                self.root,
+                device=self.device,
+                checkpoint_seconds=self.checkpoint_seconds,
+                processes=processes,
+                observe=self.observe,
+                trust=self.trust,
+            )
+        except Damaged as error:
+            return {"status": "skipped", "error": str(error)}
 
 
 def run_cells(
@@ -31,10 +69,14 @@ def run_cells(
     jobs: int = 1,
     executor: str = "local",
     device: str = "cpu",
-    observe: Observer = lambda cell, result: None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    observe: Observer = ignore,
     processes: Processes = ALONE,
+    trust: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Run cells; those that are finished are only read.
+
+    A cell with a damaged file is skipped: its result has the status ``skipped`` and an error.
 
     Args:
         cells: what to run.
@@ -43,9 +85,12 @@ def run_cells(
         jobs: how many at once on this machine (default: 1).
         executor: ``local``, or ``ray`` for an existing Ray cluster (default: local).
         device: where to compute (default: ``"cpu"``).
-        observe: called with each cell and its result as it is finished.
+        checkpoint_seconds: the most time between checkpoints, in seconds (default: 60).
+        observe: called with what happens (default: nothing is); with several jobs not with
+            :class:`Started`, on Ray with :class:`Finished` alone.
         processes: those that train one cell after the other together, each of which calls this
             (default: one alone).
+        trust: the modules of the user's whose code the cells may run (default: none).
 
     Returns:
         The results in the order of the cells. They do not depend on the executor.
@@ -56,16 +101,27 @@ def run_cells(
             when the same is run again.
     """
     check_parallel(processes.kind, jobs, executor)
-    out, root = out.absolute(), root.absolute()
+    if executor == "local":
+        check_device(device)
+    check_trust(cells, trust)
+    where = out.absolute(), root.absolute(), device, checkpoint_seconds, tuple(trust)
     if executor == "ray":
-        return _on_ray(cells, out, root, device, observe)
-    if jobs == 1:
-        results = []
+        return _on_ray(cells, _Work(*where, ignore), observe)
+    if jobs > 1:
+        return _in_processes(cells, _Work(*where, _relay), jobs, observe)
+    work = _Work(*where, observe)
+    results = []
+    for cell in cells:
+        results.append(work(cell, processes))
+        observe(Finished(cell, results[-1]))
+    return results
+
+
+def check_trust(cells: Sequence[Cell], trust: Sequence[str]) -> None:
+    """Raise ``UsageError`` if a cell would run code of a module that is not in ``trust``."""
+    with trusting(trust):
         for cell in cells:
-            results.append(run_cell(cell, out, root, device=device, processes=processes))
-            observe(cell, results[-1])
-        return results
-    return _in_processes(cells, out, root, jobs, device, observe)
+            config_of(cell, "cpu")
 
 
 def check_parallel(parallel: str | None, jobs: int, executor: str) -> None:
@@ -80,26 +136,55 @@ def check_parallel(parallel: str | None, jobs: int, executor: str) -> None:
             )
 
 
-def _ignore_ctrl_c() -> None:
-    """Leave Ctrl-C, which a terminal sends to every process, to the one that can tell the user."""
+# In a worker: where its events go.
+_to_parent: SimpleQueue[Event] | None = None
+
+
+def _begin_worker(queue: SimpleQueue[Event]) -> None:
+    """Leave Ctrl-C, which a terminal sends to every process, to the parent; end when it does."""
+    global _to_parent
+    _to_parent = queue
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _relay(event: Event) -> None:
+    """Tell the parent; a monitor stays where it is."""
+    if _to_parent is not None and not isinstance(event, Started):
+        _to_parent.put(event)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # nothing is lost: the cell goes on from its checkpoint
 
 
 def _in_processes(
-    cells: Sequence[Cell], out: Path, root: Path, jobs: int, device: str, observe: Observer
+    cells: Sequence[Cell], work: _Work, jobs: int, observe: Observer
 ) -> list[dict[str, Any]]:
     # Fork would copy the state of torch's threads; a fresh process starts like any other run.
     context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_ignore_ctrl_c) as pool:
+    events = context.SimpleQueue()
+
+    def show() -> None:
+        while not events.empty():
+            observe(events.get())
+
+    with ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_begin_worker, initargs=(events,)
+    ) as pool:
         futures: dict[Future[dict[str, Any]], Cell] = {
-            pool.submit(run_cell, cell, out, root, device=device): cell for cell in cells
+            pool.submit(work, cell): cell for cell in cells
         }
         left = set(futures)
         try:
             while left:
-                done, left = wait(left, return_when=FIRST_COMPLETED)
+                done, left = wait(left, timeout=0.1, return_when=FIRST_COMPLETED)
+                show()
                 for future in done:
-                    observe(futures[future], future.result())
+                    observe(Finished(futures[future], future.result()))
         except BrokenProcessPool:
             raise UsageError(
                 "a process that trained was killed (out of memory?): run the same command again to "
@@ -115,25 +200,47 @@ def _in_processes(
         return [future.result() for future in futures]
 
 
-def _on_ray(
-    cells: Sequence[Cell], out: Path, root: Path, device: str, observe: Observer
-) -> list[dict[str, Any]]:
+def _connect_to_ray() -> Any:
     try:
         # Its types, where it is installed, do not know keyword arguments of remote functions.
         ray: Any = import_module("ray")
     except ImportError:
         raise UsageError('--executor ray needs Ray: pip install "normwise[ray]"') from None
-    if not ray.is_initialized():
+    if ray.is_initialized():
+        return ray
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    failures: list[BaseException] = []
+
+    def connect() -> None:
         try:
-            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
-        except ConnectionError:
-            raise UsageError(
-                "no Ray cluster found: start one with `ray start --head`, or let RAY_ADDRESS name "
-                "one"
-            ) from None
-    gpus = 1 if device.startswith("cuda") else 0
-    remote = ray.remote(num_cpus=1, num_gpus=gpus)(run_cell)
-    references = {remote.remote(cell, out, root, device=device): cell for cell in cells}
+            ray.init(address=address, log_to_driver=False)
+        except BaseException as error:
+            failures.append(error)
+
+    # A head that is dead or does not answer keeps Ray waiting far longer than a user does.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_RAY_SECONDS)
+    if thread.is_alive() or failures:
+        reason = (
+            f"no answer within {_RAY_SECONDS} s" if thread.is_alive() else str(failures[0]).strip()
+        )
+        raise UsageError(
+            f"no Ray cluster at {address!r} ({reason.splitlines()[0] if reason else 'no reason'}): "
+            "start one with `ray start --head`, or let RAY_ADDRESS name one"
+        ) from None
+    return ray
+
+
+def _run(work: _Work, cell: Cell) -> dict[str, Any]:
+    return work(cell)
+
+
+def _on_ray(cells: Sequence[Cell], work: _Work, observe: Observer) -> list[dict[str, Any]]:
+    ray = _connect_to_ray()
+    gpus = 1 if work.device.startswith("cuda") else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus)(_run)
+    references = {remote.remote(work, cell): cell for cell in cells}
     left = list(references)
     results = {}
     while left:
@@ -144,5 +251,5 @@ def _on_ray(
             except ray.exceptions.RayTaskError as error:
                 cause = error.cause
                 raise cause if isinstance(cause, UsageError) else error from None
-            observe(references[reference], results[reference])
+            observe(Finished(references[reference], results[reference]))
     return [results[reference] for reference in references]

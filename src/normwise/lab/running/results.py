@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from normwise.lab.errors import UsageError
+from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.recipes import Recipe, find
 from normwise.lab.running.cell import CONFIG, RESULT
-from normwise.lab.store import METRICS, read_metrics
+from normwise.lab.store import METRICS, read_metrics, read_sealed_json
 from normwise.lab.summary import Spread, example_half_width, seed_half_width
 from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.problem import Metric
@@ -106,11 +107,18 @@ class Table:
     cells: tuple[Done, ...]
 
 
-def read_cells(folders: Iterable[Path]) -> list[Done]:
+def read_cells(
+    folders: Iterable[Path], skipped: Callable[[str], object] | None = None
+) -> list[Done]:
     """All cells at or below ``folders``, finished or not.
 
+    Args:
+        folders: where to look.
+        skipped: called with the reason for each cell that cannot be read, and it is left out
+            (default: the first is raised).
+
     Raises:
-        UsageError: if a folder has none, or a file in one is not readable.
+        UsageError: if a folder has none, or a file in one is not what was written.
     """
     found = []
     for folder in folders:
@@ -119,20 +127,35 @@ def read_cells(folders: Iterable[Path]) -> list[Done]:
             raise UsageError(f"no runs in {str(folder)!r}: it holds no {CONFIG}")
         for path in configs:
             try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-                result_path = path.with_name(RESULT)
-                result = (
-                    json.loads(result_path.read_text(encoding="utf-8"))
-                    if result_path.exists()
-                    else None
-                )
-                metrics = path.with_name(METRICS)
-                records = read_metrics(metrics) if metrics.exists() else []
-                config["recipe"], config["seed"], config["training"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(f"{path.parent} is not a run: {error}") from None
-            found.append(Done(path.parent, config, result, records))
+                found.append(_read(path))
+            except Damaged as error:  # noqa: PERF203  # each cell may fail by itself
+                if skipped is None:
+                    raise
+                skipped(str(error))
     return found
+
+
+def _read(path: Path) -> Done:
+    """The cell whose config this is."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key, wanted in (("recipe", str), ("scale", str), ("row", str), ("method", str)):
+            if not isinstance(config[key], wanted):
+                raise TypeError(f"{key} is {config[key]!r}")
+        int(config["seed"]), dict(config["training"])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise Damaged(path, f"{type(error).__name__}: {error}") from None
+    result_path, metrics = path.with_name(RESULT), path.with_name(METRICS)
+    result = read_sealed_json(result_path) if result_path.exists() else None
+    try:
+        if result is not None:
+            content = metrics.read_bytes()
+            if hashlib.sha256(content).hexdigest() != result["metrics_sha256"]:
+                raise ValueError("its checksum differs")
+        records = read_metrics(metrics) if metrics.exists() else []
+    except (OSError, ValueError) as error:
+        raise Damaged(metrics, str(error)) from None
+    return Done(path.parent, config, result, records)
 
 
 def tables(cells: Sequence[Done]) -> list[Table]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from normwise.lab.checks import within
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.tasks import classification
 from normwise.lab.tasks.classification import Classification
@@ -44,11 +44,9 @@ class Options(classification.Options):
         super().__post_init__()
         if self.ball not in BALLS:
             raise UsageError(f"unknown ball {self.ball!r}: {nearest(self.ball, BALLS)}")
-        if not 0 < self.radius < math.inf:
-            raise UsageError(f"radius {self.radius} is not allowed: must be finite and above 0")
+        within(self, "radius", 0, above=True)
         for name in ("attack_steps", "test_attack_steps"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} {getattr(self, name)} is not allowed: must be 1 or more")
+            within(self, name, 1)
 
 
 def attack(
@@ -144,7 +142,7 @@ class Adversarial(Classification):
         return x, y, self._start(x, draw)
 
     def _start(self, x: Tensor, draw: Generator) -> Tensor:
-        """Uniform in the cube; on the sphere, where a ball of so many dimensions has its volume."""
+        """Uniform in the cube; on the sphere, where a ball of many dimensions has its volume."""
         if self.options.ball == "linf":
             return (2 * torch.rand(x.shape, generator=draw) - 1).to(x.device)
         start = torch.randn(x.shape, generator=draw)

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from normwise.lab.checks import within
 from normwise.lab.errors import UsageError
 from normwise.lab.tasks.classification import load, subset
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
@@ -48,8 +49,8 @@ class Options:
         width: channels of both networks' first convolution, doubled by each of the next three
             (default: 16).
         shrink: the factor by which images get smaller, a divisor of 28 (default: 1).
-        train_examples: only so many (default: all 60,000).
-        test_examples: only so many (default: all 10,000).
+        train_examples: how many are used (default: all 60,000).
+        test_examples: the same for testing (default: all 10,000).
     """
 
     correlation: float = 0.99
@@ -60,12 +61,10 @@ class Options:
     test_examples: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.correlation <= 1:
-            raise UsageError(
-                f"correlation {self.correlation} is not allowed: must be between 0 and 1"
-            )
-        if not 0 <= self.penalty < math.inf:
-            raise UsageError(f"penalty {self.penalty} is not allowed: must be 0 or more")
+        within(self, "correlation", 0, 1)
+        within(self, "penalty", 0)
+        for name in ("width", "train_examples", "test_examples"):
+            within(self, name, 1)
         if self.shrink < 1 or 28 % self.shrink:
             raise UsageError(f"shrink {self.shrink} is not allowed: must divide 28")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from normwise.lab.augment import GEOMETRIC, MIXING
+from normwise.lab.checks import within
+from normwise.lab.data.catalogue import CATALOGUE
 from normwise.lab.data.folders import MEAN, PART, STD, Decoder, Folder, image_folder
-from normwise.lab.data.images import Labelled, cifar10, cifar100, fashion_mnist, mnist
-from normwise.lab.data.sounds import esc10, speech_commands, spoken_digits
+from normwise.lab.data.images import Labelled
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks import build
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
@@ -40,8 +42,8 @@ class Options:
         augment: any of crop, flip, cutout, mixup, cutmix, in the order in which they act; of mixup
             and cutmix one (default: none).
         label_smoothing: share of each target that is spread over all classes (default: 0).
-        train_examples: only so many, drawn once and for all (default: all).
-        test_examples: only so many (default: all).
+        train_examples: how many are used, drawn once and for all (default: all).
+        test_examples: the same for testing (default: all).
         image_size: pixels a side, of folders (default: 224).
         shrink: side of the squares of pixels that are averaged, a divisor of the images' (default:
             1).
@@ -58,8 +60,9 @@ class Options:
     shrink: int = 1
 
     def __post_init__(self) -> None:
-        if self.shrink < 1:
-            raise UsageError(f"shrink {self.shrink} is not allowed: must be 1 or more")
+        for name in ("shrink", "width", "image_size", "train_examples", "test_examples"):
+            within(self, name, 1)
+        within(self, "label_smoothing", 0, 1)
         known = [*GEOMETRIC, *MIXING]
         for name in self.augment:
             if name not in known:
@@ -84,14 +87,15 @@ def _digits(root: Path) -> Labelled:
     return Labelled("digits", shaped(x), y, shaped(test), test_y, tuple(map(str, range(10))))
 
 
+def _read(reader: str, root: Path) -> Labelled:
+    """What a reader of the catalogue, ``MODULE:FUNCTION``, makes of the files below ``root``."""
+    module, _, function = reader.partition(":")
+    data: Labelled = getattr(import_module(f"normwise.lab.data.{module}"), function)(root)
+    return data
+
+
 DATA: dict[str, Callable[[Path], Labelled]] = {
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "mnist": mnist,
-    "fashion-mnist": fashion_mnist,
-    "fsdd": spoken_digits,
-    "speech-commands": speech_commands,
-    "esc10": esc10,
+    **{s.name: partial(_read, s.labelled) for s in CATALOGUE.values() if s.labelled},
     "digits": _digits,
 }
 
@@ -113,7 +117,7 @@ def subset(count: int, of: int) -> Tensor:
     """``count`` numbers below ``of``, always the same ones, in order.
 
     Raises:
-        UsageError: if there are not so many.
+        UsageError: if there are fewer.
     """
     if not 1 <= count <= of:
         raise UsageError(f"{count} examples are not allowed: there are {of}")

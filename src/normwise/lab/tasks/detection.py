@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from normwise.lab.checks import within
 from normwise.lab.data.boxes import BCCD_CLASSES, Boxed, Listed, Listing, bccd, coco, voc
 from normwise.lab.data.files import locate
 from normwise.lab.data.folders import MEAN, STD, Decoder, Job
@@ -30,9 +30,9 @@ METRICS = (
 )
 STRIDE = 4
 PARTS = ("val", "test")
-# So many boxes of an image are said at most; COCO's AP looks at as many of a class.
+# At most this many boxes per image; COCO's AP looks at as many of a class.
 _MOST = 100
-# So many images are tested at a time.
+# Images that are tested at a time.
 _PART = 16
 
 # Images, heat maps, sizes and offsets, and the cells that have them.
@@ -85,8 +85,8 @@ class Options:
         if self.test_part not in PARTS:
             hint = nearest(self.test_part, PARTS)
             raise UsageError(f"unknown test_part {self.test_part!r}: {hint}")
-        if not 0 < self.scale < math.inf:
-            raise UsageError(f"scale {self.scale} is not allowed: must be finite and above 0")
+        within(self, "scale", 0, above=True)
+        within(self, "width", 1)
 
 
 def _conv(fan_in: int, fan_out: int, size: int, stride: int = 1) -> nn.Sequential:

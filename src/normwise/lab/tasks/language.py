@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from normwise.lab.checks import within
 from normwise.lab.data.texts import Text, brown, tinyshakespeare, wikitext
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
@@ -31,8 +32,8 @@ class Options:
         context: tokens a window, each predicted from those before it in the window (default: 64).
         layers, width, heads: of the transformer (default: 2, 128, 4).
         dropout: after each block (default: 0).
-        train_tokens: only the first so many (default: all).
-        test_tokens: only the first so many (default: all).
+        train_tokens: how many are used, from the first on (default: all).
+        test_tokens: the same for testing (default: all).
     """
 
     data: str
@@ -44,6 +45,16 @@ class Options:
     dropout: float = 0.0
     train_tokens: int | None = None
     test_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("context", "layers", "width", "heads", "train_tokens", "test_tokens"):
+            within(self, name, 1)
+        within(self, "vocabulary", 2)
+        within(self, "dropout", 0, 1, below=True)
+        if self.width % self.heads:
+            raise UsageError(
+                f"width {self.width} is not allowed: must be a multiple of the {self.heads} heads"
+            )
 
 
 class _Block(nn.Module):

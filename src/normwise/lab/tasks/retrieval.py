@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from normwise.lab.augment import flip
+from normwise.lab.checks import within
 from normwise.lab.data.drawings import omniglot
 from normwise.lab.data.folders import MEAN, STD, Decoder
 from normwise.lab.data.images import cifar100
@@ -43,8 +44,8 @@ class Options:
         width: channels of the network's first stage (default: 16).
         embedding: numbers an image becomes (default: 64).
         images_per_class: in a batch (default: 4).
-        train_classes: only so many (default: all).
-        test_classes: only so many (default: all).
+        train_classes: how many are used (default: all).
+        test_classes: the same for testing (default: all).
         image_size: pixels a side, of the four sets that are split as published (default: 224).
     """
 
@@ -64,11 +65,9 @@ class Options:
             if value not in allowed:
                 raise UsageError(f"unknown {name} {value!r}: {nearest(value, allowed)}")
         for name in ("images_per_class", "train_classes", "test_classes"):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise UsageError(f"{name} {value} is not allowed: must be 2 or more")
-        if self.image_size < 1:
-            raise UsageError(f"image_size {self.image_size} is not allowed: must be 1 or more")
+            within(self, name, 2)
+        for name in ("image_size", "width", "embedding"):
+            within(self, name, 1)
 
 
 def make_loss(name: str, classes: int, embedding: int) -> nn.Module:

@@ -210,17 +210,27 @@ def _direction(
     Adam's u is m̂/(√v̂ + eps), with m̂ one step ahead for Nesterov; the step size has 1/(1 − β1^t).
     SGD's is p, or g + μp for Nesterov, with the buffer p ← μp + (1 − dampening)g.
     """
+    # All is asked of memory before anything is written, since what is read after a write waits.
     g_at = _address(state, tensor, G, dtype, aligned) + at
+    sign, m_add = _get(state, GRAD).to(compute), _get(state, M_ADD).to(compute)
+    look_ahead = _get(state, LOOK_AHEAD).to(compute)
+    if BUFFERED & how:
+        m_at = _address(state, tensor, M, compute, aligned) + at
+    if ADAM & how:
+        v_at = _address(state, tensor, V, compute, aligned) + at
+        v_keep, v_add = _get(state, V_KEEP).to(compute), _get(state, V_ADD).to(compute)
+        denominator, eps = _get(about, DENOMINATOR).to(compute), _get(state, EPS).to(compute)
     g = tl.load(g_at, mask, other=0)
+    if BUFFERED & how:
+        m = tl.load(m_at, mask, other=0)
+    if ADAM & how:
+        v = tl.load(v_at, mask, other=0)
     if SCALED & how:
         if update:
             g = (g.to(compute) / _get(state, SCALE).to(compute)).to(dtype)
             tl.store(g_at, g, mask)
-    g = g.to(compute) * _get(state, GRAD).to(compute)
-    m_add, look_ahead = _get(state, M_ADD).to(compute), _get(state, LOOK_AHEAD).to(compute)
+    g = g.to(compute) * sign
     if BUFFERED & how:
-        m_at = _address(state, tensor, M, compute, aligned) + at
-        m = tl.load(m_at, mask, other=0)
         if update:
             if ADAM & how:
                 m = m + m_add * (g - m)
@@ -236,14 +246,11 @@ def _direction(
     else:
         u = m_add * g
     if ADAM & how:
-        v_at = _address(state, tensor, V, compute, aligned) + at
-        v = tl.load(v_at, mask, other=0)
         if update:
-            v = _get(state, V_KEEP).to(compute) * v + _get(state, V_ADD).to(compute) * g * g
+            v = v_keep * v + v_add * g * g
             tl.store(v_at, v, mask)
-        denominator = tl.sqrt(v) * _get(about, DENOMINATOR).to(compute)
         # What is masked must not become 0/0.
-        u = tl.where(mask, u / (denominator + _get(state, EPS).to(compute)), 0.0)
+        u = tl.where(mask, u / (tl.sqrt(v) * denominator + eps), 0.0)
     return g, u
 
 
@@ -276,14 +283,19 @@ def _combined(w, u, keep, add, compute: tl.constexpr):
 
 
 @triton.jit
-def _sums(w, u, z, row, compute: tl.constexpr):
-    """⟨w, u⟩, ‖w‖², ⟨w, z⟩, ‖z‖² of each row, in float64; ``row`` says where there is one."""
+def _sums(w, u, z, row, fixed, compute: tl.constexpr):
+    """⟨w, u⟩, ‖w‖², ⟨w, z⟩, ‖z‖² of each row, in float64; ``row`` says where there is one.
+
+    If ``fixed``, the way back to a norm is made of ‖u‖² − ⟨w, u⟩²/‖w‖², in which float32 has no
+    digits left where u is nearly radial.
+    """
     wu, ww = tl.sum(w * u, 1).to(tl.float64), tl.sum(w * w, 1).to(tl.float64)
     wz, zz = tl.sum(w * z, 1).to(tl.float64), tl.sum(z * z, 1).to(tl.float64)
     if compute == tl.float32:
         # Of ⟨w, u⟩ no look at what underflowed is needed: it is below 1e-37, so 1e-17·‖w‖².
         exact = (ww > 1e-20) & (ww < 1e30) & (zz > 1e-20) & (zz < 1e30)
         exact = exact & (tl.abs(wu) < 1e30) & (tl.abs(wz) < 1e30)
+        exact = exact & ((wz * wz < 0.9 * ww * zz) | (fixed == 0))
         if tl.min((exact | (row == 0)).to(tl.int32), 0) == 0:
             x, y, t = w.to(tl.float64), u.to(tl.float64), z.to(tl.float64)
             wu, ww, wz, zz = tl.sum(x * y, 1), tl.sum(x * x, 1), tl.sum(x * t, 1), tl.sum(t * t, 1)
@@ -311,33 +323,30 @@ def _radial_coefficient(wu, ww, eps):
 
 
 @triton.jit
-def _explicit_factors(wu, ww, uu, about):
+def _explicit_factors(wu, ww, uu, step, decay_projected, is_fixed):
     """α and σ of slices in a View, with the norm put back if it is fixed."""
-    step = _get(about, STEP)
     positive = tl.where(ww == 0, 1.0, ww)
     coefficient = wu / positive
     # ‖w − σ(u − cw)‖² = ‖w‖² + σ²(‖u‖² − ⟨w, u⟩²/‖w‖²), as w and u − cw are orthogonal.
     moved = step * step * (uu - coefficient * wu)
     back = tl.sqrt(positive / (positive + tl.where(moved < 0, 0.0, moved)))
     back = tl.where(ww == 0, 0.0, back)
-    back = tl.where(tl.load(about + MODE) == FIXED, back, 1.0)
-    return (_get(about, DECAY_PROJECTED) + step * coefficient) * back, step * back
+    back = tl.where(is_fixed, back, 1.0)
+    return (decay_projected + step * coefficient) * back, step * back
 
 
 @triton.jit
-def _keep_of_gate(coefficient, decision, about):
-    """α of slices in "auto", for a decision and the coefficients of the channel view."""
-    layer = _get(about, BY_LAYER_COEFFICIENT)
+def _keep_of_gate(coefficient, decision, layer, step, decay, decay_projected):
+    """α of slices in "auto", for a decision and the coefficients of the two views."""
     c = tl.where(decision == BY_LAYER, layer, coefficient)
-    projected = _get(about, DECAY_PROJECTED) + _get(about, STEP) * c
-    return tl.where(decision == SHUT, _get(about, DECAY), projected)
+    return tl.where(decision == SHUT, decay, decay_projected + step * c)
 
 
 @triton.jit
-def _is_safe(coefficient, guess, about):
+def _is_safe(coefficient, guess, step, decay, decay_projected):
     """Whether slices may be written on a guess: see _cpu_numba._is_safe."""
-    shut = 0.0 * coefficient + _get(about, DECAY)
-    projected = _get(about, DECAY_PROJECTED) + _get(about, STEP) * coefficient
+    shut = 0.0 * coefficient + decay
+    projected = decay_projected + step * coefficient
     near = (shut >= 0.5) & (shut <= 2) & (projected >= 0.5) & (projected <= 2)
     return near & ((guess == SHUT) | (guess == BY_CHANNEL))
 
@@ -365,10 +374,11 @@ def flat_pass(
         begin, end = tl.multiple_of(begin, ALIGNMENT), tl.multiple_of(end, ALIGNMENT)
     at = begin + tl.arange(0, block)
     mask = at < end
-    _, u = _direction(state, about, tensor, at, mask, True, aligned, how, dtype, compute)
     w_at = _address(state, tensor, W, dtype, aligned) + at
+    decay, step = _get(about, DECAY).to(compute), _get(about, STEP).to(compute)
     w = tl.load(w_at, mask, other=0).to(compute)
-    w = _get(about, DECAY).to(compute) * w - _get(about, STEP).to(compute) * u
+    _, u = _direction(state, about, tensor, at, mask, True, aligned, how, dtype, compute)
+    w = decay * w - step * u
     tl.store(w_at, _rounded(w, at, state, tensor, seed, how, dtype), mask)
 
 
@@ -403,6 +413,13 @@ def first_pass(
     s = tl.load(chunk + SLICE) + tl.arange(0, rows)
     row = s < n
     w_at = _address(state, tensor, W, dtype, aligned)
+    fixed = row & (s * 0 + tl.load(about + MODE) == FIXED)
+    pieces, step = tl.load(about + PIECES), _get(about, STEP)
+    decay_projected = _get(about, DECAY_PROJECTED)
+    if GATED & how:
+        decay, layer = _get(about, DECAY), _get(about, BY_LAYER_COEFFICIENT)
+        guess, slot = tl.load(about + GUESS), tl.load(about + SLOT)
+        eps, guard, delta = _get(state, EPS), _get(state, GUARD), _get(state, DELTA)
 
     wu = tl.zeros([rows], tl.float64)
     ww = tl.zeros([rows], tl.float64)
@@ -413,9 +430,9 @@ def first_pass(
             c = start + tl.arange(0, columns)
             at = _places(s, c, length, inner, n, strided)
             mask = row[:, None] & (c < end)[None, :]
-            g, u = _direction(state, about, tensor, at, mask, True, aligned, how, dtype, compute)
             w = tl.load(w_at + at, mask, other=0).to(compute)
-            x0, x1, x2, x3 = _sums(w, u, g if GATED & how else u, row, compute)
+            g, u = _direction(state, about, tensor, at, mask, True, aligned, how, dtype, compute)
+            x0, x1, x2, x3 = _sums(w, u, g if GATED & how else u, row, fixed, compute)
             wu += x0
             ww += x1
             wz += x2
@@ -424,28 +441,28 @@ def first_pass(
         c = tl.arange(0, columns)
         at = _places(s, c, length, inner, n, strided)
         mask = row[:, None] & (c < end)[None, :]
-        g, u = _direction(state, about, tensor, at, mask, True, aligned, how, dtype, compute)
         w = tl.load(w_at + at, mask, other=0).to(compute)
-        wu, ww, wz, zz = _sums(w, u, g if GATED & how else u, row, compute)
+        g, u = _direction(state, about, tensor, at, mask, True, aligned, how, dtype, compute)
+        wu, ww, wz, zz = _sums(w, u, g if GATED & how else u, row, fixed, compute)
 
-    pieces = tl.load(about + PIECES)
     whole = row & (s * 0 + pieces == 0)
     if GATED & how:
-        guess = s * 0 + tl.load(about + GUESS)
-        coefficient = _radial_coefficient(wu, ww, _get(state, EPS))
-        slot = slices + (tl.load(about + SLOT) + s) * SLICE_COLUMNS
-        _set(slot, COEFFICIENT, coefficient, whole)
-        gate = _get(state, DELTA) / tl.sqrt(length.to(tl.float64))
-        is_open = _is_orthogonal(wz, ww, zz, _get(state, GUARD), gate) | (row == 0)
+        guess = s * 0 + guess
+        coefficient = _radial_coefficient(wu, ww, eps)
+        at_slot = slices + (slot + s) * SLICE_COLUMNS
+        gate = delta / tl.sqrt(length.to(tl.float64))
+        is_open = _is_orthogonal(wz, ww, zz, guard, gate) | (row == 0)
         # In half precision what was rounded away cannot be corrected.
-        write = whole & _is_safe(coefficient, guess, about) & (dtype == compute)
+        write = whole & _is_safe(coefficient, guess, step, decay, decay_projected)
+        write = write & (dtype == compute)
+        keep = _keep_of_gate(coefficient, guess, layer, step, decay, decay_projected)
+        add = tl.zeros([rows], tl.float64) - step
+        _set(at_slot, COEFFICIENT, coefficient, whole)
         tl.store(chunk + OPEN, tl.min(is_open.to(tl.int64), 0))
         tl.store(chunk + SAFE, tl.min((write | (row == 0)).to(tl.int64), 0))
-        keep = _keep_of_gate(coefficient, guess, about)
-        add = tl.zeros([rows], tl.float64) - _get(about, STEP)
     else:
         write = whole
-        keep, add = _explicit_factors(wu, ww, zz, about)
+        keep, add = _explicit_factors(wu, ww, zz, step, decay_projected, fixed)
         add = -add
     if (GATED & how) or looped:
         _set(chunk, WU, tl.sum(wu, 0))
@@ -527,7 +544,9 @@ def decide(
                 wz += c
                 zz += d
             else:
-                keep, step = _explicit_factors(a, b, d, about)
+                keep, step = _explicit_factors(
+                    a, b, d, _get(about, STEP), _get(about, DECAY_PROJECTED), mode == FIXED
+                )
                 _set(slot, KEEP, keep)
                 _set(slot, ADD, -step)
         tl.store(about + REVISIT, is_open * 0 + 1)
@@ -612,13 +631,15 @@ def second_pass(
         if GATED & how:
             coefficient = tl.load(values + COEFFICIENT, mask, other=0)
             decision, acted = s * 0 + tl.load(about + DECISION), s * 0 + tl.load(about + ACTED)
-            keep = _keep_of_gate(coefficient, decision, about)
-            step = _get(about, STEP)
+            layer, step = _get(about, BY_LAYER_COEFFICIENT), _get(about, STEP)
+            decay, decay_projected = _get(about, DECAY), _get(about, DECAY_PROJECTED)
+            keep = _keep_of_gate(coefficient, decision, layer, step, decay, decay_projected)
             add = tl.zeros([block], tl.float64) - step
             if (dtype == compute) and tl.load(about + PIECES) == 0:
-                written = _is_safe(coefficient, acted, about)
+                written = _is_safe(coefficient, acted, step, decay, decay_projected)
+                before = _keep_of_gate(coefficient, acted, layer, step, decay, decay_projected)
                 mask = mask & ((written == 0) | (decision != acted))
-                keep = tl.where(written, keep / _keep_of_gate(coefficient, acted, about), keep)
+                keep = tl.where(written, keep / before, keep)
                 add = tl.where(written, (keep - 1) * step, add)
         else:
             keep, add = tl.load(values + KEEP, mask, other=0), tl.load(values + ADD, mask, other=0)

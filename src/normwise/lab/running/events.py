@@ -1,0 +1,80 @@
+"""What happens while cells run, for whoever shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from normwise.lab.recipes.schema import Cell
+from normwise.monitor import Monitor
+
+__all__ = ["Event", "Finished", "Measured", "Observer", "Progress", "Started", "ignore"]
+
+
+@dataclass(frozen=True)
+class Started:
+    """A training begins or goes on.
+
+    Args:
+        cell: which.
+        monitor: of its scale-invariant weights; none where there are none, or they are sharded.
+    """
+
+    cell: Cell
+    monitor: Monitor | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A training is under way.
+
+    Args:
+        cell: which.
+        share: of its steps that have been taken, from 0 to 1.
+        loss: mean over the epoch so far.
+        seconds_left: estimated from the steps since it was started.
+    """
+
+    cell: Cell
+    share: float
+    loss: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An epoch is finished; epoch 0 is before the first step.
+
+    Args:
+        cell: which.
+        record: the line of ``metrics.jsonl``.
+        times: the line of ``times.jsonl``; empty for epoch 0.
+        wrong: which test examples are classified wrongly, where that has a meaning.
+    """
+
+    cell: Cell
+    record: dict[str, Any]
+    times: dict[str, Any]
+    wrong: list[int] | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A cell has come to an end, or had before, or was skipped.
+
+    Args:
+        cell: which.
+        result: the content of its ``result.json``, or a status ``skipped`` and an error.
+    """
+
+    cell: Cell
+    result: dict[str, Any]
+
+
+Event = Started | Progress | Measured | Finished
+Observer = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Show nothing."""

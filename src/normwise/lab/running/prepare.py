@@ -1,0 +1,135 @@
+"""From a recipe's settings to a network with its weights normalized, and its optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from normwise.decay import L2, DecayScheduler, Decoupled, EpsilonShiftedL2, Policy, Window
+from normwise.lab.errors import UsageError
+from normwise.lab.recipes.schema import Training
+from normwise.optim import SGDP, AdamP
+from normwise.reparam import CenteredWeightNorm, WeightNorm, WeightStandardization, reparametrize
+
+__all__ = ["decay_within_window", "make_optimizer", "normalize_weights"]
+
+_NORMALIZATION = {"WN": WeightNorm, "CWN": CenteredWeightNorm, "WS": WeightStandardization}
+_POLICY: dict[str, Policy] = {
+    "l2": L2(),
+    "decoupled": Decoupled(),
+    "schedule": Decoupled(per="schedule"),
+}
+
+
+def make_optimizer(model: nn.Module, training: Training) -> Optimizer:
+    """The optimizer of a model that is normalized, and distributed."""
+    spared: set[nn.Parameter] = set()
+    if training.decay_on == "no-depthwise":
+        spared = {p for m in _depthwise(model) for p in m.parameters()}
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            bias = name.rpartition(".")[2] == "bias"
+            also = {"no-biases": not bias, "all": True}.get(training.decay_on, False)
+            decays = (p.ndim > 1 and p not in spared) or also
+            (decayed if decays else others).append(p)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": training.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = _optimizer([group for group in groups if group["params"]], training)
+    if training.epsilon_shift is not None:
+        with warnings.catch_warnings():
+            # ε above the weights' start is what a recipe may want to show.
+            warnings.simplefilter("ignore", UserWarning)
+            shifted = EpsilonShiftedL2(
+                model, weight_decay=training.weight_decay, eps=training.epsilon_shift
+            )
+        shifted.attach(optimizer)
+    if training.coupling != "own" and training.weight_decay > 0:
+        _POLICY[training.coupling].attach(optimizer)
+    return optimizer
+
+
+def _depthwise(model: nn.Module) -> list[nn.Conv2d]:
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return [m for m in convolutions if m.groups == m.in_channels > 1]
+
+
+def normalize_weights(model: nn.Module, training: Training) -> None:
+    """Normalize the weights as asked."""
+    if training.normalization == "none":
+        return
+    depthwise = _depthwise(model)
+    if training.normalize_depthwise and not depthwise:
+        raise UsageError("normalize_depthwise is set, but the network has no depthwise convolution")
+
+    def normalize(only: list[nn.Conv2d] | None) -> None:
+        reparametrize(
+            model,
+            _NORMALIZATION[training.normalization],
+            gain=training.gain,
+            only=only,
+            skip=training.normalization_skip,
+            eps=training.normalization_eps,
+        )
+
+    try:
+        normalize(None)
+        if training.normalize_depthwise:
+            normalize(depthwise)
+    except ValueError as error:
+        raise UsageError(f"normalization {training.normalization}: {error}") from None
+
+
+def decay_within_window(optimizer: Optimizer, training: Training, steps: int) -> None:
+    """Switch the decay on and off at the shares of ``steps`` that were asked for.
+
+    The schedule goes into the optimizer's state, and with it into the checkpoint.
+    """
+    start, stop = (round(share * steps) for share in training.decay_window)
+    if (start, stop) == (0, steps):
+        return
+    if start == stop:
+        raise UsageError(
+            f"decay_window {list(training.decay_window)} is not allowed: none of the {steps} steps "
+            "lies in it"
+        )
+    schedule = DecayScheduler(optimizer, Window(start, stop))
+
+    def put(_: Optimizer, state: dict[str, Any]) -> None:
+        state["decay"] = schedule.state_dict()
+
+    def take(_: Optimizer, state: dict[str, Any]) -> None:
+        schedule.load_state_dict(state["decay"])
+
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    optimizer.register_state_dict_post_hook(put)
+    optimizer.register_load_state_dict_pre_hook(take)
+
+
+def _optimizer(groups: list[dict[str, Any]], t: Training) -> Optimizer:
+    betas = (t.betas[0], t.betas[1])
+    if t.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=t.lr, momentum=t.momentum, nesterov=t.nesterov)
+    if t.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=t.lr, betas=betas, eps=t.eps)
+    if t.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=t.lr, betas=betas, eps=t.eps)
+    # Fused steps sum in another order, and are not everywhere: a cell gives the same bits without.
+    shared: dict[str, Any] = {
+        "lr": t.lr,
+        "eps": t.eps,
+        "delta": t.delta,
+        "wd_ratio": t.wd_ratio,
+        "nesterov": t.nesterov,
+        "fused": False,
+    }
+    if t.optimizer == "sgdp":
+        return SGDP(groups, momentum=t.momentum, **shared)
+    return AdamP(groups, betas=betas, **shared)

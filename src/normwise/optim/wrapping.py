@@ -1,0 +1,171 @@
+"""What the optimizers that wrap another share: its groups and state, views, steps without decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from normwise.geometry import View
+from normwise.optim.groups import as_view_option, check_not_flattened
+from normwise.optim.step import is_nonzero
+
+__all__ = ["Views", "Wrapper", "names_of", "resolve_views"]
+
+
+class _Report(Protocol):
+    def parameter_views(self) -> Mapping[Any, View]: ...
+
+
+Views = View | str | Mapping[Any, View | str] | _Report
+
+
+class Wrapper(Optimizer):
+    """An optimizer around another one, whose groups, state and defaults it shares.
+
+    So schedulers, gradient scalers and checkpoints see the wrapped one.
+
+    Args:
+        optimizer: the wrapped one.
+        views: of the weights whose steps are changed.
+    """
+
+    def __init__(self, optimizer: Optimizer, views: Mapping[Tensor, View]) -> None:
+        # Intentionally no call of Optimizer.__init__, which would make groups of its own.
+        self.optimizer = optimizer
+        self._views = dict(views)
+        # What copies and pickles are made of; the rest is found again when it is needed.
+        self._own = {"optimizer", "_views", "_own"}
+        self.__setstate__({})
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # shared, not a copy
+        return self.optimizer.defaults
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]  # shared, not a copy
+        return self.optimizer.state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # shared
+        return self.optimizer.param_groups
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in self._own}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer, which alone steps it: it has no view."""
+        self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the wrapped optimizer does it."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the wrapped optimizer."""
+        self.optimizer.load_state_dict(state_dict)
+
+    @contextmanager
+    def _without_decay(self) -> Iterator[None]:
+        """For one step, keep the wrapped optimizer from decaying the weights that have a view.
+
+        Its groups are split in two for that long, where they decay at all. State belongs to
+        parameters and stays; what the optimizer writes into a group is carried over.
+        """
+        groups = self.optimizer.param_groups
+        parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for group in groups:
+            ours = [p for p in group["params"] if p in self._views]
+            if not ours or not is_nonzero(group.get("weight_decay", 0.0)):
+                parts.append((group, group))
+                continue
+            theirs = [p for p in group["params"] if p not in self._views]
+            parts.append((group, {**group, "params": ours, "weight_decay": 0.0}))
+            if theirs:
+                parts.append((group, {**group, "params": theirs}))
+        self.optimizer.param_groups = [part for _, part in parts]
+        try:
+            yield
+        finally:
+            self.optimizer.param_groups = groups
+            for group, part in parts:
+                for key in part.keys() - {"params", "weight_decay", "param_names"}:
+                    group[key] = part[key]
+
+
+def names_of(optimizer: Optimizer) -> dict[Tensor, str]:
+    """The names of parameters, as far as an optimizer was made from named ones."""
+    names: dict[Tensor, str] = {}
+    for group in optimizer.param_groups:
+        names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+    return names
+
+
+def resolve_views(optimizer: Optimizer, views: Views, wrapper: str) -> dict[Tensor, View]:
+    """The view of each weight that a wrapper is to treat.
+
+    Args:
+        optimizer: whose weights they are.
+        views: one view or its spelling for all weights of two dimensions or more; a mapping from
+            parameters or names; or a report, of which vectors are passed over.
+        wrapper: the wrapper's name, for errors.
+
+    Raises:
+        ValueError: if a view does not fit its weight, if a weight is not one of the optimizer's or
+            has fewer than two dimensions, or if no weight is left.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in params:
+        check_not_flattened(p, f"of {wrapper}")
+    if isinstance(views, View | str):
+        resolved = {p: _as_view(views, wrapper) for p in params if p.ndim > 1}
+    else:
+        resolved = _resolved_mapping(optimizer, params, views, wrapper)
+    for p, view in resolved.items():
+        view.check(p.shape)
+    if not resolved:
+        raise ValueError("no weight of two dimensions or more has a view: nothing to project")
+    return resolved
+
+
+def _resolved_mapping(
+    optimizer: Optimizer,
+    params: list[Tensor],
+    views: Mapping[Any, View | str] | _Report,
+    wrapper: str,
+) -> dict[Tensor, View]:
+    mapping = views if isinstance(views, Mapping) else _matrices(views.parameter_views())
+    by_name = {name: p for p, name in names_of(optimizer).items()}
+    known = set(params)
+    resolved: dict[Tensor, View] = {}
+    for key, view in mapping.items():
+        p = by_name.get(key) if isinstance(key, str) else key
+        if p is None or p not in known:
+            hint = "" if by_name else "; make it from model.named_parameters() to use names"
+            label = repr(key) if isinstance(key, str) else f"of shape {tuple(key.shape)}"
+            raise ValueError(f"parameter {label} is not one of the optimizer's{hint}")
+        if p.ndim < 2:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} cannot be projected: it has fewer than two "
+                "dimensions"
+            )
+        resolved[p] = _as_view(view, wrapper)
+    return resolved
+
+
+def _matrices(views: Mapping[Tensor, View]) -> dict[Tensor, View]:
+    return {p: view for p, view in views.items() if p.ndim > 1}
+
+
+def _as_view(value: View | str, wrapper: str) -> View:
+    view = as_view_option(value)
+    if not isinstance(view, View):
+        raise ValueError(f"Invalid view: {value!r}; {wrapper} needs a normwise.View")
+    return view
