@@ -7,6 +7,7 @@ from normwise.geometry import View
 from normwise.invariance import ParameterReport, Report, Symmetry, Term, analyze
 from normwise.monitor import Monitor
 from normwise.optim import SGDP, SGDW, AdamP, LearnedNorm, RadialBrake, sphere, tangential
+from normwise.optim.by_role import groups
 from normwise.perturb import AWP, RWP
 from normwise.reparam import (
     add_gains,
@@ -46,6 +47,7 @@ __all__ = [
     "describe",
     "equalize",
     "fold",
+    "groups",
     "init",
     "reparam",
     "sphere",

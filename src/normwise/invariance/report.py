@@ -397,6 +397,17 @@ class Report:
         total = sum(row.entries for row in self.rows)
         return f"{len(self.rows)} parameters, {total:,} entries: " + ", ".join(parts)
 
+    def parameters(self, model: nn.Module | None = None) -> dict[str, nn.Parameter]:
+        """The parameters that the rows speak of, by name.
+
+        Args:
+            model: whose parameters to take (default: those of the model analyzed).
+
+        Raises:
+            ValueError: see :meth:`param_groups`.
+        """
+        return self._bound(model)
+
     def _bound(self, model: nn.Module | None) -> dict[str, nn.Parameter]:
         params = self._parameters if model is None else dict(model.named_parameters())
         if not params:

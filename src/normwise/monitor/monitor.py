@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +20,15 @@ from normwise.monitor.alarms import Alarm, AlarmError, AlarmRule, standard_rules
 from normwise.monitor.history import History
 from normwise.monitor.measurement import PREDICTIONS, Measurement, aggregate
 from normwise.monitor.quantities import STANDARD, Norm, Quantity, Slices
+from normwise.monitor.sharded import (
+    ShardedWeight,
+    exchange,
+    local_gradients,
+    slices_from_sums,
+)
 from normwise.monitor.triggers import Trigger, at_least_one, every
 from normwise.monitor.watched import Bucket, Layer, WatchedWeights
+from normwise.sharding import is_sharded
 from normwise.theory import equilibrium_of, time_to_equilibrium
 from normwise.updates import Update, UpdateRule, describe, rule_of
 
@@ -71,7 +79,9 @@ class Monitor:
 
     Args:
         model: gives parameters their names.
-        optimizer: whose steps are measured: any torch optimizer, or one of normwise's.
+        optimizer: whose steps are measured: any torch optimizer, or one of normwise's, or a list
+            of several. Steps are counted by the first; a measurement is complete when each has
+            stepped once since.
         report: what to watch: a report of :func:`normwise.analyze` (its scale-invariant weights),
             or a mapping from parameter names to views. By default every weight of two dimensions
             or more that the optimizer trains, in the view of its parameter group or by output
@@ -112,7 +122,7 @@ class Monitor:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         report: Report | Mapping[str, View | str] | None = None,
         *,
         every: int | Trigger = 100,
@@ -131,14 +141,19 @@ class Monitor:
         if at_least_one("keep", keep) < 2:
             raise ValueError(f"Invalid keep: {keep}; must be 2 or more")
         _check_types("model", [model], nn.Module, "a module")
-        _check_types("optimizer", [optimizer], Optimizer, "a torch optimizer")
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+        if not isinstance(optimizers, list | tuple) or not optimizers:
+            raise TypeError(
+                f"Invalid optimizer: {optimizer!r}; must be a torch optimizer or a list"
+            )
+        _check_types("optimizer", optimizers, Optimizer, "a torch optimizer")
         _check_types("quantity", quantities, Quantity, "a Quantity, such as Norm()")
         _check_types("writer", writers, Callable, "a function of a Measurement")
         _check_types("rule", rules or (), AlarmRule, "an AlarmRule, such as NotFinite()")
         _check_types("check_finite", [check_finite], Trigger | None, "a trigger, such as every(1)")
         _check_types("update", [update], Update | None, "a normwise.updates.Update")
-        self._optimizer = optimizer
-        self.update = update or describe(optimizer)[0].update
+        self._optimizers = list(optimizers)
+        self.update = update or describe(optimizers[0])[0].update
         self._trigger = every if isinstance(every, Trigger) else _interval(every)
         self._check_finite = check_finite
         self._keep, self._stride, self._received = keep, 1, 0
@@ -151,12 +166,16 @@ class Monitor:
         self._fetch_every = fetch_every
 
         names = {p: name for name, p in model.named_parameters()}
-        groups = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-        views = _views(model, optimizer, report, names, groups)
-        self._layout = WatchedWeights(views, names, groups)
+        every_group = [(i, g) for i, o in enumerate(optimizers) for g in o.param_groups]
+        groups = {p: k for k, (_, g) in enumerate(every_group) for p in g["params"]}
+        owners = {p: i for i, g in every_group for p in g["params"]}
+        views = _views(model, [g for _, g in every_group], report, names, groups)
+        self._layout = WatchedWeights(views, names, groups, owners)
         self._results: list[Tensor] | None = None
         self._first_bad: list[Tensor] | None = None
-        self._before: list[Tensor] | None = None
+        self._before: dict[int, Tensor] = {}  # by bucket
+        self._open: _Taken | None = None
+        self._due: set[int] = set()  # the optimizers whose step the open measurement waits for
         self._taken: list[_Taken] = []
         self._under_way: list[_Batch] = []
         self._gradient_squares: Tensor | None = None
@@ -165,10 +184,12 @@ class Monitor:
         self.step = 0
         self.history: list[Measurement] = []
         self.raised: list[Alarm] = []
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._hooks = []
+        for i, one in enumerate(optimizers):
+            self._hooks += [
+                one.register_step_pre_hook(functools.partial(self._before_step, i)),
+                one.register_step_post_hook(functools.partial(self._after_step, i)),
+            ]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -285,31 +306,43 @@ class Monitor:
     # Around a step, on the device.
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        while self._under_way and self._under_way[0].arrived():
-            self._receive(self._under_way.pop(0))
-        if self._trigger(self.step + 1):
+    def _before_step(self, which: int, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if which == 0:
+            while self._under_way and self._under_way[0].arrived():
+                self._receive(self._under_way.pop(0))
+            if self._open is None and self._trigger(self.step + 1):
+                gone = UpdateRule("", self.update, math.nan)
+                self._open = _Taken(self.step + 1, [gone] * len(self._layout.layers))
+                self._due = {bucket.owner for bucket in self._layout.buckets}
+        if which in self._due:
             self._check_shapes()
-            self._before = [bucket.gather(bucket.params) for bucket in self._layout.buckets]
+            self._before = {
+                k: bucket.gather(bucket.params) for k, bucket in self._buckets_of(which)
+            }
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.step += 1
-        measured = self._before is not None
-        looked_at = self._check_finite is not None and self._check_finite(self.step)
-        if not (measured or looked_at):
+    def _after_step(self, which: int, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.step += which == 0
+        if self._check_finite is not None and self._check_finite(self.step):
+            self._check_shapes()
+            self._look_for_bad(which)
+        if which not in self._due:
             return
         self._check_shapes()
-        after = [bucket.read(bucket.params) for bucket in self._layout.buckets]
-        if looked_at:
-            self._look_for_bad(after)
-        if self._before is not None:
-            before, self._before = self._before, None
-            self._measure(before, after)
+        before, self._before = self._before, {}
+        self._measure(which, before)
+        self._due.remove(which)
+        if not self._due and self._open is not None:
+            self._taken.append(self._open)
+            self._open = None
             if len(self._taken) == self._fetch_every:
                 self._send()
                 if not self._under_way[0].events:
                     self._receive(self._under_way.pop(0))
+
+    def _buckets_of(self, which: int) -> list[tuple[int, Bucket | ShardedWeight]]:
+        """The weights that one of the optimizers steps, numbered among all."""
+        return [(k, b) for k, b in enumerate(self._layout.buckets) if b.owner == which]
 
     def _check_shapes(self) -> None:
         for layer, p in zip(self._layout.layers, self._layout.params, strict=True):
@@ -319,8 +352,8 @@ class Monitor:
                     f"{tuple(p.shape)}; close this Monitor and make a new one"
                 )
 
-    def _measure(self, before: list[Tensor], after: list[Tensor]) -> None:
-        rules = self._update_rules()
+    def _measure(self, which: int, before: dict[int, Tensor]) -> None:
+        rules = self._update_rules(which)
         if self._results is None:
             self._results = [
                 torch.empty(
@@ -333,19 +366,36 @@ class Monitor:
                 for bucket in self._layout.buckets
             ]
         place = len(self._taken)
-        for bucket, old, new, into in zip(
-            self._layout.buckets, before, after, self._results, strict=True
-        ):
+        sharded: dict[int, ShardedWeight] = {}
+        for k, bucket in self._buckets_of(which):
+            if isinstance(bucket, ShardedWeight):
+                sharded[k] = bucket
+                continue
+            old, new = before[k], bucket.read(bucket.params)
             gradient = bucket.read(bucket.gradients())
-            lr = _column([rule.lr for rule in rules], bucket)
-            decay = _column([rule.shrink for rule in rules], bucket)
-            exponent = _column([float(rule.update.exponent) for rule in rules], bucket)
+            lr, decay, exponent = _columns(rules, bucket)
             for part in bucket.chunks:
                 s = Slices(
                     old[part], new[part], gradient[part], lr[part], decay[part], exponent[part]
                 )
                 for row, quantity in enumerate(self._quantities):
-                    into[place, row, part] = quantity(s)
+                    self._results[k][place, row, part] = quantity(s)
+        if sharded:
+            weights = list(sharded.values())
+            sums = [
+                weight.sums(before[k], weight.read(weight.params), gradient)
+                for (k, weight), gradient in zip(
+                    sharded.items(), local_gradients(weights), strict=True
+                )
+            ]
+            for (k, weight), found in zip(sharded.items(), exchange(weights, sums), strict=True):
+                s = slices_from_sums(found, *_columns(rules, weight))
+                for row, quantity in enumerate(self._quantities):
+                    self._results[k][place, row] = quantity(s)
+        self._keep_rules(rules, which)
+
+    def _keep_rules(self, rules: list[UpdateRule], which: int) -> None:
+        """Note what this step has done to the layers of one optimizer."""
         kept: dict[Tensor, Tensor] = {}  # weights of a group share its tensors
 
         def snapshot(t: Tensor) -> Tensor:
@@ -353,32 +403,47 @@ class Monitor:
                 kept[t] = t.detach().to("cpu", non_blocking=True, copy=True)
             return kept[t]
 
-        self._taken.append(_Taken(self.step, [rule.converted(snapshot) for rule in rules]))
+        if self._open is not None:
+            for _, bucket in self._buckets_of(which):
+                for p in bucket.params:
+                    i = self._layout.index[p]
+                    self._open.rules[i] = rules[i].converted(snapshot)
 
-    def _update_rules(self) -> list[UpdateRule]:
-        """What this step has done to each layer."""
+    def _update_rules(self, which: int) -> list[UpdateRule]:
+        """What this step of one optimizer has done to each layer."""
         # Looked up anew: policies split groups, and load_state_dict makes others.
-        groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
+        optimizer = self._optimizers[which]
+        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         gone = UpdateRule("", self.update, math.nan)
         rules = [
-            rule_of(self._optimizer, groups[p], p) if p in groups else gone
-            for p in self._layout.params
+            rule_of(optimizer, groups[p], p) if p in groups else gone for p in self._layout.params
         ]
         return [
             replace(rule, update=self.update) if rule.update is Update.UNKNOWN else rule
             for rule in rules
         ]
 
-    def _look_for_bad(self, after: list[Tensor]) -> None:
+    def _look_for_bad(self, which: int) -> None:
         if self._first_bad is None:
             self._first_bad = [
                 torch.zeros(b.rows, dtype=torch.int64, device=b.device)
                 for b in self._layout.buckets
             ]
-        for bucket, rows, first in zip(self._layout.buckets, after, self._first_bad, strict=True):
+        sharded: dict[int, ShardedWeight] = {}
+        for k, bucket in self._buckets_of(which):
+            if isinstance(bucket, ShardedWeight):
+                sharded[k] = bucket
+                continue
+            rows, first = bucket.read(bucket.params), self._first_bad[k]
             for part in bucket.chunks:
                 fine = rows[part].abs().amax(1).isfinite() | (first[part] > 0)
                 first[part] = torch.where(fine, first[part], self.step)
+        weights = list(sharded.values())
+        counts = [weight.count_bad(weight.read(weight.params)) for weight in weights]
+        for k, bad in zip(sharded, exchange(weights, counts) if weights else (), strict=True):
+            first = self._first_bad[k]
+            fine = (bad.squeeze(1) == 0) | (first > 0)
+            first.copy_(torch.where(fine, first, self.step))
 
     def _send(self) -> None:
         """Start to copy what has been measured to the host."""
@@ -395,6 +460,9 @@ class Monitor:
                 events.append(event)
         self._under_way.append(_Batch(self._taken, values, first_bad, events))
         self._taken = []
+        if self._open is not None:
+            for results in self._results:
+                results[0] = results[count]
 
     # On the host.
 
@@ -560,7 +628,7 @@ def _interval(steps: int) -> Trigger:
     return every(steps)
 
 
-def _column(values: Sequence[float | Tensor], bucket: Bucket) -> Tensor:
+def _column(values: Sequence[float | Tensor], bucket: Bucket | ShardedWeight) -> Tensor:
     """A value of each layer, spread over the slices of a bucket."""
     if any(isinstance(value, Tensor) for value in values):
         of_layers = torch.stack(
@@ -572,6 +640,17 @@ def _column(values: Sequence[float | Tensor], bucket: Bucket) -> Tensor:
     else:
         of_layers = torch.tensor(values, dtype=bucket.dtype, device=bucket.device)
     return of_layers.index_select(0, bucket.layer_index)
+
+
+def _columns(
+    rules: Sequence[UpdateRule], bucket: Bucket | ShardedWeight
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Learning rate, pull of decay and exponent of each slice."""
+    return (
+        _column([rule.lr for rule in rules], bucket),
+        _column([rule.shrink for rule in rules], bucket),
+        _column([float(rule.update.exponent) for rule in rules], bucket),
+    )
 
 
 def _to_host(t: Tensor) -> Tensor:
@@ -587,7 +666,7 @@ def _without_slices(m: Measurement) -> Measurement:
 
 def _views(
     model: nn.Module,
-    optimizer: Optimizer,
+    param_groups: Sequence[dict[str, Any]],
     report: Report | Mapping[str, View | str] | None,
     names: Mapping[nn.Parameter, str],
     groups: Mapping[nn.Parameter, int],
@@ -606,7 +685,7 @@ def _views(
         tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         for p in names:
             if p in groups and p.ndim > 1:
-                option = optimizer.param_groups[groups[p]].get("view")
+                option = param_groups[groups[p]].get("view")
                 whole = View.layer() if p in tables else View.channel()
                 views[p] = option if isinstance(option, View) else whole
     views = {p: view for p, view in views.items() if p in groups and p.numel()}
@@ -615,6 +694,6 @@ def _views(
     for p in views:
         if not p.is_floating_point() and not p.is_complex():
             raise ValueError(f"{names[p]} is of dtype {p.dtype}; only floating-point has a norm")
-        if hasattr(p, "device_mesh"):
-            raise ValueError(f"{names[p]} is a DTensor; a Monitor reads whole weights only")
+        if is_sharded(p) and p.is_complex():
+            raise ValueError(f"{names[p]} is a complex DTensor; a Monitor reads real ones only")
     return views

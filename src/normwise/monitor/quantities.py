@@ -89,6 +89,11 @@ class Slices:
         return dot(self.direction, self.update).squeeze(1)
 
     @cached_property
+    def gradient_radial(self) -> Tensor:
+        """⟨ŵ, g⟩: 0 for a scale-invariant slice."""
+        return dot(self.direction, self.gradient).squeeze(1)
+
+    @cached_property
     def tangential_norm(self) -> Tensor:
         """The length of the part of the step that turns the weight."""
         rest = torch.addcmul(self.update, self.direction, self.radial[:, None], value=-1)
@@ -204,7 +209,7 @@ class GradientCosine(Quantity):
     aggregate = Aggregate.MAX
 
     def __call__(self, s: Slices) -> Tensor:
-        product = dot(s.direction, s.gradient).squeeze(1)
+        product = s.gradient_radial
         return (product / s.gradient_norm.clamp(min=torch.finfo(product.dtype).tiny)).abs()
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from normwise.geometry import View, computing_dtype
+from normwise.monitor.sharded import ShardedWeight
+from normwise.sharding import is_sharded
 
 __all__ = ["Bucket", "Layer", "WatchedWeights"]
 
@@ -54,12 +56,18 @@ class Bucket:
         params: the weights.
         views: how each splits.
         layers: the index of each weight among all that are watched.
+        owner: the index of the optimizer that steps them.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], views: Sequence[View], layers: Sequence[int]
+        self,
+        params: Sequence[Tensor],
+        views: Sequence[View],
+        layers: Sequence[int],
+        owner: int,
     ) -> None:
         self.params = list(params)
+        self.owner = owner
         self.device = params[0].device
         self.dtype = computing_dtype(_real(params[0]).dtype)
         self._views = list(views)
@@ -133,11 +141,13 @@ class WatchedWeights:
         views: the view of each parameter.
         names: the name of each parameter.
         groups: the index of each parameter's group.
+        owners: the index of the optimizer that steps each parameter.
 
     Attributes:
         buckets: the slices of all buckets, one bucket after the other, are those of all layers.
         layers: in the order of ``views``.
         params: the parameters, in the same order.
+        index: the number of each parameter in that order.
     """
 
     def __init__(
@@ -145,20 +155,27 @@ class WatchedWeights:
         views: Mapping[nn.Parameter, View],
         names: Mapping[nn.Parameter, str],
         groups: Mapping[nn.Parameter, int],
+        owners: Mapping[nn.Parameter, int],
     ) -> None:
         by_length: dict[tuple[Any, ...], list[nn.Parameter]] = {}
         for p, view in views.items():
             view.check(p.shape)
-            real = _real(p)
-            entries = math.prod(view.slices(real).shape[1:])
-            key: tuple[Any, ...] = (p.device, computing_dtype(real.dtype), entries)
-            if p.device.type == "cpu":
-                key = (p,)  # There a launch costs little, and copying weights together much.
+            key: tuple[Any, ...] = (p,)
+            # On a CPU a launch costs little, and copying weights together much.
+            if p.device.type != "cpu" and not is_sharded(p):
+                real = _real(p)
+                entries = math.prod(view.slices(real).shape[1:])
+                key = (p.device, computing_dtype(real.dtype), entries, owners[p])
             by_length.setdefault(key, []).append(p)
-        order = {p: i for i, p in enumerate(views)}
+        self.index: dict[Tensor, int] = {p: i for i, p in enumerate(views)}
+        order = self.index
         self.params = list(views)
-        self.buckets = [
-            Bucket(params, [views[p] for p in params], [order[p] for p in params])
+        self.buckets: list[Bucket | ShardedWeight] = [
+            ShardedWeight(params[0], views[params[0]], order[params[0]], owners[params[0]])
+            if is_sharded(params[0])
+            else Bucket(
+                params, [views[p] for p in params], [order[p] for p in params], owners[params[0]]
+            )
             for params in by_length.values()
         ]
         placed: dict[nn.Parameter, Layer] = {}

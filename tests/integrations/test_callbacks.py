@@ -42,7 +42,7 @@ def test_lightning(tmp_path):
     lightning = pytest.importorskip("lightning", reason="the callback is for Lightning")
     from lightning.pytorch.loggers import CSVLogger
 
-    from normwise.monitor.lightning import MonitorCallback
+    from normwise.integrations.lightning import MonitorCallback
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -94,7 +94,7 @@ def test_transformers(tmp_path):
         "transformers", reason="the callback is for transformers' Trainer"
     )
     pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
-    from normwise.monitor.transformers import MonitorCallback
+    from normwise.integrations.transformers import MonitorCallback
 
     class Model(nn.Module):
         def __init__(self):
@@ -149,8 +149,8 @@ def test_transformers(tmp_path):
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(module, hidden, extra, monkeypatch):
-    monkeypatch.delitem(sys.modules, f"normwise.monitor.{module}", raising=False)
+    monkeypatch.delitem(sys.modules, f"normwise.integrations.{module}", raising=False)
     for name in hidden:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=rf"normwise\[{extra}\]"):
-        __import__(f"normwise.monitor.{module}")
+        __import__(f"normwise.integrations.{module}")

@@ -1,9 +1,9 @@
-"""A Lightning callback. Importing this module needs Lightning."""
+"""For Lightning. Importing this module needs it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -22,17 +22,42 @@ except ImportError:
             "`pip install lightning`"
         ) from error
 
-__all__ = ["MonitorCallback"]
+__all__ = ["MonitorCallback", "configured"]
+
+
+def configured(
+    optimizer: Optimizer,
+    scheduler: Any = None,
+    *,
+    interval: Literal["step", "epoch"] = "step",
+) -> dict[str, Any]:
+    """What ``configure_optimizers`` returns for one optimizer and its schedule.
+
+    A schedule counts optimizer steps, not epochs as is Lightning's default: norms and learning
+    rates belong to steps. :func:`normwise.groups` makes one optimizer of several, so that automatic
+    optimization goes on to work.
+
+    Args:
+        optimizer: any torch optimizer.
+        scheduler: its learning-rate schedule (default: none).
+        interval: what the schedule counts (default: ``"step"``).
+    """
+    if scheduler is None:
+        return {"optimizer": optimizer}
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": scheduler, "interval": interval},
+    }
 
 
 class MonitorCallback(Callback):  # type: ignore[misc]  # untyped where Lightning is not installed
     """Run a :class:`normwise.monitor.Monitor` around a fit, and log to the trainer's loggers.
 
     Args:
-        make: makes the monitor from the module and its optimizer, as
+        make: makes the monitor from the module and its optimizer, or the list of them, as
             ``lambda model, optimizer: Monitor(model, optimizer, report, every=100)``
             (default: :class:`Monitor` with its defaults).
-        optimizer: which of the module's optimizers, by index (default: 0).
+        optimizer: which of the module's optimizers, by index (default: all of them).
         log: whether measurements go to the trainer's loggers too (default: True).
 
     Attributes:
@@ -41,9 +66,9 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # untyped where Lightnin
 
     def __init__(
         self,
-        make: Callable[[nn.Module, Optimizer], Monitor] = Monitor,
+        make: Callable[[nn.Module, Any], Monitor] = Monitor,
         *,
-        optimizer: int = 0,
+        optimizer: int | None = None,
         log: bool = True,
     ) -> None:
         self._make = make
@@ -54,7 +79,9 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # untyped where Lightnin
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach the monitor."""
-        self.monitor = self._make(pl_module, trainer.optimizers[self._index])
+        all_of_them = trainer.optimizers
+        one = 0 if len(all_of_them) == 1 else self._index
+        self.monitor = self._make(pl_module, all_of_them if one is None else all_of_them[one])
         if self._state is not None:
             self.monitor.load_state_dict(self._state)
         if self._log:
