@@ -123,15 +123,18 @@ class Evidence:
         return (size > 0) & (self.noise[dims] <= TOLERANCE * size)
 
     def noisy(self, dims: tuple[int, ...]) -> Tensor:
-        """The indices whose gradient is nothing but rounding."""
-        size = self.sizes[dims][0]
-        # Rounding may repeat itself by chance; then it is told by its size beside the others'.
-        tiny = size < 2.0**-43 * size.max()
-        return (size > 0) & ((self.noise[dims] > TOLERANCE * size) | tiny)
+        """The indices whose gradient is nothing but rounding.
+
+        Rounding may repeat itself by chance, or cancel in the one draw that is repeated; then it is
+        told by its size beside the others'.
+        """
+        sizes = torch.stack(self.sizes[dims])
+        large = (sizes > 2.0**-43 * sizes.amax(1, keepdim=True)).any(0)
+        return ((sizes[0] > 0) & (self.noise[dims] > TOLERANCE * sizes[0])) | ~large
 
     def seen(self, dims: tuple[int, ...]) -> Tensor:
         """The indices that had a gradient in any draw: an activation may open at one point only."""
-        return (torch.stack(self.sizes[dims]) > 0).any(0) & ~self.noisy(dims)
+        return ~self.noisy(dims)
 
     def _residuals(self, dim: int, count: int, live: Tensor) -> Tensor:
         """For each of ``count`` blocks the largest |Σ w·g| / Σ |w·g|; −1 without a live channel."""
