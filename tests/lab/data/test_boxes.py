@@ -359,7 +359,7 @@ def test_the_truth_has_ap_1_and_crowds_are_neither_missed_nor_false(root):
     assert average_precision(said, [counted, *truth[1:]], 2)["ap"] < 0.9
 
 
-def test_the_trivial_method_says_at_most_a_hundred_boxes(root):
+def test_the_baseline_says_at_most_a_hundred_boxes(root):
     pytest.importorskip("pycocotools", reason="AP is judged by pycocotools")
     problem = Detection(options(image_size=320), root, CPU)
     problem.boxes[0] = torch.tensor([[0.0, 0, 8, 8]]).repeat(30, 1)

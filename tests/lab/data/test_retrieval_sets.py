@@ -330,7 +330,7 @@ def test_inshop_is_judged_by_its_queries(root):
         "gallery_examples": 6,
     }
     # Each item has a pattern of its own.
-    assert problem.trivial == {"recall_at_1": 1.0, "recall_at_4": 1.0}
+    assert problem.baseline == {"recall_at_1": 1.0, "recall_at_4": 1.0}
     problem.test_labels[:3] = 7  # an item that is not in the gallery
     evaluation = problem.evaluate()
     assert evaluation.metrics == {"recall_at_1": 0.0, "recall_at_4": 0.0}
@@ -375,7 +375,7 @@ def test_streamed_images_are_opened_as_they_are_needed(root, monkeypatch):
     planes, opened = folders._planes, []
     monkeypatch.setattr(folders, "_planes", lambda *a: opened.append(a[0]) or planes(*a))
     problem = Retrieval(options(data="sop"), root, CPU)
-    # The trivial method has seen the test images, and keeps small ones in grey.
+    # The baseline has seen the test images, and keeps small ones in grey.
     assert opened == list(problem.data.test)
     assert problem.data.small().shape == (5, 1, 16, 16)
     opened.clear()

@@ -46,7 +46,7 @@ def write(out, method, seed, accuracy, recipe="digits", **changes):
         "schema": 2,
         "status": "ok",
         "metrics": {metric: accuracy},
-        "trivial": {metric: 0.1},
+        "baseline": {metric: 0.1},
         "facts": {"test_examples": 100},
         "weights": "0" * 64,
         "metrics_sha256": hashlib.sha256(content.encode()).hexdigest(),
@@ -81,7 +81,7 @@ def test_the_difference_is_paired_and_its_interval_students(runs):
     assert (adamp.values, adamp.failed, adamp.unfinished) == ({0: 85}, (1,), (2,))
     assert (adamp.difference, adamp.half_width) == (pytest.approx(5), None)
     assert adamp.verdict(table.metric) == "one seed"
-    assert adamp.trivial == 10
+    assert adamp.baseline == 10
 
 
 def test_chance_in_the_test_examples_widens_the_interval(tmp_path):

@@ -233,9 +233,9 @@ def test_accuracy_and_wrong_examples_agree_with_a_loop(small):
     assert evaluation.metrics["accuracy"] == pytest.approx(1 - len(wrong) / 700)
 
 
-def test_the_trivial_method_says_the_commonest_training_class(small):
+def test_the_baseline_says_the_commonest_training_class(small):
     commonest = np.bincount(small.train_labels).argmax()
-    assert problem().trivial["accuracy"] == np.mean(small.test_labels == commonest)
+    assert problem().baseline["accuracy"] == np.mean(small.test_labels == commonest)
 
 
 def test_subsets_are_the_same_every_time_and_not_too_large(small):

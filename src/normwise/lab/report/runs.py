@@ -31,7 +31,7 @@ def render(tables: Sequence[Result]) -> str:
     """
     entries = [entry for table in tables for entry in table.entries]
     labels = {entry.method: entry.label for entry in entries}
-    compared = {entry.baseline for entry in entries}
+    compared = {entry.compared_with for entry in entries}
     drawn = marks(labels, {name for name, label in labels.items() if label in compared})
     cells = list({cell.folder: cell for table in tables for cell in table.cells}.values())
     title = _title(tables, cells)
@@ -134,7 +134,8 @@ def _differences(tables: Sequence[Result], drawn: Marks) -> list[Dots]:
             tuple(drawn[e.method][0] for _, e in found),
         )
         rows = tuple(
-            f"{e.label} − {e.baseline}" + (f", {table.row}" if many else "") for table, e in found
+            f"{e.label} − {e.compared_with}" + (f", {table.row}" if many else "")
+            for table, e in found
         )
         better = "right" if found[0][0].metric.higher_is_better else "left"
         axis = Axis(f"difference, better to the {better}")
@@ -185,7 +186,7 @@ def _numbers(tables: Sequence[Result], drawn: Marks) -> Table:
         Column("row", words=True),
         Column("recipe", words=True),
         Column("seeds"),
-        Column("trivial"),
+        Column("baseline"),
         Column("paper"),
     )
     rows = (_row(table, e, *drawn[e.method]) for table in tables for e in table.entries)
@@ -218,7 +219,7 @@ def _row(table: Result, entry: Entry, colour: str, dash: tuple[float, ...]) -> R
             str(len(entry.values)),
             ", ".join(f"{len(seeds)} {word}" for seeds, word in notes if seeds),
         ),
-        give(entry.trivial, None, number(entry.trivial)),
+        give(entry.baseline, None, number(entry.baseline)),
         give(entry.paper, None, "not known" if entry.paper is None else f"{entry.paper:g}"),
     )
     words = (recipe.id, recipe.title, table.row, entry.method, entry.label, metric.title, verdict)

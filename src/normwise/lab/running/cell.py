@@ -294,7 +294,7 @@ class _Run:
         result = {
             "schema": SCHEMA,
             **ending,
-            "trivial": problem.trivial,
+            "baseline": problem.baseline,
             "facts": {**facts, "invariant_weights": len(trainer.views)},
             **_judged(self.cell, problem),
             "weights": digest(self.processes.weights(problem.model)),

@@ -36,7 +36,9 @@ def _cells(entry: Entry, metric: Metric) -> tuple[str, ...]:
     difference = ""
     if entry.difference is not None:
         width = "" if entry.half_width is None else f" ± {_number(entry.half_width, metric)}"
-        difference = f"{_number(entry.difference, metric, sign=True)}{width} to {entry.baseline}"
+        difference = (
+            f"{_number(entry.difference, metric, sign=True)}{width} to {entry.compared_with}"
+        )
     paper = "not known" if entry.paper is None else f"{entry.paper:g}"
     return entry.label, shown, seeds, difference, entry.verdict(metric), paper
 
@@ -46,9 +48,9 @@ def _title(table: Table) -> str:
     return f"{table.recipe.title}: {table.row} ({table.scale} scale), {table.metric.title}{unit}"
 
 
-def _trivial(table: Table) -> str:
-    value = next((e.trivial for e in table.entries if e.trivial is not None), None)
-    return "" if value is None else f"Trivial: {_number(value, table.metric)}."
+def _baseline(table: Table) -> str:
+    value = next((e.baseline for e in table.entries if e.baseline is not None), None)
+    return "" if value is None else f"Baseline: {_number(value, table.metric)}."
 
 
 def as_markdown(tables: Sequence[Table]) -> str:
@@ -58,7 +60,7 @@ def as_markdown(tables: Sequence[Table]) -> str:
         for table in group:
             lines = [f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
             lines += [f"| {' | '.join(_cells(e, table.metric))} |" for e in table.entries]
-            parts += [f"**{_title(table)}**", "\n".join(lines), _trivial(table)]
+            parts += [f"**{_title(table)}**", "\n".join(lines), _baseline(table)]
         paper = f"Paper: {recipe.paper.source}."
         parts.append(" ".join(filter(None, [recipe.scales[scale].note, paper, recipe.paper.note])))
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -95,7 +97,7 @@ def as_latex(tables: Sequence[Table]) -> str:
             "\n".join(
                 [
                     r"\begin{table}",
-                    rf"\caption{{{_latex(_title(table))}. {_latex(_trivial(table))}}}",
+                    rf"\caption{{{_latex(_title(table))}. {_latex(_baseline(table))}}}",
                     rf"\begin{{tabular}}{{l{'r' * (len(_HEAD) - 1)}}}",
                     body[0],
                     r"\hline",
@@ -120,11 +122,11 @@ _FIELDS = (
     "seeds",
     "failed",
     "unfinished",
-    "baseline",
+    "compared_with",
     "difference",
     "half_width_95",
     "verdict",
-    "trivial",
+    "baseline",
     "paper",
 )
 
@@ -147,11 +149,11 @@ def as_data(tables: Sequence[Table]) -> list[dict[str, Any]]:
                     "seeds": len(entry.values),
                     "failed": len(entry.failed),
                     "unfinished": len(entry.unfinished),
-                    "baseline": entry.baseline,
+                    "compared_with": entry.compared_with,
                     "difference": entry.difference,
                     "half_width_95": entry.half_width,
                     "verdict": entry.verdict(table.metric),
-                    "trivial": entry.trivial,
+                    "baseline": entry.baseline,
                     "paper": entry.paper,
                     "values": {str(seed): value for seed, value in entry.values.items()},
                 }

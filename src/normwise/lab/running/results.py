@@ -52,10 +52,10 @@ class Entry:
         failed: seeds whose training diverged.
         unfinished: seeds that have not come to an end.
         paper: the paper's number; none where it is not known.
-        baseline: the label of the method that it is compared with; none for a baseline.
-        difference: mean over common seeds of this method minus its baseline, as shown.
+        compared_with: the label of the method that it is compared with; none for a baseline.
+        difference: mean over common seeds of this method minus that one, as shown.
         half_width: of the 95% interval of the difference; none for fewer than two common seeds.
-        trivial: what the stated trivial method reaches, as shown.
+        baseline: what a stated method that learns nothing from the inputs reaches, as shown.
     """
 
     method: str
@@ -64,10 +64,10 @@ class Entry:
     failed: tuple[int, ...]
     unfinished: tuple[int, ...]
     paper: float | None
-    baseline: str | None
+    compared_with: str | None
     difference: float | None
     half_width: float | None
-    trivial: float | None
+    baseline: float | None
 
     @property
     def spread(self) -> Spread | None:
@@ -239,7 +239,7 @@ def _entry(
         found = paired(mine, finished(group, method.baseline), metric, judges)
         difference, half_width = found or (None, None)
     results = [cell.result for cell in own if cell.result is not None]
-    trivial = next((r["trivial"].get(metric.name) for r in results), None)
+    baseline = next((r["baseline"].get(metric.name) for r in results), None)
     return Entry(
         method=name,
         label=method.label,
@@ -247,8 +247,8 @@ def _entry(
         failed=tuple(c.config["seed"] for c in own if c.result and c.result["status"] == "failed"),
         unfinished=tuple(c.config["seed"] for c in own if c.result is None),
         paper=recipe.paper.rows.get(row, {}).get(name) if judges else None,
-        baseline=None if method.baseline is None else recipe.methods[method.baseline].label,
+        compared_with=None if method.baseline is None else recipe.methods[method.baseline].label,
         difference=difference,
         half_width=half_width,
-        trivial=None if trivial is None else metric.factor * trivial,
+        baseline=None if baseline is None else metric.factor * baseline,
     )

@@ -130,7 +130,7 @@ class Adversarial(Classification):
                 f"data {options.data!r} is not allowed: an attack needs pixels between 0 and 255"
             )
         self.model = _OnPixels(self.model, self.mean, self.std)
-        self.trivial = {"attacked_accuracy": self.trivial["accuracy"], **self.trivial}
+        self.baseline = {"attacked_accuracy": self.baseline["accuracy"], **self.baseline}
 
     def standardized(self, x: Tensor) -> Tensor:
         """Pixels in [0, 1]: the network standardizes them itself."""

@@ -197,7 +197,7 @@ class Bias(Problem):
             "test_examples": len(y),
         }
         # The digit whose colour it is.
-        self.trivial = {
+        self.baseline = {
             "unbiased_accuracy": float((unbiased == y).double().mean()),
             "biased_accuracy": 1.0,
         }

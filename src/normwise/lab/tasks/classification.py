@@ -268,7 +268,7 @@ class Classification(Problem):
             "classes": self.classes,
         }
         commonest = int(torch.bincount(labels).argmax())
-        self.trivial = {"accuracy": float((test_labels == commonest).double().mean())}
+        self.baseline = {"accuracy": float((test_labels == commonest).double().mean())}
 
     def standardized(self, x: Tensor) -> Tensor:
         """Inputs as the network takes them."""

@@ -321,7 +321,7 @@ class Detection(Problem):
         if self.listing is not None:
             self.facts["classes"] = self.classes
             self.facts["boxes_ignored"] = sum(int(x.ignored.sum()) for x in (*train, *self.truth))
-        self.trivial = average_precision(self._usual_boxes(), self.truth, self.classes)
+        self.baseline = average_precision(self._usual_boxes(), self.truth, self.classes)
 
     def _read(
         self, options: Options, root: Path, device: torch.device

@@ -151,7 +151,7 @@ class Language(Problem):
             "vocabulary": len(text.vocabulary),
             "unknown_share_of_test": float((test == 0).double().mean()),
         }
-        self.trivial = {"perplexity": unigram_perplexity(train, test, len(text.vocabulary))}
+        self.baseline = {"perplexity": unigram_perplexity(train, test, len(text.vocabulary))}
 
     def batch(self, chosen: Tensor, draw: Generator) -> Tensor:
         """Windows of tokens; nothing is drawn."""

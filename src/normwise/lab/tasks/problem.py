@@ -59,14 +59,14 @@ class Problem(ABC):
         model: all that is trained; its weights are drawn from torch's global generator.
         examples: how many there are to train on.
         facts: what a reader should know of the data: sizes, splits.
-        trivial: the metrics of a stated method that learns nothing from the inputs.
+        baseline: the metrics of a stated method that learns nothing from the inputs.
     """
 
     divisible: ClassVar[bool] = True
     model: nn.Module
     examples: int
     facts: dict[str, Any]
-    trivial: dict[str, float]
+    baseline: dict[str, float]
 
     def batches(self, size: int, draw: Generator) -> Tensor:
         """The examples of each step of an epoch, shape ``(steps, size)``; the rest is left out."""

@@ -334,7 +334,7 @@ class Retrieval(Problem):
         if self.data.queries is not None:
             self.facts["gallery_examples"] = len(self.test_labels) - len(tested)
         # The nearest neighbours by the pixels themselves; of what is not held, by small ones.
-        self.trivial = _recalls(self._hits(self.data.small()))
+        self.baseline = _recalls(self._hits(self.data.small()))
 
     def _hits(self, embeddings: Tensor) -> dict[int, Tensor]:
         """For each k that is judged, and each test image or query, whether it has a hit."""

@@ -247,7 +247,7 @@ class Supervised(Problem):
         self.defaults = dict(defaults)
         self.metrics = tuple(measure.metric for measure in measures)
         self.device = torch.device("cpu")
-        self.trivial = {}
+        self.baseline = {}
         self._train = _Part("train", parts["train"])
         self._test = _Part("test", parts["test"])
         self._describe()
