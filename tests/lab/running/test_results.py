@@ -125,7 +125,7 @@ def test_exports_agree(runs):
     assert data["sgdp"]["values"] == pytest.approx({"0": 93, "1": 95, "2": 98.5})
     markdown = as_markdown(made)
     assert "| SGD | 92.00 ± 2.65 | 3 |  |  | not known |" in markdown
-    assert "Trivial: 10.00." in markdown
+    assert "Baseline: 10.00." in markdown
     widths = {line.count("|") for line in markdown.splitlines() if line.startswith("|")}
     assert widths == {7}
     latex = as_latex(made)
