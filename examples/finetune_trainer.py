@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArgumen
 
 import normwise as nw
 from normwise.monitor import JsonLines
-from normwise.monitor.transformers import MonitorCallback
+from normwise.integrations.transformers import MonitorCallback
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
