@@ -12,8 +12,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
 
 import normwise as nw
-from normwise.monitor import JsonLines
 from normwise.integrations.transformers import MonitorCallback
+from normwise.monitor import JsonLines
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
