@@ -186,7 +186,7 @@ def pairs():
                 name = {"adamp": "AdamP", "sgdp": "SGDP"}[row["method"]]
                 metric = row["metric"].replace("_", " ").replace("ap", "AP")
                 yield (
-                    f"| {recipe}: {row['row']} | {metric} | {name} to {row['baseline']} "
+                    f"| {recipe}: {row['row']} | {metric} | {name} to {row['compared_with']} "
                     f"| {row['seeds']} | {differs} | {row['verdict']} |"
                 )
 
