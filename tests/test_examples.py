@@ -39,7 +39,7 @@ def test_an_example_runs(path, tmp_path, monkeypatch, capsys):
     code = path.read_text(encoding="utf-8")
     for package in ("sklearn", "tensorboard", "transformers", "matplotlib"):
         if re.search(rf"^(from|import) {package}\b", code, re.MULTILINE):
-            pytest.importorskip(package)
+            pytest.importorskip(package, reason="the example is of it")
     if "torchrun" in code:  # alone, as torchrun would start it
         started = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         for name, value in started.items():

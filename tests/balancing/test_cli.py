@@ -17,7 +17,7 @@ def build():
     return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 2))
 """
 
-safetensors = pytest.importorskip("safetensors.torch")
+safetensors = pytest.importorskip("safetensors.torch", reason="the command reads its files")
 
 
 @pytest.fixture

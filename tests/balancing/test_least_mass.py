@@ -86,7 +86,7 @@ def solved(model, exponents_of):
 
     ``exponents_of(θ)`` gives the logarithm of what each weight is multiplied by.
     """
-    optimize = pytest.importorskip("scipy.optimize")
+    optimize = pytest.importorskip("scipy.optimize", reason="its solver is the judge")
     squares = {name: p.detach() ** 2 for name, p in model.named_parameters()}
     size, exponents = exponents_of
 

@@ -80,8 +80,8 @@ def arguments(transformers, tmp_path, **options):
 
 
 def test_transformers_trainer_takes_any_optimizer_and_logs_the_norms(model, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers", reason="the trainer that is tested")
+    pytest.importorskip("accelerate", reason="the trainer that is tested")
     from normwise.integrations.transformers import MonitorCallback, OptimizerFactory
 
     expected, norms = plain_loop(model)
@@ -104,7 +104,7 @@ def test_transformers_trainer_takes_any_optimizer_and_logs_the_norms(model, tmp_
 
 
 def test_the_factory_says_what_it_needs(model):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="the trainer that is tested")
     from normwise.integrations.transformers import OptimizerFactory
 
     with pytest.raises(ValueError, match="one of batch= and report="):
@@ -114,7 +114,7 @@ def test_the_factory_says_what_it_needs(model):
 
 
 def test_what_accelerate_has_prepared_trains_alike_and_is_unwrapped_for_hooks(model):
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="the trainer that is tested")
     expected, norms = plain_loop(model)
     x, y = data()
     accelerator = accelerate.Accelerator(cpu=True)
@@ -133,7 +133,7 @@ def test_what_accelerate_has_prepared_trains_alike_and_is_unwrapped_for_hooks(mo
 
 
 def test_lightning_steps_groups_by_role_as_one_optimizer_and_watches_several(model, tmp_path):
-    lightning = pytest.importorskip("lightning")
+    lightning = pytest.importorskip("lightning", reason="the trainer that is tested")
     from normwise.integrations.lightning import MonitorCallback, configured
 
     expected, norms = plain_loop(model)
@@ -186,7 +186,7 @@ def test_lightning_steps_groups_by_role_as_one_optimizer_and_watches_several(mod
 
 
 def test_torchtitans_container_knows_our_optimizers_and_matches_roles_exactly(model):
-    pytest.importorskip("torchtitan.components.optimizer")
+    pytest.importorskip("torchtitan.components.optimizer", reason="the trainer that is tested")
     from normwise.integrations.torchtitan import Container, param_group_configs
 
     expected, _ = plain_loop(model)

@@ -222,7 +222,7 @@ class Sweep:
                     continue
                 squares = self.squares[name]
                 exponents = exponents.expand_as(squares)
-                for a in exponents.unique().tolist():  # type: ignore[no-untyped-call]
+                for a in exponents.unique().tolist():  # type: ignore[no-untyped-call]  # torch has no types here
                     part = squares[exponents == a]
                     size = part.sum() if self._weigh == "sum" else part.amax()
                     known, size = by_exponent.get(a), size.reshape(1)

@@ -508,7 +508,7 @@ def _after_failure(optimizer: Optimizer, restore: Callable[[], None]) -> None:
 
     functools.update_wrapper(bound, method)
     vars(bound).update(__wrapped__=inner, __func__=step)
-    optimizer.step = bound  # type: ignore[method-assign]
+    optimizer.step = bound  # type: ignore[method-assign]  # as torch's schedulers do
 
 
 def _checked_peak(lr: Number) -> Number:

@@ -90,7 +90,7 @@ def draw(
     """
     height = natural_height(chart, width) if height is None else height
     drawers = {Lines: _lines, Dots: _dots, Heat: _heat, Plane: _plane}
-    shapes, hover = drawers[type(chart)](chart, width, height)  # type: ignore[operator]
+    shapes, hover = drawers[type(chart)](chart, width, height)  # type: ignore[operator]  # each takes its own kind
     if not titled:
         return Drawing(width, height, chart.title, tuple(shapes), hover)
     head = list(_head(chart.title, chart.note, width, 14))

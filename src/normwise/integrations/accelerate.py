@@ -18,5 +18,5 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
     """
     # By name, so that accelerate need not be imported where it is not used.
     while any(kind.__name__ == "AcceleratedOptimizer" for kind in type(optimizer).__mro__):
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]  # a wrapper's
     return optimizer

@@ -39,7 +39,7 @@ class Container(OptimizersContainer):  # type: ignore[misc]  # untyped where it 
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(OptimizersContainer.Config):  # type: ignore[misc]
+    class Config(OptimizersContainer.Config):  # type: ignore[misc]  # untyped where not installed
         """As torchtitan's."""
 
     @staticmethod

@@ -387,7 +387,7 @@ def groups(
             raise ValueError(f"Invalid {name}: {value!r}; must be 'whole' or 'split'")
     given: dict[Destination, Any] = {"matrices": matrices, "others": others}
     optional = {"embeddings": embeddings, "readouts": readouts, "routers": routers}
-    given |= {name: value for name, value in optional.items() if value is not None}  # type: ignore[misc]
+    given |= {name: value for name, value in optional.items() if value is not None}  # type: ignore[misc]  # values of unlike types
     are_options = {isinstance(value, Mapping) for value in given.values()}
     if len(are_options) > 1:
         raise TypeError("all of matrices, others, … must be optimizers, or all of them options")
