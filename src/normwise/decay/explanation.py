@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,11 @@ from normwise.decay.attached import label
 from normwise.decay.epsilon_shifted import AttachedRegularizer
 from normwise.decay.policies import AttachedPolicy, Cautious
 from normwise.geometry import View, norms
+from normwise.protocols import AnalysisReport
 from normwise.theory import equilibrium_of
 from normwise.updates import Coupling, Update, UpdateRule, attached_to, rule_of
 
 __all__ = ["Explanation", "GroupDecay", "explain"]
-
-
-class _Report(Protocol):
-    def parameter_views(self) -> Mapping[nn.Parameter, View]: ...
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def _number(value: float | None) -> str:
     return _unknown if value is None else f"{value:.3g}"
 
 
-def explain(optimizer: Optimizer, report: _Report | None = None) -> Explanation:
+def explain(optimizer: Optimizer, report: AnalysisReport | None = None) -> Explanation:
     """Say what decay each group has, in both conventions, and where it leads.
 
     Norms and angles are those at which scale-invariant weights settle if the learning rate stays.

@@ -9,25 +9,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from normwise.decay.checks import check_number
-from normwise.geometry import View
+from normwise.protocols import AnalysisReport
 
 __all__ = ["Groups", "Rule", "by_analysis", "by_rules"]
-
-
-class _Row(Protocol):
-    @property
-    def view(self) -> View | None: ...
-    @property
-    def is_vector(self) -> bool: ...
-
-
-class _Report(Protocol):
-    def __getitem__(self, name: str) -> _Row: ...
 
 
 @dataclass(frozen=True)
@@ -143,7 +132,7 @@ def by_rules(
 
 def by_analysis(
     model: nn.Module,
-    report: _Report,
+    report: AnalysisReport,
     *,
     invariant: float,
     plain: float,

@@ -14,9 +14,9 @@ import fnmatch
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from normwise.decay.attached import check_unscheduled, label, scheduled, split_groups
 from normwise.decay.checks import check_number
+from normwise.protocols import AnalysisReport
 from normwise.updates import Coupling, UpdateRule, attached_to, own_rule
 
 __all__ = ["L2", "AttachedPolicy", "Cautious", "Corrected", "Decoupled", "Effect", "Policy"]
@@ -31,11 +32,7 @@ __all__ = ["L2", "AttachedPolicy", "Cautious", "Corrected", "Decoupled", "Effect
 Number = float | Tensor
 
 
-class _Report(Protocol):
-    def parameter_views(self) -> Mapping[Any, Any]: ...
-
-
-On = _Report | str | Iterable[Tensor | str | int]
+On = AnalysisReport | str | Iterable[Tensor | str | int]
 
 
 class Effect(NamedTuple):

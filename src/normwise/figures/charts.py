@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from normwise.figures.scales import Spacing
 
-__all__ = ["Axis", "Chart", "Dots", "Figure", "Heat", "Line", "Lines", "Plane", "Series"]
+__all__ = [
+    "Axis",
+    "Chart",
+    "Dots",
+    "Figure",
+    "Heat",
+    "Line",
+    "Lines",
+    "Plane",
+    "Series",
+    "short_names",
+]
 
 
 def _three_digits(value: float) -> str:
     return f"{value:.3g}".replace("-", "−")
+
+
+def short_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of weights without the ending that all have; numbers alone would say too little."""
+    cut = (name.replace(".parametrizations.weight.original", ".weight") for name in names)
+    return tuple(
+        name if name.removesuffix(".weight").isdigit() else name.removesuffix(".weight")
+        for name in cut
+    )
 
 
 @dataclass(frozen=True)

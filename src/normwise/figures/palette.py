@@ -113,6 +113,11 @@ def ramp(kind: str, share: float) -> str:
     return f"{kind}-{round(min(max(share, 0.0), 1.0) * (_STEPS - 1))}"
 
 
+def nth_of(place: int, count: int) -> str:
+    """The name of the colour of a place, from 0, among things in an order, such as layers."""
+    return ramp("order", place / max(count - 1, 1))
+
+
 def css(colours: Mapping[str, Colour] = COLOURS) -> str:
     """Rules that give the classes of drawings (``f-`` fills, ``s-`` strokes) their colours.
 

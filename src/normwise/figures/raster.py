@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, Literal
 
 from normwise.figures.charts import Figure
 from normwise.figures.layout import draw_figure
 from normwise.figures.palette import COLOURS
-from normwise.figures.shapes import Circle, Group, Shape, Text
+from normwise.figures.shapes import Circle, Group, Label, Shape
 from normwise.figures.svg import document
 
 __all__ = ["matplotlib_figure", "png", "save"]
@@ -56,7 +56,7 @@ def png(figure: Figure, ground: Literal["light", "dark"] = "light") -> bytes:
     return buffer.getvalue()
 
 
-def save(figure: Figure, path: str | FilePath) -> None:
+def save(figure: Figure, path: str | Path) -> None:
     """Write a figure into a file whose suffix says the format.
 
     ``.svg`` needs no matplotlib and follows the reader's light or dark system; ``.png``, ``.pdf``
@@ -65,7 +65,7 @@ def save(figure: Figure, path: str | FilePath) -> None:
     Raises:
         ImportError: without matplotlib.
     """
-    path = FilePath(path)
+    path = Path(path)
     if path.suffix.lower() == ".svg":
         path.write_text(document(figure), encoding="utf-8")
     else:
@@ -85,7 +85,7 @@ def _paint(ax: Any, shapes: tuple[Shape, ...], ground: str) -> None:
         order = len(ax.get_children())
         if isinstance(shape, Group):
             _paint(ax, shape.shapes, ground)
-        elif isinstance(shape, Text):
+        elif isinstance(shape, Label):
             ax.text(
                 shape.x,
                 shape.y,

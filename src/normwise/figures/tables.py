@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Cell", "Column", "Row", "Table", "show", "stdout"]
+__all__ = ["Column", "DataCell", "DataRow", "DataTable", "show", "stdout"]
 
 # Wide enough for a table when the output goes to a file and has no width of its own.
 _FILE_WIDTH = 132
@@ -25,7 +25,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Cell:
+class DataCell:
     """What stands in a cell.
 
     Args:
@@ -43,7 +43,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """The cells of a row.
 
     Args:
@@ -52,7 +52,7 @@ class Row:
         words: what a page's filter searches.
     """
 
-    cells: tuple[Cell | str, ...]
+    cells: tuple[DataCell | str, ...]
     series: str = ""
     colour: str = ""
     dashed: bool = False
@@ -60,11 +60,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class DataTable:
     """Columns and rows; the columns that matter most come first, for narrow screens."""
 
     columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[DataRow, ...]
     title: str = ""
 
     def __str__(self) -> str:
@@ -95,7 +95,7 @@ def stdout() -> Any:
     return Console(highlight=False, width=max(_FILE_WIDTH, console.width))
 
 
-def show(table: Table) -> None:
+def show(table: DataTable) -> None:
     """Print a table on stdout, by rich where it is installed; the last columns only if they fit."""
     try:
         from rich import box

@@ -18,7 +18,7 @@ from torch import Tensor
 from normwise.geometry import View
 from normwise.invariance.symmetry import Slices, Symmetry, Term
 
-__all__ = ["Freedom", "Loss", "ledger"]
+__all__ = ["Freedom", "LostProduct", "ledger"]
 
 Verdict = Literal["fix", "fix with a gain", "leave"]
 
@@ -27,7 +27,7 @@ _SMALL = 1e-8
 
 
 @dataclass(frozen=True)
-class Loss:
+class LostProduct:
     """A product of norms on which the function depends, and which fixed norms take from it.
 
     Args:
@@ -68,7 +68,7 @@ class Freedom:
     fixed: dict[str, View]
     slices: int
     symmetries: int
-    losses: tuple[Loss, ...]
+    losses: tuple[LostProduct, ...]
     verdicts: dict[str, Verdict]
 
     @property
@@ -201,7 +201,9 @@ def _tied(symmetry: Symmetry, held: Mapping[str, View]) -> Iterator[Tensor]:
         yield units[labels == label]
 
 
-def _losses(rows: list[tuple[str, int]], reached: Tensor) -> tuple[tuple[Loss, ...], list[int]]:
+def _losses(
+    rows: list[tuple[str, int]], reached: Tensor
+) -> tuple[tuple[LostProduct, ...], list[int]]:
     """The products that no symmetry moves, and for each the row that is dependent by it."""
     chosen: list[int] = []
     dependent: list[int] = []
@@ -229,7 +231,7 @@ def _losses(rows: list[tuple[str, int]], reached: Tensor) -> tuple[tuple[Loss, .
         products[key] = products.get(key, 0) + 1
     order = {name: k for k, (name, _) in enumerate(rows)}
     losses = tuple(
-        Loss(dict(sorted(key, key=lambda item: order[item[0]])), count)
+        LostProduct(dict(sorted(key, key=lambda item: order[item[0]])), count)
         for key, count in products.items()
     )
     return losses, dependent

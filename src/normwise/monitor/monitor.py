@@ -19,7 +19,7 @@ from normwise.geometry import View
 from normwise.monitor.alarms import Alarm, AlarmError, AlarmRule, standard_rules
 from normwise.monitor.history import History
 from normwise.monitor.measurement import PREDICTIONS, Measurement, aggregate
-from normwise.monitor.quantities import STANDARD, Norm, Quantity, Slices
+from normwise.monitor.quantities import STANDARD, Norm, Quantity, SteppedSlices
 from normwise.monitor.sharded import (
     ShardedWeight,
     exchange,
@@ -375,7 +375,7 @@ class Monitor:
             gradient = bucket.read(bucket.gradients())
             lr, decay, exponent = _columns(rules, bucket)
             for part in bucket.chunks:
-                s = Slices(
+                s = SteppedSlices(
                     old[part], new[part], gradient[part], lr[part], decay[part], exponent[part]
                 )
                 for row, quantity in enumerate(self._quantities):

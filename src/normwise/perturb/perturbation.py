@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,10 @@ from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View, at_least_float32
 from normwise.perturb.sizes import Located
+from normwise.protocols import Views
 from normwise.sharding import local, summed_gradients
 
-__all__ = ["Perturbation", "Views", "buffers_kept"]
-
-
-class _Report(Protocol):
-    def parameter_views(self) -> Mapping[Any, View]: ...
-
-
-Views = View | str | Mapping[Any, View | str] | _Report
+__all__ = ["Perturbation", "buffers_kept"]
 
 
 class Perturbation(ABC):

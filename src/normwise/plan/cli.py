@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from normwise.monitor.plan import OPTIMIZERS, Settings, Weights, plan, weights_of
+from normwise.plan.planning import plan
+from normwise.plan.settings import OPTIMIZERS, Settings, Weights, weights_of
 
 __all__ = ["add_plan_parser", "run_plan"]
 
