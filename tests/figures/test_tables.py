@@ -17,7 +17,8 @@ TABLE = DataTable(
 
 def test_words_stand_on_the_left_and_numbers_on_the_right():
     assert str(TABLE).splitlines() == [
-        "method      accuracy %  seeds",
+        "method        accuracy  seeds",
+        "                     %",
         "─────────────────────────────",
         "SGD         98.5 ± 0.2      3",
         "[bold]Mine         7.0     12",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from normwise.balancing.equalizing import equalize
 from normwise.balancing.least_mass import balance, mass
 from normwise.balancing.rounding import rounded
+from normwise.figures.tables import Column, DataTable
 from normwise.geometry import View, norms
 from normwise.invariance import Report, analyze
 from normwise.invariance.cli import settings
@@ -84,11 +85,9 @@ def run_balance(args: argparse.Namespace) -> int:
         else:
             result = equalize(model, report, batch=batch)
         after = _measures(model, report, batch, args.mode)
-        width = max(map(len, before))
-        print(f"{'':{width}}  {'before':>10}  {'after':>10}")
-        for name, value in before.items():
-            print(f"{name:{width}}  {value:>10.4g}  {after[name]:>10.4g}")
-        print(f"{'largest difference of outputs':{width}}  {'':>10}  {result.difference:>10.1e}")
+        rows = [(name, f"{value:.4g}", f"{after[name]:.4g}") for name, value in before.items()]
+        rows.append(("largest difference of outputs", "", f"{result.difference:.1e}"))
+        print(DataTable.of(("measure", Column("before"), Column("after")), rows))
         if args.out is not None:
             _write(model, args.out, state)
             print(args.out)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from normwise.figures.tables import DataTable
 from normwise.geometry import View
 from normwise.invariance.symmetry import Slices, Symmetry, Term
 
@@ -82,11 +83,12 @@ class Freedom:
             f"{self.lost} scale degrees of freedom lost"
         ]
         lines += [f"  {loss}" for loss in self.losses]
-        width = max((len(name) for name in self.verdicts), default=0)
-        for name, verdict in self.verdicts.items():
-            view = f" ({self.fixed[name]})" if name in self.fixed else ""
-            lines.append(f"{name.ljust(width)}  {verdict}{view}")
-        return "\n".join(lines)
+        rows = (
+            (name, verdict, str(self.fixed.get(name, "")))
+            for name, verdict in self.verdicts.items()
+        )
+        table = DataTable.of(("parameter", "verdict", "view"), rows)
+        return "\n".join([*lines, "", str(table)])
 
 
 def ledger(

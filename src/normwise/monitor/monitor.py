@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normwise.figures.tables import paragraph
 from normwise.geometry import View
 from normwise.monitor.alarms import Alarm, AlarmError, AlarmRule, standard_rules
 from normwise.monitor.history import History
@@ -292,7 +293,7 @@ class Monitor:
             lines += [f"step {m.step:,}: {line}" for line in _ranges(m)]
             lines += _settling(m)
         lines += [f"alarm: {alarm}" for alarm in self.raised]
-        return "\n".join(lines)
+        return "\n".join(map(paragraph, lines))
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps, and which alarms have been raised, for a run that goes on."""

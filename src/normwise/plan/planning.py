@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from normwise.figures.tables import paragraph
 from normwise.plan.forecast import PlanRow, forecast, trajectory
 from normwise.plan.printing import notes_of, table_of
 from normwise.plan.settings import Settings, Weights
@@ -24,7 +25,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n".join([str(table_of(self.settings, self.rows)), "", *self.notes])
+        return "\n".join([str(table_of(self.settings, self.rows)), "", *map(paragraph, self.notes)])
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON data: numbers that are not finite become null."""

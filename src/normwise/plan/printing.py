@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from normwise.figures.tables import Column, DataRow, DataTable
+from normwise.figures.tables import Column, DataTable
 from normwise.plan.forecast import PlanRow
 from normwise.plan.settings import Settings
 from normwise.theory import adamw_schedule_limit, norm_range, sgd_schedule_limit, steps_to_norm
@@ -14,15 +14,15 @@ from normwise.updates import Coupling, Update, UpdateRule
 __all__ = ["notes_of", "table_of"]
 
 _COLUMNS = (
-    Column("weight", words=True),
+    "weight",
     Column("slices"),
     Column("entries"),
     Column("norm"),
-    Column("settles at"),
-    Column("within 10% after"),
-    Column("angle per step"),
-    Column("at the end"),
-    Column("effective lr, first → settled", words=True),
+    Column("settles", "at"),
+    Column("within 10%", "after, steps"),
+    Column("angle", "per step, rad"),
+    Column("norm", "at the end"),
+    Column("effective lr", "first → settled"),
 )
 
 
@@ -43,12 +43,12 @@ def table_of(s: Settings, rows: Sequence[PlanRow]) -> DataTable:
             _number(w.norm),
             _number(row.norm),
             _settles(row.settles, s.steps),
-            "–" if math.isnan(row.angle) else f"{row.angle:.2e} rad",
+            "–" if math.isnan(row.angle) else f"{row.angle:.2e}",
             _number(row.final_norm),
             " → ".join(map(_number, row.effective_lr)),
         )
 
-    return DataTable(_COLUMNS, tuple(DataRow(cells(row)) for row in rows))
+    return DataTable.of(_COLUMNS, map(cells, rows))
 
 
 def notes_of(s: Settings, rows: Sequence[PlanRow]) -> list[str]:
@@ -153,14 +153,10 @@ def _settles(steps: float, run: int) -> str:
         return "–"
     if steps == 0:
         return "from the start"
-    return _steps(steps) + (", beyond the run" if steps > run else "")
+    return f"{math.ceil(steps):,}" + (", beyond the run" if steps > run else "")
 
 
 def _number(value: float) -> str:
     if math.isnan(value):
         return "–"
     return "grows" if math.isinf(value) else f"{value:.3g}"
-
-
-def _steps(value: float) -> str:
-    return f"{math.ceil(value):,} steps"
