@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from normwise.figures.tables import Column, DataCell, DataRow, DataTable, show
+from normwise.figures.tables import Cell, Column, Row, Table, show
 
-TABLE = DataTable(
+TABLE = Table(
     (Column("method", words=True), Column("accuracy", "%"), Column("seeds")),
     (
-        DataRow(("SGD", DataCell("98.5", "± 0.2"), "3")),
-        DataRow(("[bold]Mine", DataCell("7.0"), "12")),
+        Row(("SGD", Cell("98.5", "± 0.2"), "3")),
+        Row(("[bold]Mine", Cell("7.0"), "12")),
     ),
 )
 
@@ -39,9 +39,9 @@ def test_names_are_no_markup(capsys):
 def test_columns_that_do_not_fit_are_left_out_from_the_end_and_named(monkeypatch, capsys):
     monkeypatch.setattr("normwise.figures.tables._FILE_WIDTH", 40)
     monkeypatch.setenv("COLUMNS", "40")
-    wide = DataTable(
+    wide = Table(
         tuple(Column(f"column {k}") for k in range(8)),
-        (DataRow(tuple("0.123456" for _ in range(8))),),
+        (Row(tuple("0.123456" for _ in range(8))),),
         "Wide",
     )
     show(wide)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normwise.balancing.equalizing import equalize
 from normwise.balancing.least_mass import balance, mass
 from normwise.balancing.rounding import rounded
-from normwise.figures.tables import Column, DataTable
+from normwise.figures.tables import Column, Table
 from normwise.geometry import View, norms
 from normwise.invariance import Report, analyze
 from normwise.invariance.cli import settings
@@ -87,7 +87,7 @@ def run_balance(args: argparse.Namespace) -> int:
         after = _measures(model, report, batch, args.mode)
         rows = [(name, f"{value:.4g}", f"{after[name]:.4g}") for name, value in before.items()]
         rows.append(("largest difference of outputs", "", f"{result.difference:.1e}"))
-        print(DataTable.of(("measure", Column("before"), Column("after")), rows))
+        print(Table.of(("measure", Column("before"), Column("after")), rows))
         if args.out is not None:
             _write(model, args.out, state)
             print(args.out)

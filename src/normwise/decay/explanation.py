@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from normwise.decay.attached import label
 from normwise.decay.epsilon_shifted import AttachedRegularizer
 from normwise.decay.policies import AttachedPolicy, Cautious
-from normwise.figures.tables import Column, DataTable, paragraph
+from normwise.figures.tables import Column, Table, paragraph
 from normwise.geometry import View, norms
 from normwise.protocols import AnalysisReport
 from normwise.theory import equilibrium_of
@@ -74,7 +74,7 @@ class Explanation:
 
     def __str__(self) -> str:
         notes = (paragraph(f"note: {note}") for note in self.notes)
-        return "\n".join([str(DataTable.of(_COLUMNS, map(_cells, self.groups))), *notes])
+        return "\n".join([str(Table.of(_COLUMNS, map(_cells, self.groups))), *notes])
 
 
 _COLUMNS = (

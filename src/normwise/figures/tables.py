@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Column", "DataCell", "DataRow", "DataTable", "paragraph", "show", "stdout"]
+__all__ = ["Cell", "Column", "Row", "Table", "paragraph", "show", "stdout"]
 
 # Wide enough for a table when the output goes to a file and has no width of its own.
 _FILE_WIDTH = 132
@@ -26,7 +26,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class DataCell:
+class Cell:
     """What stands in a cell.
 
     Args:
@@ -44,7 +44,7 @@ class DataCell:
 
 
 @dataclass(frozen=True)
-class DataRow:
+class Row:
     """The cells of a row.
 
     Args:
@@ -53,7 +53,7 @@ class DataRow:
         words: what a page's filter searches.
     """
 
-    cells: tuple[DataCell | str, ...]
+    cells: tuple[Cell | str, ...]
     series: str = ""
     colour: str = ""
     dashed: bool = False
@@ -61,15 +61,15 @@ class DataRow:
 
 
 @dataclass(frozen=True)
-class DataTable:
+class Table:
     """Columns and rows; the columns that matter most come first, for narrow screens."""
 
     columns: tuple[Column, ...]
-    rows: tuple[DataRow, ...]
+    rows: tuple[Row, ...]
     title: str = ""
 
     @classmethod
-    def of(cls, columns: Sequence[Column | str], rows: Iterable[Sequence[str]]) -> DataTable:
+    def of(cls, columns: Sequence[Column | str], rows: Iterable[Sequence[str]]) -> Table:
         """A table of texts.
 
         Args:
@@ -77,7 +77,7 @@ class DataTable:
             rows: the cells of each.
         """
         made = (Column(c, words=True) if isinstance(c, str) else c for c in columns)
-        return cls(tuple(made), tuple(DataRow(tuple(row)) for row in rows))
+        return cls(tuple(made), tuple(Row(tuple(row)) for row in rows))
 
     def __str__(self) -> str:
         """Plain text: columns two spaces apart, a line under the headings."""
@@ -114,7 +114,7 @@ def stdout() -> Any:
     return Console(highlight=False, width=max(_FILE_WIDTH, console.width))
 
 
-def show(table: DataTable) -> None:
+def show(table: Table) -> None:
     """Print a table on stdout, by rich where it is installed; the last columns only if they fit."""
     try:
         from rich import box

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.geometry import View
-from normwise.invariance.euler import Evidence, FoundView, chance_of_error, index_sets
+from normwise.invariance.euler import Evidence, Finding, chance_of_error, index_sets
 from normwise.invariance.explain import Explainer
 from normwise.invariance.families import find_families
 from normwise.invariance.replica import TOLERANCE, Replica, built
@@ -242,7 +242,7 @@ def _factors(count: int, generator: torch.Generator) -> Tensor:
 
 def _kind(
     name: str,
-    finding: FoundView,
+    finding: Finding,
     views: Mapping[str, View],
     symmetries: Sequence[Symmetry],
     evidence: Evidence,
@@ -289,7 +289,7 @@ def _absorbers(
 def _why(
     explainer: Explainer,
     name: str,
-    finding: FoundView,
+    finding: Finding,
     view: View | None,
     kind: Kind,
     absorber: str | None,

@@ -13,14 +13,14 @@ from normwise.geometry import View
 from normwise.invariance.replica import TOLERANCE
 from normwise.invariance.symmetry import by_index
 
-__all__ = ["Evidence", "FoundView", "chance_of_error", "euler_products", "index_sets"]
+__all__ = ["Evidence", "Finding", "chance_of_error", "euler_products", "index_sets"]
 
 # More indices along two or three dimensions at once would cost more than all the rest.
 _MOST_INDICES = 16_384
 
 
 @dataclass(frozen=True)
-class FoundView:
+class Finding:
     """The finest view found in one parameter.
 
     Args:
@@ -72,18 +72,16 @@ class Evidence:
         for dims in self.sets:
             self.noise[dims] = by_index(products, dims).cpu()
 
-    def find(self) -> FoundView:
+    def find(self) -> Finding:
         """The finest view in which every slice with a gradient passes in every draw."""
         if not self.sums:
-            return FoundView(
-                None, 0.0, self.shape[0] if self.shape else 1, False, self.shape.numel()
-            )
+            return Finding(None, 0.0, self.shape[0] if self.shape else 1, False, self.shape.numel())
         # Views run along the first or the second dimension.
         live = {dim: self.live((dim,)) for dim in (0, 1) if (dim,) in self.sets}
         dead = int((~live[0]).sum())
         if not live[0].any():
-            return FoundView(None, 0.0, dead, False, self.shape.numel())
-        found: tuple[int, FoundView] | None = None
+            return Finding(None, 0.0, dead, False, self.shape.numel())
+        found: tuple[int, Finding] | None = None
         part = None
         for dim in live:
             channels = len(live[dim])
@@ -97,7 +95,7 @@ class Evidence:
                 passing = residuals <= TOLERANCE
                 if passing.all():
                     view = _view(dim, count, channels)
-                    found = count, FoundView(view, float(residuals.max()), dead, True, entries)
+                    found = count, Finding(view, float(residuals.max()), dead, True, entries)
                     break
                 evident = passing & (residuals >= 0)
                 if part is None and count > 1 and evident.any():
@@ -107,7 +105,7 @@ class Evidence:
         if found:
             return found[1]
         whole = float(self._residuals(0, 1, live[0]).max())
-        return FoundView(None, whole, dead, True, self.shape.numel(), part)
+        return Finding(None, whole, dead, True, self.shape.numel(), part)
 
     def residual_in(self, view: View) -> float:
         """The largest |⟨w, g⟩| / Σ|w g| over draws and slices; NaN without a gradient."""

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from normwise.invariance.euler import Evidence, FoundView, euler_products
+from normwise.invariance.euler import Evidence, Finding, euler_products
 from normwise.invariance.nullspace import RowSpace, null_space, pivots, sparse_basis
 from normwise.invariance.replica import TOLERANCE, Replica
 from normwise.invariance.symmetry import Slices, Symmetry, Term, by_index
@@ -135,7 +135,7 @@ class Draws:
 
 
 def find_families(
-    replica: Replica, evidence: Mapping[str, Evidence], findings: Mapping[str, FoundView]
+    replica: Replica, evidence: Mapping[str, Evidence], findings: Mapping[str, Finding]
 ) -> list[Symmetry]:
     """The symmetries of two terms or more, and those of a part of one weight.
 
@@ -165,7 +165,7 @@ class _Search:
         self,
         replica: Replica,
         evidence: Mapping[str, Evidence],
-        findings: Mapping[str, FoundView],
+        findings: Mapping[str, Finding],
         names: list[str],
     ) -> None:
         self.replica, self.evidence, self.findings = replica, evidence, findings

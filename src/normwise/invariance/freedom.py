@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from normwise.figures.tables import DataTable
+from normwise.figures.tables import Table
 from normwise.geometry import View
 from normwise.invariance.symmetry import Slices, Symmetry, Term
 
@@ -87,7 +87,7 @@ class Freedom:
             (name, verdict, str(self.fixed.get(name, "")))
             for name, verdict in self.verdicts.items()
         )
-        table = DataTable.of(("parameter", "verdict", "view"), rows)
+        table = Table.of(("parameter", "verdict", "view"), rows)
         return "\n".join([*lines, "", str(table)])
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normwise.figures.tables import Column, DataTable, paragraph
+from normwise.figures.tables import Column, Table, paragraph
 from normwise.geometry import View
 from normwise.invariance.freedom import Freedom, ledger
 from normwise.invariance.roles import Role
@@ -369,7 +369,7 @@ class Report:
             head = f", {row.role.heads} heads" if row.role.heads else ""
             return row.name, shape, row.verdict, row.role.kind + head, residual, why
 
-        lines = [str(DataTable.of(_COLUMNS, map(cells, self.rows)))]
+        lines = [str(Table.of(_COLUMNS, map(cells, self.rows)))]
         shared = [s for s in self.symmetries if not (s.is_view and s.terms[0].view)]
         if shared:
             lines += [

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from normwise.lab.recipes import Cell, Recipe
     from normwise.lab.running.events import Event
 
-__all__ = ["ProgressLines", "add_lab_parsers"]
+__all__ = ["Lines", "add_lab_parsers"]
 
 _FORMATS = (".html", ".md", ".tex", ".csv", ".json")
 
@@ -190,7 +190,7 @@ def _paper_run(arguments: argparse.Namespace) -> int:
 
 
 @dataclass
-class ProgressLines:
+class Lines:
     """Progress as lines on stderr, from this process and from those that train.
 
     Args:
@@ -255,7 +255,7 @@ def _run_and_show(
             executor=arguments.executor,
             device=arguments.device,
             checkpoint_seconds=arguments.checkpoint_every,
-            observe=ProgressLines(len(cells), arguments.quiet),
+            observe=Lines(len(cells), arguments.quiet),
             processes=together,
             trust=arguments.trust,
         )

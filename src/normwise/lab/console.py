@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from normwise.figures.tables import Column, DataRow, DataTable, show, stdout
+from normwise.figures.tables import Column, Row, Table, show, stdout
 from normwise.lab.plots import PLOTS
 from normwise.lab.report.curves import Comparison
 from normwise.lab.report.page import comparison_table
@@ -100,7 +100,7 @@ def print_outcome(
     state = "" if run["status"] == "complete" else f" ({run['status']})"
     seeds, epochs = run["settings"]["seeds"], run["settings"]["epochs"]
     title = f"{run['task']['title']}, {epochs} epochs, {seeds} seed{'s' * (seeds != 1)}{state}"
-    show(DataTable(table.columns, table.rows, title))
+    show(Table(table.columns, table.rows, title))
     console = stdout()
     console.print(
         "Mean ± sd over seeds. Difference: to the same optimizer without the projection, with its "
@@ -131,6 +131,6 @@ def print_toy(trajectories: Mapping[str, Path2D]) -> None:
     for printed in PRINTED:
         t = trajectories[printed.method]
         numbers = (printed.text, printed.rounded(t), f"{printed.ours(t):.10f}")
-        rows.append(DataRow((t.label, printed.quantity, str(printed.step), *numbers)))
+        rows.append(Row((t.label, printed.quantity, str(printed.step), *numbers)))
     title = "The 2-D toy of AdamP: 500 steps towards one direction"
-    show(DataTable(columns, tuple(rows), title))
+    show(Table(columns, tuple(rows), title))

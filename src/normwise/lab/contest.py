@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normwise.figures.tables import DataTable
+from normwise.figures.tables import Table
 from normwise.geometry import View
 from normwise.lab.contenders import Contender, parse
 from normwise.lab.data.files import data_root
@@ -67,7 +67,7 @@ class Result:
     headline: str
     summary: dict[str, Any]
     tables: list[Numbers]
-    table: DataTable
+    table: Table
 
     @property
     def failures(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from normwise.figures.tables import Column, DataTable
+from normwise.figures.tables import Column, Table
 from normwise.plan.forecast import PlanRow
 from normwise.plan.settings import Settings
 from normwise.theory import adamw_schedule_limit, norm_range, sgd_schedule_limit, steps_to_norm
@@ -26,7 +26,7 @@ _COLUMNS = (
 )
 
 
-def table_of(s: Settings, rows: Sequence[PlanRow]) -> DataTable:
+def table_of(s: Settings, rows: Sequence[PlanRow]) -> Table:
     """The numbers of a plan.
 
     Args:
@@ -48,7 +48,7 @@ def table_of(s: Settings, rows: Sequence[PlanRow]) -> DataTable:
             " → ".join(map(_number, row.effective_lr)),
         )
 
-    return DataTable.of(_COLUMNS, map(cells, rows))
+    return Table.of(_COLUMNS, map(cells, rows))
 
 
 def notes_of(s: Settings, rows: Sequence[PlanRow]) -> list[str]:

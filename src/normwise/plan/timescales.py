@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from normwise.figures.tables import Column, DataTable
+from normwise.figures.tables import Column, Table
 from normwise.updates import UpdateRule, describe
 
 __all__ = ["Timescale", "Timescales", "timescale", "timescales"]
@@ -58,7 +58,7 @@ class Timescales(tuple[Timescale, ...]):
                 share = "–"
             return t.name, f"{t.steps:,.0f}", f"{t.half_life:,.0f}", tokens, share
 
-        return str(DataTable.of(_COLUMNS, map(cells, self)))
+        return str(Table.of(_COLUMNS, map(cells, self)))
 
 
 def timescale(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from normwise.figures.tables import DataTable
+from normwise.figures.tables import Table
 from normwise.reparam.checkpoint import LoadOtherFormats
 from normwise.reparam.parametrizations import (
     CONVOLUTIONS,
@@ -94,7 +94,7 @@ class Conversion:
             )
             for w in self.weights
         )
-        return str(DataTable.of(("weight", "module", "shape", self.method), rows))
+        return str(Table.of(("weight", "module", "shape", self.method), rows))
 
 
 def weight_normalize(

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from normwise.figures import Axis, Line, Lines, Spacing, marks
-from normwise.figures.tables import Column, DataCell, DataRow, DataTable
+from normwise.figures.tables import Cell, Column, Row, Table
 from normwise.lab.methods import Inspected, Method, Setting
 from normwise.lab.report.curves import QUANTITIES, listed
 from normwise.lab.report.pages import page
@@ -241,7 +241,7 @@ class Answer:
             "relative_effective_lr": did.get(name),
         }
 
-    def table(self) -> DataTable:
+    def table(self) -> Table:
         """One row for each method, the best first."""
         first = self.tables[0].metric
         columns = (
@@ -258,13 +258,13 @@ class Answer:
         )
         order = [entry.method for entry in self.ranked]
         order += [name for name in self.methods if name not in order]
-        return DataTable(columns, tuple(self._row(name) for name in order), self.name)
+        return Table(columns, tuple(self._row(name) for name in order), self.name)
 
-    def _row(self, name: str) -> DataRow:
+    def _row(self, name: str) -> Row:
         entries = {t.metric.name: e for t in self.tables for e in t.entries if e.method == name}
         entry = entries[self.tables[0].metric.name]
         colour, dash = self.marks[name]
-        difference, verdict = DataCell("–"), "failed" if entry.spread is None else ""
+        difference, verdict = Cell("–"), "failed" if entry.spread is None else ""
         if entry.spread is not None and entry is self.ranked[0]:
             verdict = "first"
         elif entry.spread is not None:
@@ -273,12 +273,12 @@ class Answer:
                 half = found[1]
                 digits = self.tables[0].metric.digits
                 text = f"{-found[0] or 0.0:+.{digits}f}".replace("-", "−")
-                difference = DataCell(text, "" if half is None else f"± {half:.{digits}f}")
+                difference = Cell(text, "" if half is None else f"± {half:.{digits}f}")
                 verdict = "one seed" if half is None else "within chance"
                 verdict = "worse" if self.apart(entry) else verdict
         grew, did = (self.at_end(k).get(name) for k in ("norm_growth", "relative_effective_lr"))
         setting = self.chosen[name]
-        cells: tuple[DataCell | str, ...] = (
+        cells: tuple[Cell | str, ...] = (
             self.methods[name].label,
             _spread(entry, self.tables[0]),
             verdict,
@@ -288,12 +288,12 @@ class Answer:
             "–" if grew is None else f"×{grew:.2f}",
             "–" if did is None else f"×{did:.2f}",
             *(_spread(entries[t.metric.name], t) for t in self.tables[1:]),
-            DataCell(
+            Cell(
                 str(len(entry.values)),
                 f"{len(entry.failed)} failed" if entry.failed else "",
             ),
         )
-        return DataRow(cells, name, colour, bool(dash))
+        return Row(cells, name, colour, bool(dash))
 
     @cached_property
     def marks(self) -> dict[str, tuple[str, tuple[float, ...]]]:
@@ -337,12 +337,12 @@ class Answer:
         )
 
 
-def _spread(entry: Entry, table: Numbers) -> DataCell:
+def _spread(entry: Entry, table: Numbers) -> Cell:
     spread, digits = entry.spread, table.metric.digits
     if spread is None:
-        return DataCell("–")
+        return Cell("–")
     sd = "" if spread.sd is None else f"± {spread.sd:.{digits}f}"
-    return DataCell(f"{spread.mean:.{digits}f}", sd)
+    return Cell(f"{spread.mean:.{digits}f}", sd)
 
 
 def _percent(share: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from normwise.figures.tables import Column, DataCell, DataRow, DataTable
+from normwise.figures.tables import Cell, Column, Row, Table
 from normwise.lab.report.curves import QUANTITIES, Comparison, listed
 from normwise.lab.report.pages import page
 from normwise.lab.report.toy import toy_loss, toy_norm, toy_plane, toy_table
@@ -96,7 +96,7 @@ def _notices(run: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> list[
     ]
 
 
-def comparison_table(comparison: Comparison, summary: Mapping[str, Any]) -> DataTable:
+def comparison_table(comparison: Comparison, summary: Mapping[str, Any]) -> Table:
     """The numbers at the end of a comparison: method, accuracy and verdict first."""
     columns = (
         Column("method", words=True),
@@ -129,8 +129,8 @@ def comparison_table(comparison: Comparison, summary: Mapping[str, Any]) -> Data
             "–" if row["optimizer_ms"] is None else f"{row['optimizer_ms']:.2f}",
             _seeds(row, comparison.run["settings"]["seeds"]),
         )
-        rows.append(DataRow(cells, row["name"], colour, bool(dash)))
-    return DataTable(columns, tuple(rows))
+        rows.append(Row(cells, row["name"], colour, bool(dash)))
+    return Table(columns, tuple(rows))
 
 
 def _verdict(said: str) -> str:
@@ -147,28 +147,28 @@ def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def _difference(finding: Mapping[str, Any]) -> DataCell:
+def _difference(finding: Mapping[str, Any]) -> Cell:
     half = finding["half_width"]
     note = "" if half is None else f"± {100 * half:.2f}"
-    return DataCell(_signed(100 * finding["difference"]), note)
+    return Cell(_signed(100 * finding["difference"]), note)
 
 
 def _mean(value: Mapping[str, Any] | None, text: Callable[[float], str]) -> str:
     return "–" if value is None else text(value["mean"])
 
 
-def _spread(value: Mapping[str, Any] | None, text: Callable[[float], str]) -> DataCell:
+def _spread(value: Mapping[str, Any] | None, text: Callable[[float], str]) -> Cell:
     sd = None if value is None else value["sd"]
-    return DataCell(_mean(value, text), "" if sd is None else f"± {text(sd)}")
+    return Cell(_mean(value, text), "" if sd is None else f"± {text(sd)}")
 
 
-def _seeds(row: Mapping[str, Any], seeds: int) -> DataCell:
+def _seeds(row: Mapping[str, Any], seeds: int) -> Cell:
     notes = []
     if row["failed"]:
         notes.append(f"{len(row['failed'])} failed")
     if not row["finished"] and row["unfinished"] and row["numbers"]:
         notes.append(f"epoch {row['epoch']}")
-    return DataCell(f"{len(row['finished'])} of {seeds}", ", ".join(notes))
+    return Cell(f"{len(row['finished'])} of {seeds}", ", ".join(notes))
 
 
 def _layers(comparison: Comparison, layers: Mapping[str, Monitor]) -> list[dict[str, Any]]:

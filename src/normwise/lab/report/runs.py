@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from normwise.figures import Axis, Dots, Line, Lines, Series, Spacing, marks
-from normwise.figures.tables import Column, DataCell, DataRow, DataTable
-from normwise.lab.report.curves import EPOCH, QUANTITIES, ChartedQuantity, over_seeds
+from normwise.figures.tables import Cell, Column, Row, Table
+from normwise.lab.report.curves import EPOCH, QUANTITIES, Quantity, over_seeds
 from normwise.lab.report.pages import page
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ def render(tables: Sequence[Result]) -> str:
     )
 
 
-def quantities(metric: Metric) -> list[ChartedQuantity]:
+def quantities(metric: Metric) -> list[Quantity]:
     """The metric, and what is drawn of every task."""
     spacing = Spacing.LINEAR if metric.higher_is_better else Spacing.LOG
-    first = ChartedQuantity(
+    first = Quantity(
         metric.name,
         metric.title[0].upper() + metric.title[1:],
         Axis(_with_unit(metric), spacing, text=lambda v: f"{v:.{metric.digits}f}"),
@@ -66,8 +66,8 @@ def quantities(metric: Metric) -> list[ChartedQuantity]:
     norm = QUANTITIES["norm_growth"]
     return [
         first,
-        ChartedQuantity("train_loss", "Training loss", loss),
-        ChartedQuantity(norm.key, "Norm of the weights", norm.axis),
+        Quantity("train_loss", "Training loss", loss),
+        Quantity(norm.key, "Norm of the weights", norm.axis),
         QUANTITIES["effective_lr"],
     ]
 
@@ -97,7 +97,7 @@ def _sections(tables: Sequence[Result], drawn: Marks) -> list[dict[str, Any]]:
     return sections
 
 
-def chart(table: Result, quantity: ChartedQuantity, drawn: Marks) -> Lines:
+def chart(table: Result, quantity: Quantity, drawn: Marks) -> Lines:
     """The curves of a quantity in one row, one line a method.
 
     Args:
@@ -176,7 +176,7 @@ def _words(table: Result) -> str:
     return " ".join((table.recipe.id, table.recipe.title, table.scale, table.row, *entries))
 
 
-def _numbers(tables: Sequence[Result], drawn: Marks) -> DataTable:
+def _numbers(tables: Sequence[Result], drawn: Marks) -> Table:
     columns = (
         Column("method", words=True),
         Column("mean ± sd"),
@@ -190,18 +190,18 @@ def _numbers(tables: Sequence[Result], drawn: Marks) -> DataTable:
         Column("paper"),
     )
     rows = (_row(table, e, *drawn[e.method]) for table in tables for e in table.entries)
-    return DataTable(columns, tuple(rows))
+    return Table(columns, tuple(rows))
 
 
-def _row(table: Result, entry: Entry, colour: str, dash: tuple[float, ...]) -> DataRow:
+def _row(table: Result, entry: Entry, colour: str, dash: tuple[float, ...]) -> Row:
     metric, spread, recipe = table.metric, entry.spread, table.recipe
 
     def number(value: float | None, sign: str = "") -> str:
         return "–" if value is None else f"{value:{sign}.{metric.digits}f}".replace("-", "−")
 
-    def give(value: float | None, half: float | None, text: str) -> DataCell:
+    def give(value: float | None, half: float | None, text: str) -> Cell:
         note = "" if half is None else f"± {number(half)}"
-        return DataCell(text, note, "" if value is None else value)
+        return Cell(text, note, "" if value is None else value)
 
     mean = None if spread is None else spread.mean
     failed = "failed" if spread is None and entry.failed else number(mean)
@@ -215,7 +215,7 @@ def _row(table: Result, entry: Entry, colour: str, dash: tuple[float, ...]) -> D
         _with_unit(metric),
         table.row,
         recipe.id,
-        DataCell(
+        Cell(
             str(len(entry.values)),
             ", ".join(f"{len(seeds)} {word}" for seeds, word in notes if seeds),
         ),
@@ -223,7 +223,7 @@ def _row(table: Result, entry: Entry, colour: str, dash: tuple[float, ...]) -> D
         give(entry.paper, None, "not known" if entry.paper is None else f"{entry.paper:g}"),
     )
     words = (recipe.id, recipe.title, table.row, entry.method, entry.label, metric.title, verdict)
-    return DataRow(cells, entry.method, colour, bool(dash), " ".join(words))
+    return Row(cells, entry.method, colour, bool(dash), " ".join(words))
 
 
 def _config(cell: Done) -> list[tuple[str, str]]:

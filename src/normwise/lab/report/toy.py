@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from normwise.figures import Axis, Line, Lines, Plane, Spacing, marks
-from normwise.figures.tables import Column, DataCell, DataRow, DataTable
+from normwise.figures.tables import Cell, Column, Row, Table
 from normwise.lab.toy import PRINTED, START, Path2D, Printed, loss_at_angle
 
 __all__ = ["toy_loss", "toy_norm", "toy_plane", "toy_table"]
@@ -55,7 +55,7 @@ def toy_loss(trajectories: Mapping[str, Path2D]) -> Lines:
     return Lines("Loss", "", steps, loss, lines)
 
 
-def toy_table(trajectories: Mapping[str, Path2D]) -> DataTable:
+def toy_table(trajectories: Mapping[str, Path2D]) -> Table:
     """Our numbers with the printed ones beside them: a row for each method."""
     printed = {(p.quantity, p.step, p.method): p for p in PRINTED}
     shown = list(dict.fromkeys((p.quantity, p.step) for p in PRINTED))
@@ -67,7 +67,7 @@ def toy_table(trajectories: Mapping[str, Path2D]) -> DataTable:
         ),
     )
     rows = tuple(
-        DataRow(
+        Row(
             (
                 trajectories[name].label,
                 *(
@@ -80,11 +80,11 @@ def toy_table(trajectories: Mapping[str, Path2D]) -> DataTable:
         )
         for name, (colour, dash) in marks(trajectories, _BASELINES).items()
     )
-    return DataTable(columns, rows)
+    return Table(columns, rows)
 
 
-def _cell(trajectory: Path2D, quantity: str, step: int, printed: Printed | None) -> DataCell:
+def _cell(trajectory: Path2D, quantity: str, step: int, printed: Printed | None) -> Cell:
     if printed is None:
         value = (trajectory.losses if quantity == "loss" else trajectory.norms)[step]
-        return DataCell(f"{value:.4f}", "not printed")
-    return DataCell(printed.rounded(trajectory), f"paper {printed.text}")
+        return Cell(f"{value:.4f}", "not printed")
+    return Cell(printed.rounded(trajectory), f"paper {printed.text}")
