@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from normwise.balancing.apply import after_every
 from normwise.geometry import View, norms
 
 __all__ = [
@@ -230,14 +230,4 @@ class MaxNorm:
         Raises:
             ValueError: if ``every`` is not positive.
         """
-        if every < 1:
-            raise ValueError(f"Invalid every: {every}; must be 1 or more")
-        steps = 0
-
-        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            nonlocal steps
-            steps += 1
-            if steps % every == 0:
-                self.project_()
-
-        return optimizer.register_step_post_hook(after_step)
+        return after_every(optimizer, every, lambda _: self.project_())

@@ -87,23 +87,17 @@ class Linear(Schedule):
         check_at_least_one("number of steps", self.steps)
 
     def __call__(self, step: int) -> float:
-        return self.first + (self.last - self.first) * min(step / self.steps, 1)
+        return self._after(min(step / self.steps, 1))
+
+    def _after(self, share: float) -> float:
+        return self.first + (self.last - self.first) * share
 
 
-@dataclass(frozen=True)
-class Cosine(Schedule):
+class Cosine(Linear):
     """From ``first`` to ``last`` on half a cosine over ``steps`` steps, then ``last``."""
 
-    steps: int
-    first: float = 1.0
-    last: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_at_least_one("number of steps", self.steps)
-
-    def __call__(self, step: int) -> float:
-        angle = math.pi * min(step / self.steps, 1)
-        return self.last + (self.first - self.last) * (1 + math.cos(angle)) / 2
+    def _after(self, share: float) -> float:
+        return super()._after((1 - math.cos(math.pi * share)) / 2)
 
 
 @dataclass(frozen=True)

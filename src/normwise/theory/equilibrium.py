@@ -294,32 +294,23 @@ def _check_decay(rule: UpdateRule) -> None:
         _check_decoupled(_number(rule.shrink), 1.0)
 
 
+_SGD = UpdateRule("SGD", Update.GRADIENT, 1.0, scale=1.0, coupling=Coupling.L2)
+_ADAMW = UpdateRule("AdamW", Update.NORMALIZED, 1.0, scale=1.0, coupling=Coupling.DECOUPLED)
+
+
+def _decayed(rule: UpdateRule, lr: float, weight_decay: float, momentum: float) -> UpdateRule:
+    decay = lr * weight_decay
+    return replace(rule, lr=lr, momentum=momentum, weight_decay=weight_decay, decay_per_step=decay)
+
+
 def _sgd(lr: float, weight_decay: float, momentum: float) -> UpdateRule:
     check_below_one(momentum=momentum)
-    return UpdateRule(
-        "SGD",
-        Update.GRADIENT,
-        lr,
-        momentum=momentum,
-        scale=1.0,
-        coupling=Coupling.L2,
-        weight_decay=weight_decay,
-        decay_per_step=lr * weight_decay,
-    )
+    return _decayed(_SGD, lr, weight_decay, momentum)
 
 
 def _adamw(lr: float, weight_decay: float, beta1: float) -> UpdateRule:
     check_below_one(beta1=beta1)
-    return UpdateRule(
-        "AdamW",
-        Update.NORMALIZED,
-        lr,
-        momentum=beta1,
-        scale=1.0,
-        coupling=Coupling.DECOUPLED,
-        weight_decay=weight_decay,
-        decay_per_step=lr * weight_decay,
-    )
+    return _decayed(_ADAMW, lr, weight_decay, beta1)
 
 
 def sgd_equilibrium(
@@ -376,16 +367,8 @@ def lion_equilibrium_angle(
         ValueError: for a number that is not positive, a beta not in [0, 1), or ηλ of 1 or more.
     """
     check_positive(lr=lr, weight_decay=weight_decay)
-    rule = UpdateRule(
-        "Lion",
-        Update.SIGN,
-        lr,
-        betas=betas,
-        coupling=Coupling.DECOUPLED,
-        weight_decay=weight_decay,
-        decay_per_step=lr * weight_decay,
-    )
-    return equilibrium_of(rule).angle
+    lion = UpdateRule("Lion", Update.SIGN, 1.0, betas=betas, coupling=Coupling.DECOUPLED)
+    return equilibrium_of(_decayed(lion, lr, weight_decay, 0.0)).angle
 
 
 def epsilon_shifted_equilibrium(
