@@ -81,10 +81,18 @@ class AnalysisReport(Protocol):
     def __getitem__(self, name: str, /) -> ReportRow: ...
 
     def parameters(self, model: nn.Module | None = None) -> Mapping[str, nn.Parameter]:
-        """The parameters by name."""
+        """The parameters by name.
+
+        Args:
+            model: whose parameters to take (default: those of the model analyzed).
+        """
 
     def parameter_views(self, model: nn.Module | None = None) -> Mapping[nn.Parameter, View]:
-        """The view of each parameter that is scale-invariant by itself."""
+        """The view of each parameter that is scale-invariant by itself.
+
+        Args:
+            model: whose parameters to take (default: those of the model analyzed).
+        """
 
     def freedom(self) -> FreedomLedger:
         """What it costs to fix the norms of all matrices."""

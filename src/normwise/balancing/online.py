@@ -91,6 +91,9 @@ class Balance:
     def apply_(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Balance the weights and the state of an optimizer once.
 
+        Args:
+            optimizer: whose parameters are the model's.
+
         Returns:
             What each parameter was multiplied by, by name, as tensors that broadcast.
 

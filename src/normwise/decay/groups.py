@@ -54,7 +54,13 @@ class Rule:
             raise ValueError("a rule needs a condition: names, modules or max_ndim")
 
     def matches(self, name: str, module: nn.Module, p: nn.Parameter) -> bool:
-        """Whether the rule is for this parameter of this module."""
+        """Whether the rule is for this parameter of this module.
+
+        Args:
+            name: of the parameter.
+            module: that holds it.
+            p: the parameter.
+        """
         patterns = (self.names,) if isinstance(self.names, str) else self.names
         return (
             (not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
@@ -110,6 +116,9 @@ def by_rules(
         weight_decay: λ of those that no rule matches.
         rules: in order of precedence (default: none for what has at most one dimension).
 
+    Returns:
+        Groups with ``params``, ``weight_decay`` and ``name``; ``print`` them for an account.
+
     Raises:
         ValueError: for λ that is negative or not finite, or a rule that no parameter falls to.
     """
@@ -146,6 +155,9 @@ def by_analysis(
         invariant: λ of scale-invariant weights, whose norm is only a learning rate.
         plain: λ of the others of two dimensions or more, whose norm is capacity.
         vector: λ of biases, gains and scales (default: 0).
+
+    Returns:
+        Groups with ``params``, ``weight_decay`` and ``name``; ``print`` them for an account.
 
     Raises:
         ValueError: for λ that is negative or not finite, or a parameter that the report has not.

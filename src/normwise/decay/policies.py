@@ -340,7 +340,12 @@ class Corrected(Policy):
             check_number("max_lr", self.max_lr, positive=True)
 
     def attach(self, optimizer: Optimizer, on: On | None = None) -> AttachedPolicy:
-        """As :meth:`Policy.attach`, but ``on`` must be given."""
+        """As :meth:`Policy.attach`, but ``on`` must be given.
+
+        Args:
+            optimizer: as of :meth:`Policy.attach`.
+            on: the weights to correct.
+        """
         if on is None:
             raise ValueError(
                 "Corrected must be told which weights feed a normalization: "
@@ -365,6 +370,11 @@ class AttachedPolicy:
     Attributes:
         policy: the policy.
         params: the parameters that it acts on.
+
+    Args:
+        policy: what to do.
+        optimizer: whose hooks it is to be on.
+        groups: the groups that it is to act on.
     """
 
     def __init__(self, policy: Policy, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
@@ -392,7 +402,7 @@ class AttachedPolicy:
         return self.policy.label
 
     def remove(self) -> None:
-        """End it. The groups keep their ``weight_decay``, which is the optimizer's own again."""
+        """End it; the groups' ``weight_decay`` is the optimizer's own again."""
         self._restore()
         for hook in self._hooks:
             hook.remove()
@@ -410,6 +420,9 @@ class AttachedPolicy:
     def effect(self, group: dict[str, Any]) -> Effect:
         """What the next step does to the weights of one of its groups.
 
+        Args:
+            group: one of the groups that it acts on.
+
         Raises:
             ReferenceError: if the optimizer is gone.
         """
@@ -421,7 +434,12 @@ class AttachedPolicy:
         return self.policy.effect(group["weight_decay"], group["lr"], self._lr(group), own)
 
     def changed_rule(self, rule: UpdateRule, group: dict[str, Any]) -> UpdateRule:
-        """What becomes of the rule of one of its groups, for :func:`normwise.describe`."""
+        """What becomes of the rule of one of its groups, for :func:`normwise.describe`.
+
+        Args:
+            rule: of the group without the policy.
+            group: the group.
+        """
         optimizer = self._optimizer()
         if optimizer is None:
             return rule

@@ -21,6 +21,13 @@ _POINTS = 72 / 96
 def matplotlib_figure(figure: Figure, ground: Literal["light", "dark"] = "light") -> Any:
     """A figure as one of matplotlib's.
 
+    Args:
+        figure: what to draw.
+        ground: ``"light"`` or ``"dark"`` (default: light).
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+
     Raises:
         ImportError: without matplotlib.
     """
@@ -48,6 +55,13 @@ def matplotlib_figure(figure: Figure, ground: Literal["light", "dark"] = "light"
 def png(figure: Figure, ground: Literal["light", "dark"] = "light") -> bytes:
     """A figure as the bytes of a PNG file, two dots a pixel.
 
+    Args:
+        figure: what to draw.
+        ground: ``"light"`` or ``"dark"`` (default: light).
+
+    Returns:
+        The content of the file.
+
     Raises:
         ImportError: without matplotlib.
     """
@@ -61,6 +75,10 @@ def save(figure: Figure, path: str | Path) -> None:
 
     ``.svg`` needs no matplotlib and follows the reader's light or dark system; ``.png``, ``.pdf``
     and what else matplotlib writes are for a light ground.
+
+    Args:
+        figure: what to draw.
+        path: of the file.
 
     Raises:
         ImportError: without matplotlib.

@@ -121,7 +121,12 @@ class Spacing(Enum):
     TOWARDS_ONE = "towards one"
 
     def scale(self, values: Sequence[float], most: int = 5) -> AxisScale:
-        """An axis that holds the finite ones of ``values``, with about ``most`` ticks."""
+        """An axis that holds the finite ones of ``values``, with about ``most`` ticks.
+
+        Args:
+            values: that the axis must hold.
+            most: about how many ticks (default: 5).
+        """
         finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
         return _MAKERS[self](finite, most)
 

@@ -26,6 +26,9 @@ def piece(chart: Chart, height: float | None = None) -> str:
     Args:
         chart: what to draw.
         height: in pixels, of the wide form (default: what suits the chart).
+
+    Returns:
+        HTML; empty for an empty chart.
     """
     if chart.empty:
         return ""
@@ -35,7 +38,14 @@ def piece(chart: Chart, height: float | None = None) -> str:
 
 
 def document(figure: Figure) -> str:
-    """A figure as an SVG file that follows the reader's light or dark system."""
+    """A figure as an SVG file that follows the reader's light or dark system.
+
+    Args:
+        figure: what to draw.
+
+    Returns:
+        The text of the file.
+    """
     drawing = draw_figure(figure)
     used = {c for shape in drawing.shapes for c in _colours(shape)}
     dark = "".join(

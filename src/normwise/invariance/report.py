@@ -134,6 +134,9 @@ class Report:
     def parameter_views(self, model: nn.Module | None = None) -> dict[nn.Parameter, View]:
         """As :meth:`views`, by parameter of ``model`` (default: of the model analyzed).
 
+        Args:
+            model: whose parameters to take (default: those of the model analyzed).
+
         Raises:
             ValueError: see :meth:`param_groups`.
         """
@@ -202,7 +205,11 @@ class Report:
         return scale_maps(self.symmetries)
 
     def share(self, kind: Kind) -> float:
-        """The share of the entries of all parameters that are of this kind, from 0 to 1."""
+        """The share of the entries of all parameters that are of this kind, from 0 to 1.
+
+        Args:
+            kind: as :attr:`ParameterReport.kind`.
+        """
         total = sum(row.entries for row in self.rows)
         return sum(row.entries for row in self.rows if row.kind == kind) / max(total, 1)
 
@@ -314,7 +321,11 @@ class Report:
         return "\n".join(map(paragraph, lines))
 
     def to_json(self, **options: Any) -> str:
-        """The report as JSON, without the model; ``options`` go to ``json.dumps``."""
+        """The report as JSON, without the model; ``options`` go to ``json.dumps``.
+
+        Args:
+            **options: of ``json.dumps``.
+        """
         rows = [
             {**asdict(row), "view": None if row.view is None else str(row.view)}
             for row in self.rows
@@ -336,6 +347,12 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """Read what :meth:`to_json` wrote.
 
+        Args:
+            text: that :meth:`to_json` returned.
+
+        Returns:
+            The report, without a model.
+
         Raises:
             ValueError: if ``text`` is not such a report.
         """
@@ -351,6 +368,9 @@ class Report:
 
     def plot(self, path: str | Path) -> None:
         """Draw the parameters, coloured by kind, into a file whose suffix says the format.
+
+        Args:
+            path: of the file.
 
         Raises:
             ImportError: without matplotlib.

@@ -205,6 +205,9 @@ class Monitor:
     def series(self, name: str) -> tuple[list[int], Tensor]:
         """The steps measured so far, and a quantity of each layer at them.
 
+        Args:
+            name: of a quantity or a prediction.
+
         Returns:
             The steps, and a tensor of shape ``(steps, layers)``, the layers as in :attr:`layers`.
 
@@ -300,7 +303,11 @@ class Monitor:
         return {"step": self.step, "seen": [list(key) for key in sorted(self._seen, key=str)]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`; history and the rules' memory begin anew."""
+        """Go on from a :meth:`state_dict`; history and the rules' memory begin anew.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+        """
         self.step = int(state["step"])
         self._seen = {(kind, layer) for kind, layer in state["seen"]}
 

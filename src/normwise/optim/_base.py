@@ -26,7 +26,7 @@ _check_capture: Callable[[Optimizer], None] = (
 
 
 class NormwiseOptimizer(Optimizer):
-    """Base of :class:`AdamP`, :class:`SGDP` and :class:`SGDW`. Not for direct use."""
+    """Base of :class:`AdamP`, :class:`SGDP` and :class:`SGDW`; not for direct use."""
 
     _form: StateForm
     # The step of some weights: weights, gradients, a list for each key of the state, and options.

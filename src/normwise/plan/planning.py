@@ -18,7 +18,13 @@ __all__ = ["Plan", "plan"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to expect of a run. ``str(plan)`` is a table and what follows from it."""
+    """What to expect of a run. ``str(plan)`` is a table and what follows from it.
+
+    Args:
+        settings: how the run will be trained.
+        rows: what to expect of each weight.
+        notes: what follows, in sentences.
+    """
 
     settings: Settings
     rows: tuple[PlanRow, ...]
@@ -68,6 +74,9 @@ def plan(settings: Settings, weights: Sequence[Weights]) -> Plan:
     Args:
         settings: how the run will be trained.
         weights: what will be trained: scale-invariant weights alone.
+
+    Returns:
+        The plan; ``print`` it.
 
     Raises:
         ValueError: for settings out of range, or beyond where the closed forms hold; if there is

@@ -129,7 +129,11 @@ class Weights:
     shape: tuple[int, ...] = ()
 
     def known(self, settings: Settings) -> dict[str, Any]:
-        """What the closed forms need to know of these weights."""
+        """What the closed forms need to know of these weights.
+
+        Args:
+            settings: how they will be trained.
+        """
         return {
             "gradient_square": settings.gradient**2,
             "entries": self.entries,
@@ -143,6 +147,9 @@ def weights_of(model: nn.Module, views: Mapping[str, View]) -> list[Weights]:
     Args:
         model: the model.
         views: of the parameters by name, as ``report.views()``.
+
+    Returns:
+        One each, in the order of ``views``; vectors and zero weights are left out.
     """
     params = dict(model.named_parameters())
     found = []

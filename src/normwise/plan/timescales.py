@@ -75,6 +75,9 @@ def timescale(
         steps: of the run (default: not known).
         batch: tokens, or samples, of a step (default: not known).
         name: of the weights (default: the optimizer's).
+
+    Returns:
+        The timescale.
     """
     shrink = float(rule.shrink)
     length = math.inf if shrink == 0 else 1 / shrink
@@ -99,6 +102,9 @@ def timescales(
         optimizer: any that :func:`normwise.describe` knows.
         steps: of the run (default: not known).
         batch: tokens, or samples, of a step (default: not known).
+
+    Returns:
+        One each; ``print`` them for a table.
 
     Raises:
         ValueError: for steps or a batch that is not positive.

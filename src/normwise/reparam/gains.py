@@ -52,11 +52,19 @@ class Gain(nn.Module):
         self.siblings: tuple[str, ...] = ()
 
     def forward(self, w: Tensor) -> Tensor:
-        """The effective weight."""
+        """The effective weight.
+
+        Args:
+            w: the weight W.
+        """
         return w * self._broadcast(w)
 
     def right_inverse(self, w: Tensor) -> Tensor:
-        """The weight behind an effective weight, with the gains as they are."""
+        """The weight behind an effective weight, with the gains as they are.
+
+        Args:
+            w: the effective weight W'.
+        """
         return w / self._broadcast(w).detach()
 
     def _broadcast(self, w: Tensor) -> Tensor:

@@ -324,6 +324,9 @@ def sgd_equilibrium(
         gradient_square: E‖g̃‖², the mean squared norm of the gradient at weight norm 1.
         momentum: α (default: 0).
 
+    Returns:
+        The norm, and the RMS angle per step in radians.
+
     Raises:
         ValueError: for a number that is not positive, a momentum not in [0, 1), or ηλ above
             (1 − √α)², where the weight swings through zero instead.
@@ -342,6 +345,9 @@ def adamw_equilibrium(
         weight_decay: λ.
         entries: C, of a weight or a slice.
         beta1: β1 (default: 0.9).
+
+    Returns:
+        The norm, and the RMS angle per step in radians.
 
     Raises:
         ValueError: for a number that is not positive, a ``beta1`` not in [0, 1), or ηλ of 1 or
@@ -363,6 +369,9 @@ def lion_equilibrium_angle(
         weight_decay: λ.
         betas: β1 and β2 (default: 0.9 and 0.99).
 
+    Returns:
+        The angle in radians.
+
     Raises:
         ValueError: for a number that is not positive, a beta not in [0, 1), or ηλ of 1 or more.
     """
@@ -381,6 +390,9 @@ def epsilon_shifted_equilibrium(
         weight_decay: λ.
         eps: ε, as a norm.
         gradient_square: E‖g̃‖², the mean squared norm of the gradient at weight norm 1.
+
+    Returns:
+        k.
 
     Raises:
         ValueError: for a number that is not positive.
@@ -405,6 +417,9 @@ def sgd_angle(lr: float, norm: float, gradient_square: float, momentum: float = 
         gradient_square: E‖g̃‖², the mean squared norm of the gradient at weight norm 1.
         momentum: α (default: 0).
 
+    Returns:
+        The angle in radians.
+
     Raises:
         ValueError: for a number out of its range.
     """
@@ -420,6 +435,9 @@ def adamw_angle(lr: float, norm: float, entries: int, beta1: float = 0.9) -> flo
         norm: ‖w‖.
         entries: C, of a weight or a slice.
         beta1: β1 (default: 0.9).
+
+    Returns:
+        The angle in radians.
 
     Raises:
         ValueError: for a number out of its range.
@@ -443,6 +461,9 @@ def sgd_time_to_equilibrium(
         momentum: α (default: 0).
         tolerance: the relative distance from k that counts as arrived (default: 0.1).
 
+    Returns:
+        Steps, a real number; 0 if it starts there.
+
     Raises:
         ValueError: as :func:`sgd_equilibrium`; for a ``tolerance`` not in (0, 1).
     """
@@ -462,6 +483,9 @@ def adamw_time_to_equilibrium(
         weight_decay: λ.
         start: the norm at the start, over k.
         tolerance: the relative distance from k that counts as arrived (default: 0.1).
+
+    Returns:
+        Steps, a real number; 0 if it starts there.
 
     Raises:
         ValueError: as :func:`adamw_equilibrium`; for a ``tolerance`` not in (0, 1).
@@ -488,6 +512,9 @@ def sgd_norms(
         start: the norm before the first step.
         momentum: α (default: 0).
 
+    Returns:
+        One more norm than steps.
+
     Raises:
         ValueError: for a number out of its range, or ηλ above (1 − √α)².
     """
@@ -508,6 +535,9 @@ def adamw_norms(
         weight_decay: λ; 0 is allowed.
         entries: C, of a weight or a slice.
         start: the norm before the first step.
+
+    Returns:
+        One more norm than steps.
 
     Raises:
         ValueError: for a number out of its range, or ηλ of 1 or more.
