@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +24,8 @@ from normwise.figures.shapes import (
 )
 
 __all__ = ["apart", "draw", "draw_figure", "natural_height"]
+
+Points = tuple[tuple[float, float], ...]
 
 LABEL = 15.0
 """The least distance between two labels, in pixels."""
@@ -191,24 +193,18 @@ def _lines(chart: Lines, width: float, height: float) -> tuple[list[Shape], dict
         if 0 <= across.place(rule) <= 1
     ]
     shapes += _under(chart.x, across, left, right, bottom)
-    places = dict(
-        zip(
-            map(id, named),
-            apart([y(_end(line)[1]) for line in named], top, bottom) if named else [],
-            strict=True,
-        )
-    )
-    texts = dict(zip(map(id, named), labels, strict=True))
+    heights = apart([y(_end(line)[1]) for line in named], top, bottom)
+    names = dict(zip(map(id, named), zip(heights, labels, strict=True), strict=True))
     for line in lines:
         drawn = [
             Polyline(part, line.colour, width=2.2, dash=line.dash) for part in _runs(line, x, y)
         ]
         inside: list[Shape] = []
         if line.low and line.low != line.high:
-            there = [
-                (x(a), y(b)) for a, b in zip(line.x, line.high, strict=True) if math.isfinite(b)
-            ]
-            back = [(x(a), y(b)) for a, b in zip(line.x, line.low, strict=True) if math.isfinite(b)]
+            there, back = (
+                [(x(a), y(b)) for a, b in zip(line.x, edge, strict=True) if math.isfinite(b)]
+                for edge in (line.high, line.low)
+            )
             inside.append(Polyline((*there, *back[::-1]), fill=line.colour, opacity=0.14))
         if line.level is not None and math.isfinite(line.level):
             at = y(line.level)
@@ -217,8 +213,8 @@ def _lines(chart: Lines, width: float, height: float) -> tuple[list[Shape], dict
         end_x, end_y = (f(v) for f, v in zip((x, y), _end(line), strict=True))
         if named or len(drawn) == 0 or all(len(part.points) < 2 for part in drawn):
             inside.append(Circle(end_x, end_y, 3, line.colour))
-        if id(line) in places:
-            at, text = places[id(line)], texts[id(line)]
+        if id(line) in names:
+            at, text = names[id(line)]
             if abs(at - end_y) > 2 or right - end_x > 2:
                 points = ((end_x + 4, end_y), (right + _GAP - 3, at))
                 inside.append(Polyline(points, line.colour, opacity=0.45))
@@ -228,10 +224,8 @@ def _lines(chart: Lines, width: float, height: float) -> tuple[list[Shape], dict
             )
         shapes.append(Group(line.name, tuple(inside)))
     if _order_key(chart):
-        drawn_lines = [line for line in lines if line.label]
-        shapes += _strip(
-            drawn_lines[0].label, drawn_lines[-1].label, "order", left, right, height + 12
-        )
+        ends = [line.label for line in lines if line.label]
+        shapes += _strip(ends[0], ends[-1], "order", left, right, height + 12)
     hover = {
         "top": round(top, 1),
         "bottom": round(bottom, 1),
@@ -257,7 +251,7 @@ def _end(line: Line) -> tuple[float, float]:
     return next((a, b) for a, b in zip(line.x[::-1], line.y[::-1], strict=True) if math.isfinite(b))
 
 
-def _runs(line: Line, x: Any, y: Any) -> list[tuple[tuple[float, float], ...]]:
+def _runs(line: Line, x: Any, y: Any) -> list[Points]:
     """The points of a line, anew after each value that is not finite."""
     runs: list[list[tuple[float, float]]] = [[]]
     for a, b in zip(line.x, line.y, strict=True):
@@ -281,18 +275,29 @@ def _hovered(axis: Axis, line: Line, k: int) -> str:
 
 def _under(axis: Axis, scale: AxisScale, left: float, right: float, y: float) -> list[Shape]:
     """Ticks and label of a horizontal axis; a tick without room for its text has none."""
-    shapes: list[Shape] = []
-    until = -math.inf
-    for value, text in scale.ticks:
-        at, half = left + scale.place(value) * (right - left), text_width(text) / 2
-        if at - half >= until:
-            shapes.append(Label(at, y + 18, text, anchor="middle"))
-            until = at + half + 6
+    places = ((left + scale.place(value) * (right - left), text) for value, text in scale.ticks)
+    shapes: list[Shape] = list(_with_room(places, y + 18, 6))
     label = shortened(axis.label, right + 8)
     half = text_width(label) / 2
     at = max(half, min((left + right) / 2, right + 8 - half))
     shapes.append(Label(at, y + 35, label, anchor="middle"))
     return shapes
+
+
+def _with_room(
+    places: Iterable[tuple[float, str]], y: float, gap: float, right: float = math.inf
+) -> Iterator[Label]:
+    """Texts around their places, from left to right; one that would touch the last is left out."""
+    until = -math.inf
+    for at, text in places:
+        half = text_width(text) / 2
+        if at - half >= until:
+            yield Label(min(at, right - half), y, text, anchor="middle")
+            until = at + half + gap
+
+
+def _box(left: float, top: float, right: float, bottom: float) -> Points:
+    return ((left, top), (right, top), (right, bottom), (left, bottom))
 
 
 def _strip(low: str, high: str, kind: str, left: float, right: float, y: float) -> list[Shape]:
@@ -302,9 +307,8 @@ def _strip(low: str, high: str, kind: str, left: float, right: float, y: float) 
     shapes: list[Shape] = [Label(x, y + 4, words)]
     x += text_width(words) + 8
     for k in range(12):
-        a, b = x + k * length / 12, x + (k + 1) * length / 12
-        points = ((a, y - 5), (b, y - 5), (b, y + 5), (a, y + 5))
-        shapes.append(Polyline(points, fill=ramp(kind, k / 11), crisp=True))
+        box = _box(x + k * length / 12, y - 5, x + (k + 1) * length / 12, y + 5)
+        shapes.append(Polyline(box, fill=ramp(kind, k / 11), crisp=True))
     words = shortened(high, max(right - x - length - 8, 40))
     shapes.append(Label(x + length + 8, y + 4, words))
     return shapes
@@ -346,9 +350,8 @@ def _dots(chart: Dots, width: float, height: float) -> tuple[list[Shape], None]:
     middle = [top + (k + 0.5) * step for k in range(len(chart.rows))]
     shapes: list[Shape] = []
     if chart.band is not None:
-        a, b = x(chart.band[0]), x(chart.band[1])
-        points = ((a, top), (b, top), (b, bottom), (a, bottom))
-        shapes.append(Polyline(points, fill="muted", opacity=0.12))
+        box = _box(x(chart.band[0]), top, x(chart.band[1]), bottom)
+        shapes.append(Polyline(box, fill="muted", opacity=0.12))
     for value, _ in scale.ticks:
         shapes.append(Polyline(((x(value), top), (x(value), bottom)), "line", crisp=True))
     if chart.reference is not None:
@@ -367,8 +370,7 @@ def _dots(chart: Dots, width: float, height: float) -> tuple[list[Shape], None]:
                 inside.append(Polyline(ends, colour, width=2, opacity=0.6))
             if chart.bars:
                 half = min(step * 0.42, 6.0)
-                corners = ((left, y - half), (x(value), y - half), (x(value), y + half))
-                inside.append(Polyline((*corners, (left, y + half)), fill=colour))
+                inside.append(Polyline(_box(left, y - half, x(value), y + half), fill=colour))
             else:
                 inside.append(Circle(x(value), y, min(4.0, max(step / 2.5, 1.5)), colour))
         shapes.append(Group(series.label, tuple(inside)))
@@ -405,9 +407,8 @@ def _heat(chart: Heat, width: float, height: float) -> tuple[list[Shape], None]:
         starts = [0, *(j for j in range(1, len(row)) if shades[j] != shades[j - 1]), len(row)]
         for a, b in pairwise(starts):
             if shades[a]:
-                x0, x1 = left + a * across, left + b * across
-                corners = ((x0, y), (x1, y), (x1, y + down), (x0, y + down))
-                shapes.append(Polyline(corners, fill=shades[a], crisp=True))
+                box = _box(left + a * across, y, left + b * across, y + down)
+                shapes.append(Polyline(box, fill=shades[a], crisp=True))
         if chart.text is not None:
             for j, value in enumerate(row):
                 if math.isfinite(value):
@@ -417,16 +418,10 @@ def _heat(chart: Heat, width: float, height: float) -> tuple[list[Shape], None]:
                     )
     if chart.outlined is not None:
         x0, y0 = left + chart.outlined[1] * across, top + chart.outlined[0] * down
-        x1, y1 = x0 + across, y0 + down
-        shapes.append(
-            Polyline(((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)), "orange", width=2.4)
-        )
-    until = -math.inf
-    for j, name in enumerate(chart.columns):
-        at, half = left + (j + 0.5) * across, text_width(name) / 2
-        if name and at - half >= until:
-            shapes.append(Label(min(at, right - half), bottom + 18, name, anchor="middle"))
-            until = at + half + (24 if columns > 12 else 4)
+        box = _box(x0, y0, x0 + across, y0 + down)
+        shapes.append(Polyline((*box, box[0]), "orange", width=2.4))
+    places = ((left + (j + 0.5) * across, name) for j, name in enumerate(chart.columns) if name)
+    shapes += _with_room(places, bottom + 18, 24 if columns > 12 else 4, right)
     shapes.append(Label((left + right) / 2, bottom + 35, chart.x, anchor="middle"))
     say = chart.text or (lambda v: power_text(v) if v > 0 else f"{v:.2g}")
     unit = f" {chart.unit}" if chart.unit else ""
