@@ -78,6 +78,13 @@ class Policy:
         """
         raise NotImplementedError
 
+    def _effect_on(
+        self, optimizer: Optimizer, group: dict[str, Any], reference: Number
+    ) -> tuple[UpdateRule, Effect]:
+        """What the optimizer does to a group by itself, and what this policy does in its place."""
+        own = own_rule(optimizer, group)
+        return own, self.effect(group["weight_decay"], group["lr"], reference, own)
+
     def attach(self, optimizer: Optimizer, on: On | None = None) -> AttachedPolicy:
         """Decay weights of ``optimizer`` by this policy from now on.
 
@@ -159,8 +166,7 @@ class Policy:
         self, optimizer: Optimizer, group: dict[str, Any], reference: Number, closure: bool
     ) -> Any:
         """Prepare a group for a step; what is returned is handed to :meth:`_after_step`."""
-        own = own_rule(optimizer, group)
-        effect = self.effect(group["weight_decay"], group["lr"], reference, own)
+        own, effect = self._effect_on(optimizer, group, reference)
         value = effect.weight_decay
         if value is not None and _takes(optimizer, group, own, effect):
             group["weight_decay"] = value / own.rate
@@ -185,8 +191,7 @@ class Policy:
         self, optimizer: Optimizer, group: dict[str, Any], rule: UpdateRule, reference: Number
     ) -> UpdateRule:
         """What becomes of the rule of a group, or of a weight of it, that has this policy."""
-        own = own_rule(optimizer, group)
-        effect = self.effect(group["weight_decay"], group["lr"], reference, own)
+        own, effect = self._effect_on(optimizer, group, reference)
         value = effect.weight_decay
         through = value is not None and _takes(optimizer, group, own, effect)
         return replace(
@@ -281,8 +286,7 @@ class Cautious(Decoupled):
     def _before_step(
         self, optimizer: Optimizer, group: dict[str, Any], reference: Number, closure: bool
     ) -> Any:
-        own = own_rule(optimizer, group)
-        shrink = self.effect(group["weight_decay"], group["lr"], reference, own).shrink
+        shrink = self._effect_on(optimizer, group, reference)[1].shrink
         group["weight_decay"] = 0.0
         # Real aliases of complex weights: signs are of entries.
         params = [torch.view_as_real(p) if p.is_complex() else p for p in _with_gradient(group)]
@@ -430,8 +434,7 @@ class AttachedPolicy:
         if optimizer is None:
             raise ReferenceError(f"the optimizer of {self.policy} is gone")
         group = self._own_options(group)
-        own = own_rule(optimizer, group)
-        return self.policy.effect(group["weight_decay"], group["lr"], self._lr(group), own)
+        return self.policy._effect_on(optimizer, group, self._lr(group))[1]
 
     def changed_rule(self, rule: UpdateRule, group: dict[str, Any]) -> UpdateRule:
         """What becomes of the rule of one of its groups, for :func:`normwise.describe`.

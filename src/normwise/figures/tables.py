@@ -99,9 +99,11 @@ class Table:
         return "\n".join([self.title, "", *text] if self.title else text)
 
 
-def paragraph(text: str) -> str:
-    """A text in lines of at most 80 characters, what follows the first indented by two."""
-    return textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False)
+def paragraph(text: str, indent: int = 2) -> str:
+    """A text in lines of at most 80 characters, those after the first indented."""
+    return textwrap.fill(
+        text, 80, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
+    )
 
 
 def stdout() -> Any:

@@ -398,7 +398,8 @@ class Report:
                 "by the power of c that is written; the function stays the same)",
             ]
             for symmetry in shared:
-                lines.append(f"  {symmetry}" + (f"; {symmetry.why}" if symmetry.why else ""))
+                why = f"; {symmetry.why}" if symmetry.why else ""
+                lines.append(paragraph(f"  {symmetry}{why}", indent=6))
         lines += ["", paragraph(self.summary())]
         lines += [paragraph(f"note: {note}") for note in self.notes]
         return "\n".join(lines)

@@ -148,8 +148,7 @@ def center_weight_normalize(
         model: any module.
         gain: whether an output channel has a learnable gain, which starts at ‖W − W̄‖
             (default: True).
-        only: as for :func:`weight_normalize`.
-        skip: as for :func:`weight_normalize`.
+        only, skip: as for :func:`weight_normalize`.
         eps: guard of the std of a slice, which is divided by √(variance + eps²)
             (default: 1e-8, in float64 1e-12, in float16 1e-3).
 
@@ -182,8 +181,7 @@ def weight_standardize(
         model: any module.
         gain: whether an output channel has a learnable gain, which starts at std(W)
             (default: False).
-        only: as for :func:`weight_normalize`.
-        skip: as for :func:`weight_normalize`.
+        only, skip: as for :func:`weight_normalize`.
         eps: guard of the std of a slice, which is divided by √(variance + eps²)
             (default: 1e-8, in float64 1e-12, in float16 1e-3).
 
