@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from typing import Any
 from normwise.checkpoint.report import CheckpointReport, examine
 from normwise.figures.tables import show
 from normwise.invariance import analyze
-from normwise.invariance.cli import settings
-from normwise.invariance.sources import batch_for, load
+from normwise.invariance.cli import check_absent, model_and_batch, with_exit_code
 
 __all__ = ["add_checkpoint_parser"]
 
@@ -45,7 +43,7 @@ def add_checkpoint_parser(
     option(
         "--config",
         metavar="SOURCE",
-        help="the network, for its start and its scale-invariant weights: hf:CONFIG …",
+        help="the network, for its start and its scale-invariant weights: see `normwise inspect`",
     )
     option("--batch", help="see `normwise inspect` (default: what the network says)")
     option("--set", action="append", default=[], metavar="KEY=VALUE", help="see `normwise inspect`")
@@ -55,41 +53,32 @@ def add_checkpoint_parser(
     option("--json", action="store_true", help="print JSON, and nothing else")
     option("--html", type=Path, metavar="FILE", help="also write a page, a new file")
 
-    def run(args: argparse.Namespace) -> int:
-        try:
-            if args.html is not None and args.html.exists():
-                raise ValueError(f"--html {str(args.html)!r} exists; name a file that does not")
-            model, invariant = None, frozenset[str]()
-            if args.config is not None:
-                model, batch = load(args.config, settings(args.set))
-                if args.batch is not None or batch is None:
-                    batch = batch_for(model, args.batch)
-                invariant = frozenset(analyze(model, batch, joint=False).views())
-            report = examine(
-                args.path,
-                initial=model,
-                invariant=invariant,
-                lr=args.lr,
-                weight_decay=args.weight_decay,
-                prefix=args.prefix,
-            )
-            if args.html is not None:
-                text = page(report)
-                with args.html.open("x", encoding="utf-8") as file:
-                    file.write(text)
-        except (ValueError, OSError, ImportError, TypeError, RuntimeError) as error:
-            print(f"normwise: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+    @with_exit_code
+    def run(args: argparse.Namespace) -> None:
+        check_absent("--html", args.html)
+        model, invariant = None, frozenset[str]()
+        if args.config is not None:
+            model, batch = model_and_batch(args.config, args)
+            invariant = frozenset(analyze(model, batch, joint=False).views())
+        report = examine(
+            args.path,
+            initial=model,
+            invariant=invariant,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            prefix=args.prefix,
+        )
+        if args.html is not None:
+            text = page(report)
+            with args.html.open("x", encoding="utf-8") as file:
+                file.write(text)
         if args.json:
             print(json.dumps(report.to_dict(), allow_nan=False))
-            return 0
-        for text in report.findings():
-            print(text)
-        print()
+            return
+        print(*report.findings(), "", sep="\n")
         show(report.table())
         if args.html is not None:
             print(args.html)
-        return 0
 
     parser.set_defaults(run=run)
     return parser
