@@ -66,7 +66,11 @@ class CheckpointReport:
         return self.lr / self.lr_over_decay
 
     def of(self, state: State) -> tuple[TensorNorms, ...]:
-        """The tensors whose norms look like that."""
+        """The tensors whose norms look like ``state``, in the order of the file.
+
+        Args:
+            state: which.
+        """
         return tuple(t for t in self.tensors if t.state is state)
 
     def findings(self) -> tuple[str, ...]:
@@ -113,7 +117,7 @@ class CheckpointReport:
         return Table(columns, rows)
 
     def chart(self) -> Lines:
-        """RMS of entries in the order of the file, with the middle nine tenths of the rows."""
+        """The RMS of each matrix's entries in the order of the file, with nine tenths of its rows."""
         matrices = [t for t in self.tensors if t.is_matrix and not t.not_finite]
         x = tuple(float(k) for k in range(1, len(matrices) + 1))
         per_entry = [t.rows / math.sqrt(t.fan_in) for t in matrices]
@@ -141,7 +145,7 @@ class CheckpointReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON; numbers that are not known are None."""
+        """What the report says, for JSON; numbers that are not known are None."""
         c = self.consensus
         return {
             "source": self.source,
@@ -207,8 +211,8 @@ class CheckpointReport:
         lr, decay = self.lr, self.weight_decay
         text = (
             f"Settled: {len(c.names)} of {len(matrices)} {kind}matrices that moved "
-            f"({c.share:.0%} of their entries) have RMS {c.rms:.3g} ({c.low:.3g} to {c.high:.3g}) whatever their "
-            f"shape, the equilibrium of AdamW at lr/weight_decay = {self.lr_over_decay:.3g}"
+            f"({c.share:.0%} of their entries) have RMS {c.rms:.3g} ({c.low:.3g} to {c.high:.3g}) "
+            f"whatever their shape, the equilibrium of AdamW at lr/weight_decay = {self.lr_over_decay:.3g}"
         )
         if not math.isnan(lr):
             implied = self.implied_weight_decay
