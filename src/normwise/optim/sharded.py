@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from normwise.geometry import View, computing_dtype
+from normwise.optim.kernels import takes_split
 from normwise.optim.projection import BATCHED_ENTRIES, ViewOption, batch, is_alias, unbatch_
 from normwise.optim.step import (
     AT_ONCE,
@@ -28,17 +29,13 @@ from normwise.optim.step import (
     descend_,
     round_back_,
 )
-from normwise.optim.sums import channel_sums, divisor
+from normwise.optim.sums import GG, SHUT, WU, WW, channel_sums, cosine, divisor, retraction, shrunk
 from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
 
 if TYPE_CHECKING:
     from normwise.optim.kernels.cpu import KernelPlan
 
 __all__ = ["Exchange"]
-
-# Sums over a slice: ⟨w, u⟩, ‖w‖², then for the gate ⟨w, g⟩, ‖g‖², or for a fixed norm ⟨w, u⟩, ‖u‖².
-WU, WW, WG, GG, SHUT = range(5)
-UU = GG
 
 _CHANNEL, _LAYER = View.channel(), View.layer()
 
@@ -263,8 +260,8 @@ class _AfterExchange:
         return View.channel(view.dim) if isinstance(view, View) and view.kind == "blocks" else view
 
     def may_be_fused(self, params: Sequence[Tensor]) -> bool:
-        """Whether it is the CPU's kernel that takes it, if one does."""
-        return all(p.numel() > 0 and p.device.type == "cpu" for p in params)
+        """Whether the kernels for these shards, none of them empty, wait for an exchange."""
+        return all(p.numel() > 0 and takes_split(p) for p in params)
 
 
 def _lay_out(p: Any, view: ViewOption) -> Layout:
@@ -342,7 +339,7 @@ def _finish_(deferred: _Deferred) -> None:
     if step.norm == "fixed":
         for b in deferred.batches:
             for i, sums in zip(b.members, b.sums, strict=True):
-                factors = b.layout.by_channel(_retraction(sums, deferred.step_sizes[i]))
+                factors = b.layout.by_channel(retraction(sums, deferred.step_sizes[i]))
                 slices = b.layout.channels.slices(deferred.weights[i])
                 slices.mul_(factors.to(slices.dtype).view(-1, *(1 for _ in slices.shape[1:])))
     round_back_(deferred.params, deferred.weights, step.stochastic_rounding)
@@ -356,7 +353,7 @@ def _channel_sums(u: Tensor, w: Tensor, other: Tensor | None) -> Tensor:
 
 def _shut(sums: Tensor, entries: int, dtype: torch.dtype, delta: float, eps: float) -> Tensor:
     """Whether a channel's cosine shuts the gate of the channel view, for each weight."""
-    return ~(_cosine(sums, dtype, eps) < delta / math.sqrt(entries)).all(0)
+    return ~(cosine(sums, dtype, eps) < delta / math.sqrt(entries)).all(0)
 
 
 def _gated_coefficients(
@@ -368,7 +365,7 @@ def _gated_coefficients(
         The multiple of each channel of ``w`` to subtract, shape ``(channels, members)``; and
         whether the gate is open, shape ``(members,)``.
     """
-    by_channel = _shrunk(sums if b.layout.view == _CHANNEL else b.channel_sums, eps)
+    by_channel = shrunk(sums if b.layout.view == _CHANNEL else b.channel_sums, eps)
     if b.layout.view == _CHANNEL:
         by_channel = b.layout.by_channel(by_channel)
         shut = _shut(sums, b.entries, dtype, delta, eps)
@@ -378,25 +375,6 @@ def _gated_coefficients(
     evidence = total[:, GG] > 0
     channel_open = evidence & ~shut
     layer_gate = delta / math.sqrt(b.entries * b.layout.shape[0])
-    layer_open = evidence & (_cosine(total, dtype, eps) < layer_gate)
-    by_layer = torch.where(layer_open, _shrunk(total, eps), 0)
+    layer_open = evidence & (cosine(total, dtype, eps) < layer_gate)
+    by_layer = torch.where(layer_open, shrunk(total, eps), 0)
     return torch.where(channel_open, by_channel, by_layer), channel_open | layer_open
-
-
-def _cosine(sums: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
-    """|⟨g, w⟩| / (max(‖w‖, eps)·max(‖g‖, eps))."""
-    guard = max(eps, torch.finfo(dtype).tiny)
-    norms = [sums[..., square].sqrt().clamp_min(guard) for square in (WW, GG)]
-    return sums[..., WG].abs() / norms[0] / norms[1]
-
-
-def _shrunk(sums: Tensor, eps: float) -> Tensor:
-    """⟨w, u⟩/(‖w‖ + eps)²: the multiple of w that the official code subtracts."""
-    return sums[..., WU] / divisor((sums[..., WW].sqrt() + eps).square())
-
-
-def _retraction(sums: Tensor, step_size: float | Tensor) -> Tensor:
-    """‖w‖/‖w − σu‖ of slices whose u has lost its radial part; 0 for a slice that is zero."""
-    tangential = (sums[:, UU] - sums[:, WU].square() / divisor(sums[:, WW])).clamp_min(0)
-    after = sums[:, WW] + step_size * step_size * tangential
-    return (sums[:, WW] / divisor(after)).sqrt()
