@@ -557,3 +557,37 @@ assert torch.allclose(w, torch.ones(3, 2)), w
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "set NUMBA_CACHE_DIR" in done.stdout
+
+
+class LibraryWithoutOpenMP:
+    def __init__(self, path):
+        pass
+
+    def __getattr__(self, name):
+        raise AttributeError(f"undefined symbol: {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_where_torch_has_no_openmp_to_start_numbas_threads_do_the_work(dtype, numba, monkeypatch):
+    from normwise.optim.kernels import cpu
+
+    def step():
+        params = [p.to(dtype).detach().requires_grad_() for p in parameters()]
+        optimizer = normwise.AdamP(params, fused=True)
+        run(params, optimizer, 3)
+        plan = optimizer._plans[0]._planned[0].plan
+        return params, int(plan.counter[0])
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        expected, _ = step()
+        monkeypatch.setattr(cpu.ctypes, "CDLL", LibraryWithoutOpenMP)
+        cpu._openmp.cache_clear()
+        assert cpu._openmp() is None
+        params, threads = step()
+    finally:
+        cpu._openmp.cache_clear()
+        torch.set_num_threads(before)
+    assert threads == 2  # so many have asked for chunks
+    assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))

@@ -27,6 +27,7 @@ import contextlib
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ import numba
 import numba.extending
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import types
 from numba.extending import overload
 
@@ -194,6 +196,19 @@ def _take_number(context: Any, address: Any) -> Any:
         return builder.atomic_rmw("add", pointer, int64(1), "monotonic")
 
     return types.int64(address), generate
+
+
+@_intrinsic
+def _call(context: Any, function: Any, argument: Any) -> Any:
+    """Call the function at an address with an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        int64 = context.get_value_type(types.int64)
+        kind = ir.FunctionType(ir.VoidType(), [int64])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+        return context.get_dummy_value()
+
+    return types.void(function, argument), generate
 
 
 @_intrinsic
@@ -763,6 +778,30 @@ class Kernels:
     take_chunks: int
     decide: Callable[..., bool]
     _owner: Any
+
+
+def _in_numbas_threads(function, argument, threads):
+    for _ in numba.prange(threads):
+        _call(function, argument)
+
+
+@functools.cache
+def in_numbas_threads() -> Callable[[int, int, int], None]:
+    """What calls a compiled function by its address on some threads of Numba's own.
+
+    Numba's simplest pool ends the process where two threads use it at once; so they take turns.
+    """
+    signature = types.void(types.int64, types.int64, types.int64)
+    compiler = functools.partial(numba.njit, parallel=True)
+    run = compile_with_cache(compiler, signature, _in_numbas_threads)
+    turn = threading.Lock()
+
+    def start(function: int, argument: int, threads: int) -> None:
+        with turn:
+            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+            run(function, argument, threads)
+
+    return start
 
 
 @functools.cache

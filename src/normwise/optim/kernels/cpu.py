@@ -270,8 +270,10 @@ class KernelPlan:
         self.block[k.PASS], self.block[k.THREADS] = number, threads
         self.counter[:] = 0
         start = _openmp() if threads > 1 else None
-        if start is None:
+        if threads == 1:
             self._directly(self._block_at)
+        elif start is None:
+            k.in_numbas_threads()(self._kernels.take_chunks, self._block_at, threads)
         else:
             start(self._kernels.take_chunks, self._block_at, threads, 0)
 
