@@ -569,7 +569,7 @@ class LibraryWithoutOpenMP:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_where_torch_has_no_openmp_to_start_numbas_threads_do_the_work(dtype, numba, monkeypatch):
-    from normwise.optim.kernels import cpu
+    from normwise import cpu_kernels as cpu
 
     def step():
         params = [p.to(dtype).detach().requires_grad_() for p in parameters()]
@@ -583,11 +583,11 @@ def test_where_torch_has_no_openmp_to_start_numbas_threads_do_the_work(dtype, nu
         torch.set_num_threads(2)
         expected, _ = step()
         monkeypatch.setattr(cpu.ctypes, "CDLL", LibraryWithoutOpenMP)
-        cpu._openmp.cache_clear()
-        assert cpu._openmp() is None
+        cpu.openmp.cache_clear()
+        assert cpu.openmp() is None
         params, threads = step()
     finally:
-        cpu._openmp.cache_clear()
+        cpu.openmp.cache_clear()
         torch.set_num_threads(before)
     assert threads == 2  # so many have asked for chunks
     assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))
