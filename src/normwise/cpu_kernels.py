@@ -43,6 +43,10 @@ logger = logging.getLogger(__name__)
 # What is only called from other kernels is kept with them. Numba's own types do not say what its
 # decorators return.
 _inlined: Any = functools.partial(numba.njit, **OPTIONS_OF_COMPILER)
+# Products and differences that must stay grouped as they are written.
+_as_written: Any = functools.partial(
+    numba.njit, **{**OPTIONS_OF_COMPILER, "fastmath": {"contract"}}
+)
 _intrinsic: Any = numba.extending.intrinsic
 _carray: Any = numba.carray
 

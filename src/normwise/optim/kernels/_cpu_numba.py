@@ -38,10 +38,10 @@ from normwise.cpu_kernels import (
     CACHE_LINE as CACHE_LINE,
 )
 from normwise.cpu_kernels import (
-    OPTIONS_OF_COMPILER,
     TYPES,
     _address,
     _array,
+    _as_written,
     _carray,
     _inlined,
     _narrowed,
@@ -133,11 +133,6 @@ STEP, DENOMINATOR, DECAY, DECAY_PROJECTED, BY_LAYER_COEFFICIENT = range(5)
     PASS,
     THREADS,
 ) = range(12)
-
-# Products that must stay grouped as they are written.
-_as_written: Any = functools.partial(
-    numba.njit, **{**OPTIONS_OF_COMPILER, "fastmath": {"contract"}}
-)
 
 
 @_as_written
