@@ -33,7 +33,9 @@ from normwise.optim.sums import GG, SHUT, WU, WW, channel_sums, cosine, divisor,
 from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
 
 if TYPE_CHECKING:
-    from normwise.optim.kernels.cpu import KernelPlan
+    from normwise.optim.kernels import cpu, cuda
+
+    KernelPlan = cpu.KernelPlan | cuda.KernelPlan
 
 __all__ = ["Exchange"]
 
@@ -199,7 +201,10 @@ class Exchange:
         )
 
     def defer_plan_(
-        self, layouts: Mapping[Tensor, Layout], plan: KernelPlan, params: Sequence[Tensor]
+        self,
+        layouts: Mapping[Tensor, Layout],
+        plan: KernelPlan,
+        params: Sequence[Tensor],
     ) -> None:
         """Put off the end of a fused step until :meth:`finish_`."""
         of_params = [layouts[p] for p in params]
@@ -210,7 +215,7 @@ class Exchange:
                 for piece, layout in zip(pieces, of_params, strict=True)
             ]
         else:
-            pieces, sums = [], list(torch.split(torch.from_numpy(plan.totals()), 1))
+            pieces, sums = [], list(torch.split(plan.totals(), 1))
         self._plans.append(_DeferredPlan(plan, params, of_params, pieces, sums))
 
     def finish_(self) -> None:
@@ -277,8 +282,9 @@ def _finish_plan_(step: _DeferredPlan) -> None:
     if step.plan.split and step.plan.gated:
         _replace_gate_(step)
     elif not step.plan.split:
-        totals = torch.cat(step.sums).numpy()
-        step.plan.replace_totals(totals, [layout.shape.numel() for layout in step.layouts])
+        step.plan.replace_totals(
+            torch.cat(step.sums), [layout.shape.numel() for layout in step.layouts]
+        )
     else:
         for here, sums, layout in zip(step.pieces, step.sums, step.layouts, strict=True):
             if here is not sums:

@@ -79,7 +79,7 @@ _BACKENDS = {
         stochastic_rounding=True,
         takes_scaler=True,
         takes_groups=False,
-        takes_split=False,
+        takes_split=True,
     ),
 }
 # What takes a step where the compiler is not installed.
@@ -388,7 +388,8 @@ def _plan(
         plan = module.KernelPlan(weights, steps, groups, split=parts[0].ending.split)
     else:
         step = parts[of_parts[0]].step
-        plan = module.KernelPlan(weights, step.view, step.norm)
+        split = parts[of_parts[0]].ending.split
+        plan = module.KernelPlan(weights, step.view, step.norm, split=split)
     return _Planned(plan, places, within, of_parts, backend.takes_groups)
 
 

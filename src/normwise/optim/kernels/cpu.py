@@ -205,21 +205,21 @@ class KernelPlan:
         self.factors[shut, k.DECAY_PROJECTED] = self.factors[shut, k.DECAY]
         self.tensors[:, k.MODE] = k.EXPLICIT  # in the second pass
 
-    def totals(self) -> Table:
+    def totals(self) -> Tensor:
         """What this rank knows of the gate of each weight in ``"auto"``, all of whose channels are
         whole: ⟨w, u⟩, ‖w‖², ⟨w, g⟩, ‖g‖², and whether a channel shuts it; shape ``(weights, 5)``.
         """
         self._decide()
         sums = np.add.reduceat(self.chunk_sums[:, : k.GG + 1], self.tensors[:, k.FIRST])
         shut = (sums[:, k.GG] > 0) & (self.tensors[:, k.DECISION] != k.BY_CHANNEL)
-        return np.concatenate([sums, shut[:, None]], 1)
+        return torch.from_numpy(np.concatenate([sums, shut[:, None]], 1))
 
-    def replace_totals(self, totals: Table, entries: Sequence[int]) -> None:
+    def replace_totals(self, totals: Tensor, entries: Sequence[int]) -> None:
         """Let the gate decide by the totals of whole weights, of which these are the entries."""
-        first = self.tensors[:, k.FIRST]
+        first, found = self.tensors[:, k.FIRST], totals.numpy()
         self.chunk_sums[:, : k.GG + 1] = 0
-        self.chunk_sums[first, : k.GG + 1] = totals[:, : k.GG + 1]
-        self.chunk_sums[first[totals[:, k.GG + 1] > 0], k.OPEN] = 0
+        self.chunk_sums[first, : k.GG + 1] = found[:, : k.GG + 1]
+        self.chunk_sums[first[found[:, k.GG + 1] > 0], k.OPEN] = 0
         # The layer's threshold is delta/√entries; the kernel knows the entries of the shard.
         here = self.tensors[:, k.OUTER : k.INNER + 1].prod(1)
         self.chunk_sums[first, k.WG] *= np.sqrt(np.array(entries) / here)
