@@ -35,7 +35,7 @@ from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, loc
 if TYPE_CHECKING:
     from normwise.optim.kernels import cpu, cuda
 
-    KernelPlan = cpu.KernelPlan | cuda.KernelPlan
+    KernelPlan = cpu.CPUPlan | cuda.CUDAPlan
 
 __all__ = ["Exchange"]
 
@@ -67,7 +67,7 @@ class _DeferredPlan:
     """A fused step that was put off.
 
     Attributes:
-        plan, params: what :meth:`KernelPlan.finish_` is called with.
+        plan, params: what :meth:`~CPUPlan.finish_` is called with.
         layouts: of the weights.
         pieces: sums over what this rank has of their slices, if those are split.
         sums: what is exchanged of each weight.

@@ -1,7 +1,7 @@
 """Fused steps: one launch for all tensors of a device and dtype, the projection included.
 
 ``cpu`` is compiled by Numba, ``cuda`` by Triton; ``stock`` does without a compiler, by torch's own
-fused kernels on the CPU. All have a ``KernelPlan`` of the same form, imported when a step needs it.
+fused kernels on the CPU. Each has a plan of its own, imported when a step needs it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Backend:
     """Kernels for a kind of device: what compiles them, and what they take."""
 
     module: str
+    plan: str
     compiler: str
     extra: str
     dtypes: tuple[torch.dtype, ...]
@@ -61,6 +62,7 @@ _WIDE = (torch.float32, torch.float64, torch.bfloat16)
 _BACKENDS = {
     "cpu": Backend(
         "cpu",
+        "CPUPlan",
         "numba",
         "cpu",
         _WIDE,
@@ -72,6 +74,7 @@ _BACKENDS = {
     ),
     "cuda": Backend(
         "cuda",
+        "CUDAPlan",
         "triton",
         "cuda",
         (*_WIDE, torch.float16),
@@ -86,6 +89,7 @@ _BACKENDS = {
 _STOCK = {
     "cpu": Backend(
         "stock",
+        "StockPlan",
         "torch",
         "cpu",
         (torch.float32, torch.float64),
@@ -381,15 +385,15 @@ def _plan(
     weights = [params[i] for i in places]
     backend = _backend(weights[0].device.type)
     assert backend is not None
-    module: Any = importlib.import_module(f"{__name__}.{backend.module}")
+    make = getattr(importlib.import_module(f"{__name__}.{backend.module}"), backend.plan)
     if backend.takes_groups:
         groups = [of_parts.index(number) for number in numbers]
         steps = [parts[i].step for i in of_parts]
-        plan = module.KernelPlan(weights, steps, groups, split=parts[0].ending.split)
+        plan = make(weights, steps, groups, split=parts[0].ending.split)
     else:
         step = parts[of_parts[0]].step
         split = parts[of_parts[0]].ending.split
-        plan = module.KernelPlan(weights, step.view, step.norm, split=split)
+        plan = make(weights, step.view, step.norm, split=split)
     return _Planned(plan, places, within, of_parts, backend.takes_groups)
 
 

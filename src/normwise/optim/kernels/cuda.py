@@ -101,7 +101,7 @@ class Tile:
         return table.flatten(0, 1)
 
 
-class KernelPlan:
+class CUDAPlan:
     """The work list of one list of tensors on one device, and what a step leaves for the next.
 
     All of it is on the device, so that a step waits for nothing and can be captured in a CUDA
@@ -277,7 +277,7 @@ class KernelPlan:
         ending.end_plan_(self, params)
 
     def sum_pieces(self) -> list[Tensor]:
-        """As of ``cpu.KernelPlan``: sums of the pieces of slices that are here."""
+        """As of ``cpu.CPUPlan``: sums of the pieces of slices that are here."""
         with self._here():
             self._decide(k.ADD_UP)
         return self._pieces
@@ -288,7 +288,7 @@ class KernelPlan:
         return self._step.delta, self._step.eps
 
     def replace_gate(self, coefficients: Sequence[Tensor], opened: Tensor) -> None:
-        """As of ``cpu.KernelPlan``: let what was decided in ``"auto"`` end the step."""
+        """As of ``cpu.CPUPlan``: let what was decided in ``"auto"`` end the step."""
         for piece, coefficient in zip(self._pieces, coefficients, strict=True):
             piece[:, 0], piece[:, 1] = coefficient, 1
         numbers = self.tensors.view(torch.float64)
@@ -296,7 +296,7 @@ class KernelPlan:
         numbers[:, k.DECAY_PROJECTED] = torch.where(opened, decays[1], decays[0])
 
     def totals(self) -> Tensor:
-        """As of ``cpu.KernelPlan``: what this rank knows of the gate of each weight."""
+        """As of ``cpu.CPUPlan``: what this rank knows of the gate of each weight."""
         with self._here():
             self._decide(k.ADD_UP)
         return self.tensors.view(torch.float64)[:, k.TOTALS : k.TOTALS + 5].clone()

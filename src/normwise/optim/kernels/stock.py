@@ -142,7 +142,7 @@ class _Gate:
         return decisions
 
 
-class KernelPlan:
+class StockPlan:
     """The pieces of one list of tensors, and room for one of them.
 
     Args:
@@ -191,7 +191,7 @@ class KernelPlan:
         steps: Sequence[Step],
         ending: Ending = AT_ONCE,
     ) -> None:
-        """Update moments, step counts and weights, in place; arguments as of ``cpu.KernelPlan``."""
+        """Update moments, step counts and weights, in place; arguments as of ``cpu.CPUPlan``."""
         assert ending is AT_ONCE
         if state_steps is not None:
             torch._foreach_add_(list(state_steps), 1)
