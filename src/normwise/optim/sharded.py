@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from normwise.geometry import View, computing_dtype
-from normwise.optim.projection import BATCHED_ENTRIES, ViewOption, batch, is_alias, unbatch_
+from normwise.optim.projection import (
+    BATCHED_ENTRIES,
+    ViewOption,
+    batch,
+    is_alias,
+    retraction,
+    unbatch_,
+)
 from normwise.optim.step import (
     AT_ONCE,
     Ending,
@@ -398,5 +405,5 @@ def _shrunk(sums: Tensor, eps: float) -> Tensor:
 def _retraction(sums: Tensor, step_size: float | Tensor) -> Tensor:
     """‖w‖/‖w − σu‖ of slices whose u has lost its radial part; 0 for a slice that is zero."""
     tangential = (sums[:, UU] - sums[:, WU].square() / divisor(sums[:, WW])).clamp_min(0)
-    after = sums[:, WW] + step_size * step_size * tangential
-    return (sums[:, WW] / divisor(after)).sqrt()
+    norm = sums[:, WW].sqrt()
+    return retraction(norm, torch.hypot(norm, step_size * tangential.sqrt()))
