@@ -335,9 +335,11 @@ def test_a_step_with_rate_and_gradients_of_zero_changes_no_bit(path, update):
         assert_same([p.detach() for p in params], before, atol=0)
 
 
-def test_a_slice_that_is_only_lengthened_stays():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 8), (2000, 8), (2000, 1)])
+def test_a_slice_that_is_only_lengthened_stays(shape, dtype):
     """On the great circle; rounding must not become a direction."""
-    w = torch.randn(4, 8, requires_grad=True)
+    w = torch.randn(shape, dtype=dtype, requires_grad=True)
     before = w.detach().clone()
     optimizer = normwise.sphere(torch.optim.SGD([w], lr=0.3), "channel", path="geodesic")
     w.grad = 0.7 * before

@@ -5,11 +5,10 @@ the same. So every loss has Σ aₛ⟨wₛ, gₛ⟩ = 0 (Euler), and the part of
 generator v = (aₛwₛ)ₛ changes nothing that the network computes, to first order.
 
 *Removed.* Of all units together the part in the span of their generators goes: d ← d − Σ xᵤvᵤ with
-G x = (⟨vᵤ, d⟩)ᵤ and G the Gram matrix ⟨vᵤ, vᵤ'⟩. Units that share no entry make G diagonal, and
-x = Σ aₛ⟨wₛ, dₛ⟩ / Σ aₛ²‖wₛ‖². Units of different families that share entries, such as rows and
-columns of one weight, have ⟨vᵤ, vᵤ'⟩ = a a'·(the sum of squares of what they share). Families are
-split into some that share nothing with one another, D, and the rest, C: x_C comes of the Schur
-complement G_CC − G_CD G_DD⁻¹ G_DC, whose size is that of C alone, and then x_D of a diagonal.
+G x = (⟨vᵤ, d⟩)ᵤ and G the Gram matrix ⟨vᵤ, vᵤ'⟩, see :mod:`normwise.optim.gram`. Units that share
+no entry make G diagonal, and x = Σ aₛ⟨wₛ, dₛ⟩ / Σ aₛ²‖wₛ‖². Units of different families that share
+entries, such as rows and columns of one weight, have ⟨vᵤ, vᵤ'⟩ = a a'·(the sum of squares of what
+they share).
 
 *Fixed.* Where all slices of a unit scale alike they are one slice that happens to lie in several
 weights; its norm √Σ‖wₛ‖² may be fixed as that of any other. Where some grow as others shrink, no
@@ -21,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -29,8 +28,8 @@ from torch import Tensor
 from normwise.geometry import View
 from normwise.invariance.symmetry import Slices, Symmetry, by_index
 from normwise.optim.displaced import Group, Message
+from normwise.optim.gram import solve
 from normwise.optim.step import for_computing, real_alias, round_back_, scalar_dtype
-from normwise.optim.sums import divisor
 from normwise.sharding import Layout, is_sharded, lay_out_channels, local, sum_over_ranks_
 
 __all__ = [
@@ -42,9 +41,6 @@ __all__ = [
     "families_of",
     "with_views",
 ]
-
-# The largest system of equations, in entries.
-_LARGEST = 1 << 24
 
 
 class _Report(Protocol):
@@ -104,14 +100,16 @@ def families_of(
     """
     known = set(params)
     if hasattr(symmetries, "symmetries"):
-        by_name = dict(symmetries.parameters())
+        report = cast(_Report, symmetries)
+        by_name = dict(report.parameters())
         chosen = [
             s
-            for s in symmetries.symmetries
+            for s in report.symmetries
             if all(by_name[term.parameter] in known for term in s.terms)
         ]
     else:
-        by_name, chosen = {name: p for p, name in names.items()}, list(symmetries)
+        by_name = {name: p for p, name in names.items()}
+        chosen = list(symmetries)
     families = []
     for symmetry in chosen:
         for term in symmetry.terms:
@@ -378,12 +376,12 @@ class Removal:
             of_p = self._displaced[p]
             shard = real_alias(local(p))
             new, w = for_computing(local(p)), for_computing(of_p.before)
-            factor: float | Tensor = of_p.keep - 1
+            factor = torch.as_tensor(of_p.keep - 1)
             for pieces, x in zip(self._plan.pieces, multiples, strict=True):
                 for piece in pieces:
                     if piece.p is p:
                         factor = factor - piece.exponent * piece.field(x, 0.0)
-            new = new + w * torch.as_tensor(factor).to(w)
+            new = new + w * factor.to(w)
             if new.dtype == shard.dtype:
                 shard.copy_(new)
             round_back_([shard], [new], self._stochastic_rounding)
@@ -494,114 +492,6 @@ def norms_of(families: Sequence[Family]) -> list[Tensor]:
     }
     sum_over_ranks_(list(sums.values()), [piece.layout for piece in sums])
     return [torch.stack([sums[piece] for piece in own]).sum(0).sqrt() for own in plan.pieces]
-
-
-def solve(
-    squares: Sequence[Tensor],
-    products: Sequence[Tensor],
-    blocks: Mapping[tuple[int, int], Tensor],
-    names: Sequence[str],
-) -> list[Tensor]:
-    """x of G x = b, where G is sparse: see the head of this file.
-
-    Generators that depend on one another leave x open, but not Σ xᵤvᵤ: then a ridge of rounding's
-    size makes G invertible, and steps of refinement take it out of the result.
-
-    Args:
-        squares: the diagonal of G, by family.
-        products: b, by family.
-        blocks: what G has beside, by pairs of families i ≤ j.
-        names: of the families, for errors.
-
-    Raises:
-        ValueError: if the system is too large.
-    """
-    partners: dict[int, set[int]] = {i: set() for i in range(len(squares))}
-    for i, j in blocks:
-        partners[i].add(j)
-        partners[j].add(i)
-    x = [b / divisor(g) for b, g in zip(products, squares, strict=True)]
-    for component in _components(partners):
-        if partners[component[0]]:
-            _solve_component_(x, component, squares, products, blocks, names)
-    return x
-
-
-def _components(partners: Mapping[int, set[int]]) -> list[list[int]]:
-    """Families that hang together, however indirectly."""
-    found, seen = [], set()
-    for start in partners:
-        if start in seen:
-            continue
-        component, waiting = [], [start]
-        seen.add(start)
-        while waiting:
-            i = waiting.pop()
-            component.append(i)
-            waiting += partners[i] - seen
-            seen |= partners[i]
-        found.append(sorted(component))
-    return found
-
-
-def _solve_component_(
-    x: list[Tensor],
-    component: Sequence[int],
-    squares: Sequence[Tensor],
-    products: Sequence[Tensor],
-    blocks: Mapping[tuple[int, int], Tensor],
-    names: Sequence[str],
-) -> None:
-    """Solve for the families of one component, as :func:`solve` does for all."""
-    # All generators scaled to length 1, so that no size hides another.
-    unit = {i: 1 / divisor(squares[i].sqrt()) for i in component}
-    right = {i: products[i] * unit[i] for i in component}
-    scaled: dict[tuple[int, int], Tensor] = {}
-    for (i, j), block in blocks.items():
-        if i in unit:
-            scaled[i, j] = unit[i].unsqueeze(1) * block * unit[j]
-            scaled[j, i] = scaled[i, j].T
-
-    alone: list[int] = []  # D: families that share nothing with one another nor with themselves
-    for i in sorted(component, key=lambda i: -len(squares[i])):
-        if not any((i, j) in scaled for j in (i, *alone)):
-            alone.append(i)
-    rest = [i for i in component if i not in alone]
-    if not rest:
-        return
-    sizes = [len(squares[i]) for i in rest]
-    total = sum(sizes)
-    if total * (total + max(len(squares[i]) for i in component)) > _LARGEST:
-        largest = max(rest, key=lambda i: len(squares[i]))
-        raise ValueError(
-            f"{total} units share entries with others, {len(squares[largest])} of them those of "
-            f"{names[largest]}: too many to be solved for in every step; leave out families, so "
-            "that fewer have rows and columns of one weight"
-        )
-
-    def row(i: int) -> Tensor:
-        """What G has between a family and all of C."""
-        none = squares[i].new_zeros
-        return torch.cat(
-            [scaled.get((i, j), none(len(squares[i]), len(squares[j]))) for j in rest], 1
-        )
-
-    rows = {i: row(i) for i in component}
-    schur = torch.eye(total).to(squares[0]) + torch.cat([rows[i] for i in rest])
-    wanted = torch.cat([right[i] for i in rest])
-    for i in alone:
-        schur -= rows[i].T @ rows[i]
-        wanted = wanted - rows[i].T @ right[i]
-    ridge = 1e4 * torch.finfo(schur.dtype).eps * torch.eye(total).to(schur)
-    factor, _ = torch.linalg.cholesky_ex(schur + ridge)
-    solution = torch.zeros_like(wanted)
-    for _ in range(3):
-        residual = (wanted - schur @ solution).unsqueeze(1)
-        solution = solution + torch.cholesky_solve(residual, factor).squeeze(1)
-    for i, part in zip(rest, torch.split(solution, sizes), strict=True):
-        x[i] = part * unit[i]
-    for i in alone:
-        x[i] = (right[i] - rows[i] @ solution) * unit[i]
 
 
 class _Reader:

@@ -129,7 +129,7 @@ def coefficients(
         radii: R, shape ``(...)``.
         lr: θ; of raw updates nothing but ``path`` is asked.
         motion: how slices move.
-        noise: the resolution of d: a tangential part of less than this share of it is rounding.
+        noise: the resolution of d.
         ends: the radii to end on (default: as ``motion`` says).
     """
     norm, length = sums[..., WW].sqrt(), sums[..., DD].sqrt()
@@ -159,11 +159,21 @@ def coefficients(
         )
         share = sin / divisor(tangential)
         a, b = ends * (cos - share * radial) / divisor(norm), ends * share
-        moves = tangential > noise * length
+        moves = tangential > resolution(noise, sums.dtype) * length
     changed = moves | (ends != radii)
     a = torch.where(moves, a, torch.where(changed, ends / divisor(norm), 1))
     b = torch.where(moves, b, 0)
     return a, b, torch.where(changed, ends, radii)
+
+
+def resolution(noise: float, dtype: torch.dtype) -> float:
+    """The share of d below which its tangential part is rounding: of d, or of a difference of sums.
+
+    Args:
+        noise: the resolution of d.
+        dtype: of ‖d‖² and ⟨ŵ, d⟩², whose difference is the square of the tangential part.
+    """
+    return float(max(noise, 4 * math.sqrt(torch.finfo(dtype).eps)))
 
 
 def _radii_after(radii: Tensor, reached: Tensor, motion: Motion) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def step_radius_(
 
 
 def radii_of(
-    views: Mapping[Tensor, View], radius: Radius | Mapping[object, Radius], names: dict[Tensor, str]
+    views: Mapping[Tensor, View], radius: Radius | Mapping[Any, Radius], names: dict[Tensor, str]
 ) -> dict[Tensor, Tensor]:
     """The radius of each slice; weights that are not on theirs are put there.
 
@@ -80,7 +81,7 @@ def radii_of(
 
 
 def _radius_of_each(
-    views: Mapping[Tensor, View], radius: Radius | Mapping[object, Radius], names: dict[Tensor, str]
+    views: Mapping[Tensor, View], radius: Radius | Mapping[Any, Radius], names: dict[Tensor, str]
 ) -> dict[Tensor, Radius]:
     asked: dict[Tensor, Radius] = {}
     given = dict(radius) if isinstance(radius, Mapping) else {}

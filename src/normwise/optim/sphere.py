@@ -315,8 +315,8 @@ def sphere(
 
     With ``symmetries``, slices that scale alike count as one slice, whichever weights they are in:
     R = √Σ‖wₛ‖² is kept, and θ is the angle by which they turn together. Symmetries along which some
-    slices grow as others shrink have no norm to fix (what is conserved along them, Σ aₛ‖wₛ‖², bounds
-    none of them), and are refused; ``tangential`` takes them.
+    slices grow as others shrink have no norm to fix (what gradient flow conserves, Σ aₛ‖wₛ‖²,
+    bounds none of them), and are refused; ``tangential`` takes them.
 
     Weight decay is refused: on a fixed norm it could only turn up the step size. A
     ``weight_decay`` that is the default of the optimizer's class, 0.1 of ``torch.optim.Muon`` for

@@ -99,7 +99,8 @@ class Tangential(Wrapper):
         decay = group.get("weight_decay", 0.0)
         if self._norm == "fixed" or not is_nonzero(decay):
             return 1.0
-        return 1 - self._decay_lr(group) * decay * self._wd_ratio
+        keep: float | Tensor = 1 - self._decay_lr(group) * decay * self._wd_ratio
+        return keep
 
     def _decay_lr(self, group: dict[str, Any]) -> float | Tensor:
         """What λ is multiplied by: η, or for SGD the η/(1 − μ) that L2 through its buffer is."""
@@ -157,11 +158,12 @@ def tangential(
     an explicit view, and ``tangential(AdamW)`` is AdamP with ``wd_ratio=1``.
 
     With ``symmetries`` the part of Δ along each of them is removed over all its weights at once:
-    with slices wₛ of exponents aₛ, Σ aₛ⟨wₛ, Δₛ⟩ / Σ aₛ²‖wₛ‖² times (aₛwₛ)ₛ. Units that share entries
-    are projected out together, by their Gram matrix; see :mod:`normwise.optim.joint`. What is
-    removed is the Euclidean projection, whatever made Δ: to first order the network computes what
-    it would have computed, at the shortest step that does so. Of plain SGD there is nothing to
-    remove; of momentum, and of steps that an adaptive method has preconditioned, there is.
+    of slices wₛ with exponents aₛ the multiple Σ aₛ⟨wₛ, Δₛ⟩ / Σ aₛ²‖wₛ‖² of (aₛwₛ)ₛ. Units that
+    share entries are projected out together, by their Gram matrix; see
+    :mod:`normwise.optim.joint`. The projection is Euclidean, whatever made Δ: to first order the
+    network computes what it would have computed, at the shortest step that does so. Of plain SGD
+    there is nothing to remove; of momentum, and of steps that an adaptive method has
+    preconditioned, there is.
 
     The wrapped optimizer's own multi-tensor or fused step is used. The cost in memory is one copy
     of the weights.

@@ -13,10 +13,19 @@ from torch import Tensor
 
 from normwise.geometry import View
 from normwise.optim.kernels import _displaced_numba as k
-from normwise.optim.kernels._cpu_numba import CACHE_LINE, PARALLEL_ENTRIES
+from normwise.optim.kernels._cpu_numba import (
+    CACHE_LINE,
+    INNER_1,
+    OUTER_0,
+    PARALLEL_ENTRIES,
+    SLICE_0,
+    SLICE_1,
+    SLOT,
+    TENSOR,
+)
 from normwise.optim.kernels._layout import memory_layout
 from normwise.optim.kernels.cpu import _chunks, _openmp
-from normwise.optim.motion import Row
+from normwise.optim.motion import Row, resolution
 
 __all__ = ["DisplacedPlan"]
 
@@ -50,7 +59,7 @@ class DisplacedPlan:
         dtype = weights[0].dtype
         self._tensors = np.zeros((len(weights), 16), np.int64)
         self._options = np.zeros((len(weights), 8))
-        self._noise = torch.finfo(dtype).eps
+        self._noise = resolution(torch.finfo(dtype).eps, torch.float64)
         tables, slots, count, radii = [], 0, 0, 0
         for t, (w, view, path) in enumerate(zip(weights, views, paths, strict=True)):
             layout = memory_layout(w, view)
@@ -58,13 +67,13 @@ class DisplacedPlan:
             outer, slices, inner = layout
             whole, bounds = _chunks(*layout, 1, False)
             table = np.zeros((len(bounds[0]), 8), np.int64)
-            table[:, k.TENSOR] = t
-            table[:, k.OUTER_0 : k.INNER_1 + 1] = np.stack(bounds, 1)
+            table[:, TENSOR] = t
+            table[:, OUTER_0 : INNER_1 + 1] = np.stack(bounds, 1)
             totals = slots
             if not whole:
                 slots += slices
-            widths = table[:, k.SLICE_1] - table[:, k.SLICE_0]
-            table[:, k.SLOT] = slots + np.cumsum(widths) - widths
+            widths = table[:, SLICE_1] - table[:, SLICE_0]
+            table[:, SLOT] = slots + np.cumsum(widths) - widths
             slots += int(widths.sum())
             ends = (count, count + len(table))
             row = (outer, slices, inner, whole, totals, radii, *ends, _PATHS[path], from_zero[t])
