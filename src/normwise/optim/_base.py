@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,12 +11,30 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _default_to_fused_or_foreach
 
 from normwise.geometry import View, computing_dtype
-from normwise.optim.groups import as_view_option, check_keys, check_not_flattened, check_options
+from normwise.optim.displaced import Displacements
+from normwise.optim.groups import (
+    as_view_option,
+    check_keys,
+    check_not_flattened,
+    check_options,
+    names_of,
+)
+from normwise.optim.joint import (
+    Displaced,
+    Family,
+    Joint,
+    Removal,
+    Symmetries,
+    end_,
+    families_of,
+    with_views,
+)
 from normwise.optim.kernels import FusedPlans, check_available, takes_scaler, use_fused
 from normwise.optim.sharded import Exchange
 from normwise.optim.state_dicts import StateForm, params_of
 from normwise.optim.step import AT_ONCE, AdamRule, Part, SGDRule, Step
 from normwise.sharding import is_sharded, local, summed_gradients
+from normwise.updates import UpdateRule
 
 # Tells of a CUDA graph captured without capturable=True. Newer versions of torch have renamed it.
 _check_capture: Callable[[Optimizer], None] = (
@@ -31,9 +50,14 @@ class NormwiseOptimizer(Optimizer):
     # The step of some weights: weights, gradients, a list for each key of the state, and options.
     _functional: Callable[..., None]
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], symmetries: Symmetries | None = None
+    ) -> None:
         check_options(_with_view(defaults))
+        self._families: list[Family] = []
         super().__init__(params, defaults)
+        if symmetries is not None:
+            self._families = self._resolved(symmetries)
 
     def _rule(self, group: dict[str, Any]) -> tuple[AdamRule | SGDRule, float]:
         """How directions are made, and what lr·weight_decay is multiplied by."""
@@ -42,6 +66,25 @@ class NormwiseOptimizer(Optimizer):
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of a weight before its first step."""
         raise NotImplementedError
+
+    def _resolved(self, symmetries: Symmetries) -> list[Family]:
+        """Families of the weights; those that are one weight's view are left to its group."""
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        name = type(self).__name__
+        families = families_of(symmetries, names_of(self), list(group_of), name)
+        given = {p: group["view"] for p, group in group_of.items() if p.ndim > 1}
+        given = {p: view for p, view in given.items() if isinstance(view, View)}
+        joint, views = with_views(families, given)
+        joint += [Family.of_view(p, view) for p, view in views.items() if given.get(p) != view]
+        for family in joint:
+            if any(group_of[p]["norm"] == "fixed" for p in family.params):
+                raise ValueError(
+                    f"norm='fixed' keeps the norm of each weight, and symmetries={family.name} "
+                    "moves along it; wrap torch's optimizer in normwise.sphere to fix joint norms"
+                )
+        if self.defaults["differentiable"]:
+            raise ValueError("differentiable=True cannot be had with symmetries")
+        return joint
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked, and an option that is misspelt is an error."""
@@ -85,11 +128,49 @@ class NormwiseOptimizer(Optimizer):
             return loss
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             parts = [part for part in map(self._part, self.param_groups) if part.params]
+            removal = None
+            if self._families:
+                parts, removal = self._set_apart(parts)
             if any(is_sharded(p) for part in parts for p in part.params):
                 self._step_sharded(parts)
             else:
                 self._step_parts(parts, 0)
+            if removal is not None:
+                end_(removal)
         return loss
+
+    def _set_apart(self, parts: list[Part]) -> tuple[list[Part], Removal | None]:
+        """Split parts so that weights of families are stepped as they come, for what ends them.
+
+        Returns:
+            The parts; and what takes symmetries out of the step that is to be made, and decays.
+        """
+        joint: Joint = self.__dict__.setdefault("_joint_plans", Joint(self._families))
+        taking = joint.taking(lambda p: p.grad is not None)
+        if not taking:
+            return parts, None
+        plan = joint.plan(taking)
+        engine: Displacements = self.__dict__.setdefault(
+            "_displacements", Displacements(stochastic_rounding=False)
+        )
+        copies = dict(zip(plan.params, engine.keep(plan.params), strict=True))
+        split: list[Part] = []
+        displaced: dict[Tensor, Displaced] = {}
+        for part in parts:
+            ours = [i for i, p in enumerate(part.params) if p in copies]
+            theirs = [i for i, p in enumerate(part.params) if p not in copies]
+            step = part.step
+            decay = step.lr * step.decay_scale * step.weight_decay * part.group["wd_ratio"]
+            for i in ours:
+                p = part.params[i]
+                displaced[p] = Displaced(part.group, copies[p], keep=1 - decay)
+            if theirs:
+                split.append(part.only(theirs))
+            if ours:
+                free = replace(step, view=None, norm="free", weight_decay=0.0)
+                split.append(replace(part.only(ours), step=free))
+        rounding = self.defaults["stochastic_rounding"]
+        return split, Removal(plan, displaced, stochastic_rounding=rounding)
 
     def _part(self, group: dict[str, Any]) -> Part:
         """The weights of a group that have gradients, with their state and the step's options."""
@@ -170,6 +251,8 @@ class NormwiseOptimizer(Optimizer):
         """Whether the kernels do, without a wait, what a GradScaler leaves to a fused step."""
         if getattr(self, "found_inf", None) is None or torch.compiler.is_compiling():
             return False
+        if self._families:  # what ends the step would decay the weights of one that is skipped
+            return False
         return all(
             group["fused"] and takes_scaler(p)
             for group in self.param_groups
@@ -228,8 +311,25 @@ class NormwiseOptimizer(Optimizer):
     def _adapt_state(self, saved: dict[str, Any], states: list[dict[str, Any]]) -> None:
         """Convert the states of a saved group, where its options say that they mean another."""
 
+    def _along_families(self, rule: UpdateRule, p: Tensor | None) -> UpdateRule:
+        """The rule of a weight whose steps lose their part along symmetries of several weights."""
+        if p is None or not any(p in family.params for family in self._families):
+            return rule
+        return replace(
+            rule,
+            view=None,
+            wd_ratio=1.0,
+            weight_decay=rule.weight_decay * rule.wd_ratio,
+            rate=rule.rate * rule.wd_ratio,
+            decay_per_step=rule.decay_per_step * rule.wd_ratio,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_families": self._families}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_families", [])
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

@@ -20,14 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from normwise.geometry import View
 from normwise.invariance.symmetry import Slices, Symmetry, by_index
-from normwise.optim.displaced import Group, Message
+from normwise.optim.displaced import Message
 from normwise.optim.gram import solve
 from normwise.optim.step import for_computing, real_alias, round_back_, scalar_dtype
 from normwise.sharding import Layout, is_sharded, lay_out_channels, local, sum_over_ranks_
@@ -36,8 +36,11 @@ __all__ = [
     "Displaced",
     "Family",
     "Joint",
+    "Moves",
+    "Removal",
     "Symmetries",
     "check_fixable",
+    "end_",
     "families_of",
     "with_views",
 ]
@@ -75,6 +78,13 @@ class Family:
     members: tuple[Member, ...]
     units: int
     name: str
+
+    @classmethod
+    def of_view(cls, p: Tensor, view: View) -> Family:
+        """The slices of one weight, each a unit."""
+        slices = Slices.of_view(view, tuple(p.shape))
+        name = f"a weight of shape {tuple(p.shape)}, by {view}"
+        return cls((Member(p, slices, 1.0),), slices.count, name)
 
     @property
     def params(self) -> list[Tensor]:
@@ -165,14 +175,11 @@ def with_views(
             joint.append(family)
     within = {p for family in joint for p in family.params}
     for p in [p for p in views if p in within]:
-        view = views.pop(p)
-        slices = Slices.of_view(view, tuple(p.shape))
-        known = any(
-            len(f.members) == 1 and f.members[0].p is p and f.members[0].slices == slices
-            for f in joint
-        )
-        if not known:
-            joint.append(Family((Member(p, slices, 1.0),), slices.count, f"a weight, by {view}"))
+        own = Family.of_view(p, views.pop(p))
+        slices = own.members[0].slices
+        known = [f.members[0] for f in joint if len(f.members) == 1]
+        if not any(member.p is p and member.slices == slices for member in known):
+            joint.append(own)
     return joint, views
 
 
@@ -204,7 +211,7 @@ class Displaced:
         keep: what decay leaves of w.
     """
 
-    group: Group
+    group: Mapping[str, Any]
     before: Tensor
     from_zero: bool = False
     keep: float | Tensor = 1.0
@@ -414,6 +421,13 @@ class Removal:
         return solve(squares, products, blocks, [family.name for family in plan.families])
 
 
+def end_(step: Removal) -> None:
+    """End a step of weights that nothing else has sums to exchange with."""
+    messages = step.messages(0)
+    sum_over_ranks_([sums for _, sums, _ in messages], [layout for *_, layout in messages])
+    step.finish_()
+
+
 class Moves:
     """Moves the slices of units, each of them one slice that lies in several weights.
 
@@ -459,7 +473,7 @@ class Moves:
 
     def finish_(self) -> None:
         """Put every unit where its displacement leads."""
-        factors: dict[Tensor, tuple[float | Tensor, float | Tensor]] = {}
+        factors: dict[Tensor, tuple[float | Tensor, float | Tensor]] = {}  # a − 1 and b
         for number, pieces in enumerate(self._plan.pieces):
             sums = torch.stack([self._sums[piece] for piece in pieces]).sum(0)
             a, b = self._coefficients(number, sums)
@@ -469,14 +483,14 @@ class Moves:
                     before + piece.field(a - 1, 0.0),
                     after + piece.field(b - 1, 0.0),
                 )
-        for p, (a_less, b) in factors.items():
+        for p, factors_of_p in factors.items():
             of_p = self._displaced[p]
             shard = real_alias(local(p))
             w, d = for_computing(of_p.before), for_computing(local(p))
             if not of_p.from_zero:
                 d = d - w
-            a_less, b = (torch.as_tensor(t).to(w) for t in (a_less, b))
-            new = w + (a_less * w + b * d)
+            a, b = (torch.as_tensor(factor).to(w) for factor in factors_of_p)
+            new = w + (a * w + b * d)
             if new.dtype == shard.dtype:
                 shard.copy_(new)
             round_back_([shard], [new], self._stochastic_rounding)

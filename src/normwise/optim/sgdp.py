@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from normwise.optim.joint import Symmetries
 from normwise.optim.projection import ViewOption
 from normwise.optim.sgd import MomentumOptimizer
 from normwise.optim.state_dicts import StateForm
@@ -49,6 +50,9 @@ class SGDP(MomentumOptimizer):
         norm: an option of parameter groups. ``"fixed"`` puts each slice back on the norm it had
             before the step, so that only directions are trained; it needs a :class:`normwise.View`
             and takes the place of decay (default: ``"free"``).
+        symmetries: a report of :func:`normwise.analyze`, or some of its ``symmetries`` if
+            parameters are named: steps lose their part along each of them, over all its weights
+            at once, see :func:`normwise.tangential` (default: None).
         stochastic_rounding: round bfloat16 and float16 weights up or down at random, so that small
             steps count on average; arithmetic and state are float32 in any case (default: False).
         foreach: use the multi-tensor step (default: where torch would).
@@ -86,6 +90,7 @@ class SGDP(MomentumOptimizer):
         *,
         view: ViewOption | str = "auto",
         norm: Literal["free", "fixed"] = "free",
+        symmetries: Symmetries | None = None,
         stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -109,7 +114,7 @@ class SGDP(MomentumOptimizer):
             "maximize": maximize,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, symmetries)
 
     def _rule(self, group: dict[str, Any]) -> tuple[SGDRule, float]:
         momentum = group["momentum"]
@@ -118,7 +123,7 @@ class SGDP(MomentumOptimizer):
 
     def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
         """What a step does to the weights of a group, for :func:`normwise.describe`."""
-        return UpdateRule(
+        rule = UpdateRule(
             type(self).__name__,
             Update.GRADIENT,
             group["lr"],
@@ -133,3 +138,4 @@ class SGDP(MomentumOptimizer):
             norm=group["norm"],
             **decoupled(group, 1 / (1 - group["momentum"])),
         )
+        return self._along_families(rule, p)

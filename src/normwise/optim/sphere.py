@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View, computing_dtype
 from normwise.optim.displaced import Batch, Displacements, Item
-from normwise.optim.groups import check_number
+from normwise.optim.groups import check_number, names_of
 from normwise.optim.joint import Displaced, Family, Moves, Symmetries, check_fixable
 from normwise.optim.motion import (
     WG,
@@ -30,7 +30,7 @@ from normwise.optim.motion import (
 from normwise.optim.radii import Radius, joint_radii, new_state, radii_of, step_radius_
 from normwise.optim.step import is_nonzero
 from normwise.optim.sums import divisor
-from normwise.optim.wrapping import Views, Wrapper, names_of, resolve
+from normwise.optim.wrapping import Views, Wrapper, resolve
 from normwise.sharding import local
 from normwise.updates import Coupling, UpdateRule, attached_to, own_rule, rule_of
 

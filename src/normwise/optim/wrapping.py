@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View
-from normwise.optim.groups import as_view_option, check_not_flattened
+from normwise.optim.groups import as_view_option, check_not_flattened, names_of
 from normwise.optim.joint import Family, Joint, Symmetries, families_of, with_views
 from normwise.optim.step import is_nonzero
 
-__all__ = ["Views", "Wrapper", "names_of", "resolve"]
+__all__ = ["Views", "Wrapper", "resolve"]
 
 
 class _Report(Protocol):
@@ -118,14 +118,6 @@ class Wrapper(Optimizer):
             for group, part in parts:
                 for key in part.keys() - {"params", "weight_decay", "param_names"}:
                     group[key] = part[key]
-
-
-def names_of(optimizer: Optimizer) -> dict[Tensor, str]:
-    """The names of parameters, as far as an optimizer was made from named ones."""
-    names: dict[Tensor, str] = {}
-    for group in optimizer.param_groups:
-        names.update(zip(group["params"], group.get("param_names", ()), strict=False))
-    return names
 
 
 def resolve(
