@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import normwise
 from normwise import LearnedNorm, RadialBrake, View
 from normwise.geometry import cosine, norms, radial, unit
+from normwise.updates import Update
 
 SHAPES = [(7,), (6, 4), (4, 3, 3, 3), (2, 3, 2, 2, 2), (6, 4)]
 VIEWS = [View.channel(), View.channel(1), View.blocks(2), View.layer()]
@@ -545,7 +546,11 @@ def test_its_rule_has_fixed_norms_and_no_decay_where_it_acts():
     ours, theirs = normwise.describe(normwise.sphere(adamw, {w: "layer"}))
     assert (ours.norm, ours.view, ours.shrink) == ("fixed", View.layer(), 0.0)
     assert ours.changed_by == ("sphere",)
-    assert math.isnan(ours.scale)
+    assert (ours.update, ours.scale) == (Update.RELATIVE, 1.0)
+    turning = normwise.sphere(torch.optim.SGD([w], lr=0.1), "layer", path="geodesic")
+    assert normwise.describe(turning)[0].update is Update.ROTATION
+    raw = normwise.sphere(torch.optim.SGD([w], lr=0.1), "layer", update="raw")
+    assert normwise.describe(raw)[0].update is Update.GRADIENT
     assert theirs == normwise.describe(adamw)[1]
 
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from normwise.geometry import View, norms
 from normwise.monitor.history import Trajectory
-from normwise.optim import SGDP, SGDW, AdamP
+from normwise.optim import SGDP, SGDW, AdamP, sphere
 from normwise.theory import (
     adamw_schedule_limit,
     angle_at,
@@ -55,6 +55,7 @@ OPTIMIZERS: dict[str, Callable[[Tensor, Settings], Optimizer]] = {
     "adamp": _of_adam(AdamP),
     "lion": _of_adam(Lion),
     "muon": lambda p, s: _muon([p], lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay),
+    "sphere": lambda p, s: _sphere(p, s),
 }
 
 
@@ -65,13 +66,20 @@ def _muon(params: Any, **options: Any) -> Optimizer:
     return made
 
 
+def _sphere(p: Tensor, s: Settings) -> Optimizer:
+    if s.weight_decay:
+        raise ValueError(f"norms on spheres do not decay, but weight_decay is {s.weight_decay}")
+    # Any weight will do: what a relative step does depends on none.
+    return sphere(torch.optim.SGD([torch.ones(1, 1)], lr=s.lr), View.layer())
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a run will be trained.
 
     Args:
         optimizer: one of :data:`OPTIMIZERS`: ``"sgd"``, ``"sgdw"``, ``"sgdp"``, ``"adamw"``,
-            ``"adamp"``, ``"lion"`` or ``"muon"``.
+            ``"adamp"``, ``"lion"``, ``"muon"``, or ``"sphere"`` around any of them.
         lr: η, at its highest.
         weight_decay: λ, as the optimizer means it.
         steps: of the run.
@@ -120,7 +128,8 @@ class Settings:
         (group,) = optimizer.param_groups
         if "wd_ratio" in group:
             group["wd_ratio"] = self.wd_ratio
-        return rule_of(optimizer, group, p).with_gate(True)
+        (member,) = group["params"]
+        return rule_of(optimizer, group, member).with_gate(True)
 
 
 @dataclass(frozen=True)
@@ -308,6 +317,8 @@ def _row(s: Settings, w: Weights) -> PlanRow:
     known = w.known(s)
     rule = s.rule(known["shape"])
     settled = equilibrium_of(rule, **known)
+    if rule.update.is_relative:
+        return PlanRow(w, w.norm, settled.angle, 0.0, w.norm, (s.lr, s.lr), 1.0)
     lrs, decay, power = s.lrs(), float(rule.shrink_per_lr), 2 * rule.update.exponent
     final = norm_trajectory(rule, lrs, w.norm, **known)[-1]
     left = math.prod(1 - lr * decay for lr in lrs) ** power
@@ -331,6 +342,11 @@ def _row(s: Settings, w: Weights) -> PlanRow:
 def _notes(s: Settings, rows: Sequence[PlanRow]) -> list[str]:
     rule = s.rule(rows[0].weights.known(s)["shape"])
     notes = []
+    if rule.update.is_relative:
+        return [
+            "Norms are fixed: the angle per step is the arctangent of the learning rate, whatever "
+            "the norm, the gradient and the wrapped optimizer, and follows its schedule."
+        ]
     if s.weight_decay == 0:
         notes.append(
             "Without weight decay the norms grow for as long as there is a gradient, and the "

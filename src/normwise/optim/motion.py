@@ -20,7 +20,7 @@ from normwise.optim.sums import divisor
 
 __all__ = ["LearnedNorm", "Motion", "RadialBrake", "Row", "coefficients", "projected"]
 
-Update = Literal["relative", "raw"]
+Length = Literal["relative", "raw"]
 Path = Literal["retract", "geodesic"]
 
 # Sums over a slice: ‖w‖², ⟨w, d⟩, ‖d‖², and for learned norms ⟨w, g⟩.
@@ -83,7 +83,7 @@ class Motion:
         floor: the least length of a raw update, in radii.
     """
 
-    update: Update
+    update: Length
     path: Path
     norm: Literal["fixed"] | RadialBrake | LearnedNorm = "fixed"
     floor: float = 0.0

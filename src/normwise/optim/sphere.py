@@ -3,7 +3,6 @@ r"""Steps on spheres around any torch optimizer: norms are fixed, the learning r
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -20,11 +19,11 @@ from normwise.optim.motion import (
     WG,
     WW,
     LearnedNorm,
+    Length,
     Motion,
     Path,
     RadialBrake,
     Row,
-    Update,
     coefficients,
 )
 from normwise.optim.radii import Radius, joint_radii, new_state, radii_of, step_radius_
@@ -32,7 +31,7 @@ from normwise.optim.step import is_nonzero
 from normwise.optim.sums import divisor
 from normwise.optim.wrapping import Views, Wrapper, resolve
 from normwise.sharding import local
-from normwise.updates import Coupling, UpdateRule, attached_to, own_rule, rule_of
+from normwise.updates import Coupling, Update, UpdateRule, attached_to, own_rule, rule_of
 
 __all__ = ["LearnedNorm", "RadialBrake", "Sphere", "sphere"]
 
@@ -202,16 +201,20 @@ class Sphere(Wrapper):
     def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
         """What a step does to the weights of a group that are on spheres, or to one weight of it.
 
-        For :func:`normwise.describe`. Of relative updates the length is no constant's multiple.
+        For :func:`normwise.describe`.
         """
         members = group["params"] if p is None else [p]
         member = next((q for q in members if q in self._changed), None)
         if member is None:
             return rule_of(self.optimizer, group, p)
         rule = own_rule(self.optimizer, group, p)
+        update = rule.update
+        if self._motion.update == "relative":
+            update = Update.RELATIVE if self._motion.path == "retract" else Update.ROTATION
         return replace(
             rule,
-            scale=math.nan if self._motion.update == "relative" else rule.scale,
+            update=update,
+            scale=1.0 if update.is_relative else rule.scale,
             coupling=Coupling.NONE,
             weight_decay=0.0,
             rate=1.0,
@@ -284,7 +287,7 @@ def sphere(
     *,
     symmetries: Symmetries | None = None,
     radius: Radius | Mapping[Any, Radius] = "initial",
-    update: Update = "relative",
+    update: Length = "relative",
     path: Path = "retract",
     gains: Iterable[Tensor] | Mapping[str, Any] | None = None,
     norm: Literal["fixed"] | RadialBrake | LearnedNorm = "fixed",
