@@ -29,7 +29,8 @@ from normwise.optim.motion import (
 from normwise.optim.radii import Radius, joint_radii, new_state, radii_of, step_radius_
 from normwise.optim.step import is_nonzero
 from normwise.optim.sums import divisor
-from normwise.optim.wrapping import Views, Wrapper, resolve
+from normwise.optim.wrapping import Wrapper, resolve
+from normwise.protocols import Views
 from normwise.sharding import local
 from normwise.updates import Coupling, Update, UpdateRule, attached_to, own_rule, rule_of
 

@@ -16,7 +16,8 @@ from normwise.optim.groups import check_norm_option, check_number
 from normwise.optim.joint import Displaced, Family, Moves, Removal, Symmetries, check_fixable
 from normwise.optim.motion import Row, projected
 from normwise.optim.step import is_nonzero
-from normwise.optim.wrapping import Views, Wrapper, resolve
+from normwise.optim.wrapping import Wrapper, resolve
+from normwise.protocols import Views
 from normwise.updates import Coupling, Update, UpdateRule, own_rule, rule_of
 
 __all__ = ["Tangential", "tangential"]
