@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,6 @@ from normwise.optim.groups import (
     names_of,
 )
 from normwise.optim.joint import (
-    Displaced,
     Family,
     Joint,
     Removal,
@@ -157,49 +156,54 @@ class NormwiseOptimizer(Optimizer):
             return loss
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             parts = [part for part in map(self._part, self.param_groups) if part.params]
-            removal = None
             if self._families:
-                parts, removal = self._set_apart(parts)
-            if any(is_sharded(p) for part in parts for p in part.params):
-                self._step_sharded(parts)
+                self._step_along_families(parts)
             else:
-                self._step_parts(parts, 0)
-            if removal is not None:
-                end_(removal)
+                self._step_all(parts)
         return loss
 
-    def _set_apart(self, parts: list[Part]) -> tuple[list[Part], Removal | None]:
-        """Split parts so that weights of families are stepped as they come, for what ends them.
+    def _step_all(self, parts: list[Part]) -> None:
+        """Step all weights as the options of their parts say."""
+        if any(is_sharded(p) for part in parts for p in part.params):
+            self._step_sharded(parts)
+        else:
+            self._step_parts(parts, 0)
 
-        Returns:
-            The parts; and what takes symmetries out of the step that is to be made, and decays.
+    def _step_along_families(self, parts: list[Part]) -> None:
+        """Step all weights; of those of families take symmetries out of what was done, and decay.
+
+        They take the step of the optimizer without a view first, as one that is wrapped does.
         """
         joint: Joint = self.__dict__.setdefault("_joint_plans", Joint(self._families))
         taking = joint.taking(lambda p: p.grad is not None)
         if not taking:
-            return parts, None
+            self._step_all(parts)
+            return
         plan = joint.plan(taking)
         engine: Displacements = self.__dict__.setdefault(
             "_displacements", Displacements(stochastic_rounding=False)
         )
-        copies = dict(zip(plan.params, engine.keep(plan.params), strict=True))
+        together = set(plan.params)
         split: list[Part] = []
-        displaced: dict[Tensor, Displaced] = {}
         for part in parts:
-            ours = [i for i, p in enumerate(part.params) if p in copies]
-            theirs = [i for i, p in enumerate(part.params) if p not in copies]
-            step = part.step
-            decay = step.lr * step.decay_scale * step.weight_decay * part.group["wd_ratio"]
-            for i in ours:
-                p = part.params[i]
-                displaced[p] = Displaced(part.group, copies[p], keep=1 - decay)
+            ours = [i for i, p in enumerate(part.params) if p in together]
+            theirs = [i for i, p in enumerate(part.params) if p not in together]
             if theirs:
                 split.append(part.only(theirs))
             if ours:
-                free = replace(step, view=None, norm="free", weight_decay=0.0)
+                free = replace(part.step, view=None, norm="free", weight_decay=0.0)
                 split.append(replace(part.only(ours), step=free))
+        members = [(p, part.group) for part in parts for p in part.params if p in together]
+        with engine.stepping(members, lambda _: False) as stepped:
+            self._step_all(split)
         rounding = self.defaults["stochastic_rounding"]
-        return split, Removal(plan, displaced, stochastic_rounding=rounding)
+        end_(Removal(plan, stepped, self._keep, stochastic_rounding=rounding))
+
+    def _keep(self, group: Mapping[str, Any]) -> float | Tensor:
+        """What decay leaves of a projected weight in a step."""
+        _, scale = self._rule(dict(group))
+        keep: float | Tensor = 1 - group["lr"] * scale * group["weight_decay"] * group["wd_ratio"]
+        return keep
 
     def _part(self, group: dict[str, Any]) -> Part:
         """The weights of a group that have gradients, with their state and the step's options."""

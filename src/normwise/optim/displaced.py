@@ -1,17 +1,19 @@
 """What a wrapped optimizer did to weights, turned into what a wrapper makes of it, slice by slice.
 
-The wrapper keeps a copy w of each weight from before the step; the weight then holds w + d, or d
-where the wrapped optimizer stepped from zero. Sums over slices give a and b of a·w + b·d
-(:mod:`normwise.optim.motion`); of slices that are split over ranks they are exchanged, those of all
-weights together. Dense weights on the CPU whose norms are fixed, or whose steps only lose their
-radial part, go through one fused kernel; all others, and all where norms change, rounding is
-stochastic or slices are split, take the plain way here, which is the ground truth.
+For the step of the wrapped optimizer a weight w either stays where it is, and a copy is made, so
+that it holds w + d afterwards; or the optimizer is handed a buffer of zeros in its place, which
+then holds d. Sums over slices give a and b of a·w + b·d (:mod:`normwise.optim.motion`); of slices
+that are split over ranks they are exchanged, those of all weights together. Dense weights on the
+CPU whose norms are fixed, or whose steps only lose their radial part, go through one fused kernel;
+all others, and all where norms change, rounding is stochastic or slices are split, take the plain
+way here, which is the ground truth.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,18 +23,17 @@ from torch import Tensor
 from normwise.geometry import View
 from normwise.optim.kernels import use_fused
 from normwise.optim.kernels._layout import memory_layout
-from normwise.optim.motion import Row
+from normwise.optim.motion import Form, Result, Row
 from normwise.optim.projection import BATCHED_ENTRIES, batch, is_alias, unbatch_
 from normwise.optim.step import for_computing, real_alias, round_back_
 from normwise.optim.sums import channel_sums
 from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
 
-__all__ = ["Batch", "Displacements", "Item", "Message", "Place", "count", "find_place"]
+__all__ = ["Batch", "Displaced", "Displacements", "Item", "Message", "Place", "count", "find_place"]
 
 _PAIRS = [(0, 0), (0, 1), (1, 1), (0, 2)]  # of w, d and g: see motion.WW and following
 _KEPT_PLANS = 8
 
-Group = dict[str, Any]
 # What is to be summed over ranks: where in the order of all ranks, the sums, whose they are.
 Message = tuple[int, Tensor, Layout]
 
@@ -55,22 +56,48 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Item:
-    """A weight that the wrapped optimizer has stepped.
+class Displaced:
+    """A weight that a wrapped optimizer has stepped, on this rank.
 
     Attributes:
-        p: the parameter, which holds w + d, or d.
+        p: the parameter.
         group: its parameter group.
-        view: its slices.
-        before: w, the shard of this rank.
-        from_zero: whether the parameter holds d.
+        before: w; where the parameter was kept out of the step, its own memory.
+        after: w + d, or d.
+        result: what that is.
     """
 
     p: Tensor
-    group: Group
-    view: View
+    group: Mapping[str, Any]
     before: Tensor
-    from_zero: bool
+    after: Tensor
+    result: Result
+
+    @property
+    def from_zero(self) -> bool:
+        """Whether the wrapped optimizer stepped from zero, so that it has written d."""
+        return self.result is not Result.MOVED
+
+    @property
+    def displacement(self) -> Tensor:
+        """d, real and in float32 or better."""
+        d = for_computing(self.after)
+        return d if self.from_zero else d - for_computing(self.before)
+
+    def write_(self, new: Tensor, stochastic_rounding: bool) -> None:
+        """Put a new weight, real and in float32 or better, into the parameter."""
+        shard = real_alias(local(self.p))
+        if new.dtype == shard.dtype:
+            shard.copy_(new)
+        round_back_([shard], [new], stochastic_rounding)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A weight that was stepped, and its slices."""
+
+    of: Displaced
+    view: View
 
 
 @dataclass
@@ -80,18 +107,23 @@ class Batch:
     Attributes:
         place: theirs.
         group: theirs.
-        params: the parameters.
-        moved: the displacement d of each, shards.
-        before: the weights before the step, shards.
+        members: the weights.
+        moved: the displacement d of each.
+        before: w of each.
         sums: of shape ``(slices, members, 3 or 4)``, see :mod:`normwise.optim.motion`.
     """
 
     place: Place
-    group: Group
-    params: list[Tensor]
+    group: Mapping[str, Any]
+    members: list[Displaced]
     moved: list[Tensor]
     before: list[Tensor]
     sums: Tensor
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters."""
+        return [member.p for member in self.members]
 
 
 class Others(Protocol):
@@ -119,19 +151,74 @@ class Displacements:
         self._stochastic_rounding = stochastic_rounding
         self._places: dict[Any, Place | None] = {}
         self._kept: dict[Tensor, Tensor] = {}
+        self._zero: set[Tensor] = set()  # the parameters whose buffer is zero
         self._plans: dict[Any, Any] = {}
 
-    def keep(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of what parameters hold on this rank, in memory that is used again."""
-        shards = [local(p) for p in params]
-        for p, shard in zip(params, shards, strict=True):
-            kept = self._kept.get(p)
-            if kept is None or not _are_alike(kept, shard):
-                self._kept[p] = torch.empty_like(shard, memory_format=torch.preserve_format)
-        copies = [self._kept[p] for p in params]
-        if copies:
-            torch._foreach_copy_(copies, shards)
-        return copies
+    @contextmanager
+    def stepping(
+        self,
+        params: Sequence[tuple[Tensor, Mapping[str, Any]]],
+        from_zero: Callable[[Tensor], bool],
+    ) -> Iterator[dict[Tensor, Displaced]]:
+        """While a wrapped optimizer steps: copies are made, or buffers put in place.
+
+        Args:
+            params: parameters with their groups.
+            from_zero: whether the optimizer is to step a parameter from zero.
+
+        Yields:
+            A dictionary that is empty until the step is done.
+        """
+        zero = [p for p, _ in params if from_zero(p)]
+        swapped = {p: p.data for p in zero if self._may_be_swapped(p)}
+        copied = [p for p, _ in params if p not in swapped]
+        shards = {p: local(p) for p in copied}
+        buffers = {p: self._buffer(p) for p, _ in params}
+        if copied:
+            torch._foreach_copy_([buffers[p] for p in copied], [shards[p] for p in copied])
+            self._zero.difference_update(copied)
+        to_zero = [buffers[p] for p in swapped if p not in self._zero]
+        to_zero += [shards[p] for p in zero if p not in swapped]
+        if to_zero:
+            torch._foreach_zero_(to_zero)
+        self._zero.difference_update(swapped)
+        stepped: dict[Tensor, Displaced] = {}
+        try:
+            for p in swapped:
+                p.data = buffers[p]
+            yield stepped
+        except BaseException:
+            for p in copied:
+                shards[p].copy_(buffers[p])
+            raise
+        finally:
+            for p, own in swapped.items():
+                p.data = own
+        known = set(zero)
+        for p, group in params:
+            if p in swapped:
+                stepped[p] = Displaced(p, group, p.data, buffers[p], Result.IN_PLACE)
+            else:
+                result = Result.FROM_ZERO if p in known else Result.MOVED
+                stepped[p] = Displaced(p, group, buffers[p], local(p), result)
+
+    def _may_be_swapped(self, p: Tensor) -> bool:
+        """Whether a buffer can take the place of a parameter: of a plain tensor, with its strides.
+
+        Of what is compiled together with the step it cannot: nothing tells it of the other memory.
+        """
+        if is_sharded(p) or torch.compiler.is_compiling() or p.is_neg() or p.is_conj():
+            return False
+        return self._buffer(p).stride() == p.stride()
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        """Memory of the form of a parameter on this rank, the same in every step."""
+        shard, kept = local(p), self._kept.get(p)
+        if kept is None or not _are_alike(kept, shard):
+            self._zero.discard(p)
+            kept = torch.empty_like(shard, memory_format=torch.preserve_format).detach()
+            self._kept[p] = kept
+        return kept
 
     def end_(
         self,
@@ -158,11 +245,11 @@ class Displacements:
         taken = set(fused)
         buckets: dict[Any, tuple[Place, list[int]]] = {}
         for i, item in enumerate(items):
-            place = self._place(item.p, item.view)
+            place, of = self._place(item.of.p, item.view), item.of
             if place is None or i in taken:
                 continue
-            alone = i if item.before.numel() > BATCHED_ENTRIES else -1
-            key = (place, id(item.group), item.p.dtype, item.before.shape, item.from_zero, alone)
+            alone = i if of.before.numel() > BATCHED_ENTRIES else -1
+            key = (place, id(of.group), of.p.dtype, of.before.shape, of.from_zero, alone)
             buckets.setdefault(key, (place, []))[1].append(i)
         batches: list[Batch] = []
         messages: list[Message] = []
@@ -182,21 +269,22 @@ class Displacements:
             others.finish_()
 
     def _summed(self, place: Place, items: list[Item]) -> Batch:
-        moved = [for_computing(local(item.p)) for item in items]
-        weights = [for_computing(item.before) for item in items]
-        if not items[0].from_zero:
+        members = [item.of for item in items]
+        moved = [for_computing(of.after) for of in members]
+        weights = [for_computing(of.before) for of in members]
+        if not members[0].from_zero:
             torch._foreach_sub_(moved, weights)
         factors, pairs = [weights, moved], _PAIRS[:3]
         if self._with_gradients:
-            factors.append(gradients(items))
+            factors.append([gradient(of) for of in members])
             pairs = _PAIRS
         everyone = list(range(len(items)))
         batches = [batch(tensors, everyone, place.layout.channels) for tensors in factors]
         sums = place.layout.by_slice(channel_sums(batches, pairs))
-        return Batch(place, items[0].group, [item.p for item in items], moved, weights, sums)
+        return Batch(place, members[0].group, members, moved, weights, sums)
 
     def _finish_(self, b: Batch, a: Tensor, c: Tensor) -> None:
-        view, everyone = b.place.layout.channels, list(range(len(b.params)))
+        view, everyone = b.place.layout.channels, list(range(len(b.members)))
         d, w = (batch(tensors, everyone, view) for tensors in (b.moved, b.before))
         shape = (*w.shape[:2], *(1 for _ in w.shape[2:]))
         # a is near 1: what it is more than that has more digits.
@@ -205,33 +293,31 @@ class Displacements:
             d.mul_(c).addcmul_(w, a).add_(w)
         else:
             unbatch_(b.moved, everyone, view, torch.addcmul(d * c, w, a) + w)
-        shards = [real_alias(local(p)) for p in b.params]
-        round_back_(shards, b.moved, self._stochastic_rounding)
+        for of, new in zip(b.members, b.moved, strict=True):
+            if new is not local(of.p):
+                of.write_(new, self._stochastic_rounding)
 
     def _fused(self, items: Sequence[Item]) -> list[int]:
         """Which of the weights a kernel takes."""
-        taken = []
+        by_dtype: dict[torch.dtype, list[int]] = {}
         for i, item in enumerate(items):
-            shard, place = local(item.p), self._place(item.p, item.view)
-            if place is None or place.layout.whole is None or shard.device.type != "cpu":
+            w, place = item.of.after, self._place(item.of.p, item.view)
+            if place is None or place.layout.whole is None or w.device.type != "cpu":
                 continue
-            if shard.numel() == 0 or shard.is_neg() or shard.stride() != item.before.stride():
+            if w.numel() == 0 or w.is_neg() or w.stride() != item.of.before.stride():
                 continue
-            if memory_layout(shard, place.layout.whole) is not None:
-                taken.append(i)
+            if memory_layout(w, place.layout.whole) is not None:
+                by_dtype.setdefault(w.dtype, []).append(i)
         options = {
             "fused": None,
             "foreach": None,
             "differentiable": False,
             "stochastic_rounding": self._stochastic_rounding,
         }
-        by_dtype: dict[torch.dtype, list[int]] = {}
-        for i in taken:
-            by_dtype.setdefault(items[i].p.dtype, []).append(i)
         return [
             i
             for members in by_dtype.values()
-            if use_fused(options, [local(items[i].p) for i in members])
+            if use_fused(options, [items[i].of.after for i in members])
             for i in members
         ]
 
@@ -241,33 +327,32 @@ class Displacements:
         row: Callable[[Item], Row],
         radius: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        by_dtype: dict[torch.dtype, list[Item]] = {}
+        by_dtype: dict[torch.dtype, list[tuple[Item, Place]]] = {}
         for item in items:
-            by_dtype.setdefault(item.p.dtype, []).append(item)
-        for members in by_dtype.values():
-            shards = [local(item.p) for item in members]
-            rows = [row(item) for item in members]
-            places = [self._place(item.p, item.view) for item in members]
+            place = self._place(item.of.p, item.view)
+            assert place is not None
+            by_dtype.setdefault(item.of.p.dtype, []).append((item, place))
+        for dtype, members in by_dtype.items():
+            stepped = [item.of for item, _ in members]
+            rows = [row(item) for item, _ in members]
             forms = [
-                (p.shape, p.stride(), place.layout.whole, r.path, item.from_zero)
-                for p, place, r, item in zip(shards, places, rows, members, strict=True)
-                if place is not None
+                Form(of.after.shape, of.after.stride(), place.layout.whole, r.path, of.result)
+                for of, (_, place), r in zip(stepped, members, rows, strict=True)
+                if place.layout.whole is not None
             ]
-            key = (members[0].p.dtype, *forms)
+            key = (dtype, *forms)
+            after, before = [of.after for of in stepped], [of.before for of in stepped]
             if key not in self._plans:
                 if len(self._plans) >= _KEPT_PLANS:
                     del self._plans[next(iter(self._plans))]
                 module: Any = importlib.import_module("normwise.optim.kernels.displaced")
-                views, paths, zero = ([form[i] for form in forms] for i in (2, 3, 4))
-                self._plans[key] = module.DisplacedPlan(shards, views, paths, zero)
+                self._plans[key] = module.DisplacedPlan(after, forms)
             radii = None
             if radius is not None:
-                radii = [
-                    place.of_these(radius(item.p))
-                    for place, item in zip(places, members, strict=True)
-                    if place is not None
-                ]
-            self._plans[key].step_(shards, [item.before for item in members], rows, radii)
+                radii = [place.of_these(radius(item.of.p)) for item, place in members]
+            self._plans[key].step_(after, before, rows, radii)
+            self._zero.update(of.p for of in stepped if of.result is Result.IN_PLACE)
+            torch.autograd.graph.increment_version([local(of.p) for of in stepped])
 
     def _place(self, p: Tensor, view: View) -> Place | None:
         """Where the slices of a weight live; None if this rank has no part in it."""
@@ -279,11 +364,11 @@ class Displacements:
         return self._places[key]
 
 
-def gradients(items: Sequence[Item]) -> list[Tensor]:
-    """The gradients of weights, negated where the optimizer ascends, to compute with."""
-    grads = [for_computing(local(item.p.grad)) for item in items if item.p.grad is not None]
-    signs = [-1.0 if item.group.get("maximize") else 1.0 for item in items]
-    return list(torch._foreach_mul(grads, signs))
+def gradient(of: Displaced) -> Tensor:
+    """The gradient of a weight, negated where the optimizer ascends, to compute with."""
+    assert of.p.grad is not None
+    grad = for_computing(local(of.p.grad))
+    return -grad if of.group.get("maximize") else grad
 
 
 def find_place(p: Any, view: View, *, everywhere: bool) -> Place | None:

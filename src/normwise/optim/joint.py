@@ -27,13 +27,12 @@ from torch import Tensor
 
 from normwise.geometry import View
 from normwise.invariance.symmetry import Slices, Symmetry, by_index
-from normwise.optim.displaced import Message
+from normwise.optim.displaced import Displaced, Message, gradient
 from normwise.optim.gram import solve
-from normwise.optim.step import for_computing, real_alias, round_back_, scalar_dtype
+from normwise.optim.step import for_computing, scalar_dtype
 from normwise.sharding import Layout, is_sharded, lay_out_channels, local, sum_over_ranks_
 
 __all__ = [
-    "Displaced",
     "Family",
     "Joint",
     "Moves",
@@ -200,23 +199,6 @@ def check_fixable(families: Sequence[Family], wrapper: str) -> None:
         )
 
 
-@dataclass
-class Displaced:
-    """A weight of families that was stepped.
-
-    Attributes:
-        group: its parameter group.
-        before: the weight before the step, the shard of this rank.
-        from_zero: whether the parameter holds d, not w + d.
-        keep: what decay leaves of w.
-    """
-
-    group: Mapping[str, Any]
-    before: Tensor
-    from_zero: bool = False
-    keep: float | Tensor = 1.0
-
-
 class Joint:
     """What belongs to families of one optimizer, found once.
 
@@ -348,7 +330,8 @@ class Removal:
 
     Args:
         plan: of the families.
-        displaced: their weights, which hold w + d.
+        displaced: their weights.
+        keep: 1 − ηλρ, what decay leaves of the weights of a group.
         stochastic_rounding: of half-precision weights.
     """
 
@@ -356,11 +339,13 @@ class Removal:
         self,
         plan: _Plan,
         displaced: Mapping[Tensor, Displaced],
+        keep: Callable[[Mapping[str, Any]], float | Tensor],
         *,
         stochastic_rounding: bool = False,
     ) -> None:
         self._plan = plan
         self._displaced = displaced
+        self._keep = keep
         self._stochastic_rounding = stochastic_rounding
         self._sums: dict[Tensor, Tensor] = {}
 
@@ -368,7 +353,7 @@ class Removal:
         """Of each weight the sums that its pieces of all units make."""
         found: list[Message] = []
         for number, p in enumerate(self._plan.params):
-            w, d = _displacement(p, self._displaced[p])
+            w, d = _displacement(self._displaced[p])
             squares, products = w * w, w * d
             parts = [piece.sums(of) for piece in self._pieces(p) for of in (squares, products)]
             parts += [a.shared_sums(b, squares).flatten() for _, a, _, b in self._plan.overlaps[p]]
@@ -380,18 +365,14 @@ class Removal:
         """Remove it, and let decay take its part of the weights."""
         multiples = self._multiples()
         for p in self._plan.params:
-            of_p = self._displaced[p]
-            shard = real_alias(local(p))
-            new, w = for_computing(local(p)), for_computing(of_p.before)
-            factor = torch.as_tensor(of_p.keep - 1)
+            of = self._displaced[p]
+            w = for_computing(of.before)
+            factor = torch.as_tensor(self._keep(of.group) - 1)
             for pieces, x in zip(self._plan.pieces, multiples, strict=True):
                 for piece in pieces:
                     if piece.p is p:
                         factor = factor - piece.exponent * piece.field(x, 0.0)
-            new = new + w * factor.to(w)
-            if new.dtype == shard.dtype:
-                shard.copy_(new)
-            round_back_([shard], [new], self._stochastic_rounding)
+            of.write_(w + (factor.to(w) * w + of.displacement), self._stochastic_rounding)
 
     def _pieces(self, p: Tensor) -> list[_Piece]:
         return [piece for pieces in self._plan.pieces for piece in pieces if piece.p is p]
@@ -461,12 +442,11 @@ class Moves:
         found: list[Message] = []
         for pieces in self._plan.pieces:
             for piece in pieces:
-                of_p = self._displaced[piece.p]
-                w, d = _displacement(piece.p, of_p)
+                of = self._displaced[piece.p]
+                w, d = _displacement(of)
                 products = [w * w, w * d, d * d]
-                if self._with_gradients and piece.p.grad is not None:
-                    sign = -1.0 if of_p.group.get("maximize") else 1.0
-                    products.append(sign * w * _wide(local(piece.p.grad)))
+                if self._with_gradients:
+                    products.append(w * _wide(gradient(of)))
                 self._sums[piece] = torch.stack([piece.sums(t) for t in products], 1)
                 found.append((first + len(found), self._sums[piece], piece.layout))
         return found
@@ -484,16 +464,10 @@ class Moves:
                     after + piece.field(b - 1, 0.0),
                 )
         for p, factors_of_p in factors.items():
-            of_p = self._displaced[p]
-            shard = real_alias(local(p))
-            w, d = for_computing(of_p.before), for_computing(local(p))
-            if not of_p.from_zero:
-                d = d - w
+            of = self._displaced[p]
+            w = for_computing(of.before)
             a, b = (torch.as_tensor(factor).to(w) for factor in factors_of_p)
-            new = w + (a * w + b * d)
-            if new.dtype == shard.dtype:
-                shard.copy_(new)
-            round_back_([shard], [new], self._stochastic_rounding)
+            of.write_(w + (a * w + b * of.displacement), self._stochastic_rounding)
 
 
 def norms_of(families: Sequence[Family]) -> list[Tensor]:
@@ -520,10 +494,10 @@ class _Reader:
         return self._message[start : self._at].view(shape)
 
 
-def _displacement(p: Tensor, of_p: Displaced) -> tuple[Tensor, Tensor]:
+def _displacement(of: Displaced) -> tuple[Tensor, Tensor]:
     """w and d of a shard in float64."""
-    w, d = _wide(of_p.before), _wide(local(p))
-    return w, d if of_p.from_zero else d - w
+    w, after = _wide(of.before), _wide(of.after)
+    return w, after if of.from_zero else after - w
 
 
 def _wide(t: Tensor) -> Tensor:

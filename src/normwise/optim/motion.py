@@ -9,16 +9,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from normwise.geometry import View
 from normwise.optim.groups import check_number
 from normwise.optim.projection import retraction
 from normwise.optim.sums import divisor
 
-__all__ = ["LearnedNorm", "Motion", "RadialBrake", "Row", "coefficients", "projected"]
+__all__ = [
+    "Form",
+    "LearnedNorm",
+    "Motion",
+    "RadialBrake",
+    "Result",
+    "Row",
+    "coefficients",
+    "projected",
+    "resolution",
+]
 
 Length = Literal["relative", "raw"]
 Path = Literal["retract", "geodesic"]
@@ -92,6 +104,38 @@ class Motion:
     def fixes_norms(self) -> bool:
         """Whether no radius ever changes."""
         return self.norm == "fixed"
+
+
+class Result(Enum):
+    """What the wrapped optimizer left where.
+
+    Attributes:
+        MOVED: w + d in the parameter, w in a copy.
+        FROM_ZERO: d in the parameter, w in a copy.
+        IN_PLACE: d in a buffer, w in the parameter.
+    """
+
+    MOVED = "moved"
+    FROM_ZERO = "from zero"
+    IN_PLACE = "in place"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a plan of kernels is made for, of one weight.
+
+    Attributes:
+        shape, stride: of the weight.
+        view: its slices.
+        path: of its :class:`Row`.
+        result: what the wrapped optimizer left.
+    """
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    view: View
+    path: str
+    result: Result
 
 
 @dataclass(frozen=True)

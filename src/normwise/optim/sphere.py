@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View, computing_dtype
-from normwise.optim.displaced import Batch, Displacements, Item
+from normwise.optim.displaced import Batch, Displaced, Displacements, Item
 from normwise.optim.groups import check_number, names_of
-from normwise.optim.joint import Displaced, Family, Moves, Symmetries, check_fixable
+from normwise.optim.joint import Family, Moves, Symmetries, check_fixable
 from normwise.optim.motion import (
     WG,
     WW,
@@ -31,7 +31,6 @@ from normwise.optim.step import is_nonzero
 from normwise.optim.sums import divisor
 from normwise.optim.wrapping import Wrapper, resolve
 from normwise.protocols import Views
-from normwise.sharding import local
 from normwise.updates import Coupling, Update, UpdateRule, attached_to, own_rule, rule_of
 
 __all__ = ["LearnedNorm", "RadialBrake", "Sphere", "sphere"]
@@ -98,39 +97,21 @@ class Sphere(Wrapper):
             taking = self._joint.taking(lambda p: p.grad is not None)
             together = {p for i in taking for p in self._families[i].params}
             work = [
-                (group, p)
+                (p, group)
                 for group in self.param_groups
                 for p in group["params"]
                 if p.grad is not None and (p in self._views or p in together)
             ]
-            before = engine.keep([p for _, p in work])
-            starts_from_zero = [local(p) for _, p in work if self._starts_from_zero(p)]
-            if starts_from_zero:
-                torch._foreach_zero_(starts_from_zero)
-            try:
-                with self._without_decay():
-                    self.optimizer.step()
-            except BaseException:
-                for (_, p), w in zip(work, before, strict=True):
-                    local(p).copy_(w)
-                raise
-            pairs = list(zip(work, before, strict=True))
-            items = [
-                Item(p, group, self._views[p], w, self._starts_from_zero(p))
-                for (group, p), w in pairs
-                if p in self._views
-            ]
+            steps = engine.stepping(work, self._starts_from_zero)
+            with steps as stepped, self._without_decay():
+                self.optimizer.step()
+            items = [Item(of, self._views[p]) for p, of in stepped.items() if p in self._views]
             moves = None
             if taking:
-                displaced = {
-                    p: Displaced(group, w, self._starts_from_zero(p))
-                    for (group, p), w in pairs
-                    if p in together
-                }
                 moves = Moves(
                     self._joint.plan(taking),
-                    displaced,
-                    lambda number, sums: self._joint_coefficients(taking[number], displaced, sums),
+                    stepped,
+                    lambda number, sums: self._joint_coefficients(taking[number], stepped, sums),
                     with_gradients=isinstance(self._motion.norm, LearnedNorm),
                     stochastic_rounding=self._stochastic_rounding,
                 )
@@ -159,7 +140,7 @@ class Sphere(Wrapper):
 
     def _row(self, item: Item) -> Row:
         relative = self._motion.update == "relative"
-        lr = float(item.group["lr"]) if relative else 0.0
+        lr = float(item.of.group["lr"]) if relative else 0.0
         return Row(self._motion.path, lr=lr, floor=self._motion.floor, is_relative=relative)
 
     def _coefficients(self, b: Batch) -> tuple[Tensor, Tensor]:

@@ -11,16 +11,21 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View
-from normwise.optim.displaced import Batch, Displacements, Item, Others
+from normwise.optim.displaced import Batch, Displaced, Displacements, Item, Others
 from normwise.optim.groups import check_norm_option, check_number
-from normwise.optim.joint import Displaced, Family, Moves, Removal, Symmetries, check_fixable
+from normwise.optim.joint import Family, Moves, Removal, Symmetries, check_fixable
 from normwise.optim.motion import Row, projected
-from normwise.optim.step import is_nonzero
+from normwise.optim.step import for_computing, is_nonzero
 from normwise.optim.wrapping import Wrapper, resolve
 from normwise.protocols import Views
 from normwise.updates import Coupling, Update, UpdateRule, own_rule, rule_of
 
 __all__ = ["Tangential", "tangential"]
+
+# Of torch's optimizers: given no decay, their step is made of gradients and moments.
+_OF_GRADIENTS = frozenset(
+    {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Muon"}
+)
 
 
 class Tangential(Wrapper):
@@ -60,47 +65,47 @@ class Tangential(Wrapper):
             "_displacements", Displacements(stochastic_rounding=False)
         )
         with torch.no_grad():
-            copies = dict(zip(self._changed, engine.keep(list(self._changed)), strict=True))
-        with self._without_decay():
-            loss = self.optimizer.step(closure)
-        with torch.no_grad():
-            items = [
-                Item(p, group, self._views[p], copies[p], from_zero=False)
+            work = [
+                (p, group)
                 for group in self.param_groups
                 for p in group["params"]
-                if p in self._views and p.grad is not None
+                if p in self._changed and (closure is not None or p.grad is not None)
             ]
-            engine.end_(items, self._coefficients, self._row, others=self._together(copies))
+            starts_from_zero = closure is None and _takes_gradients_alone(self.optimizer)
+            steps = engine.stepping(work, lambda _: starts_from_zero)
+            with steps as stepped, self._without_decay():
+                loss = self.optimizer.step(closure)
+            stepped = {p: of for p, of in stepped.items() if p.grad is not None}
+            items = [Item(of, self._views[p]) for p, of in stepped.items() if p in self._views]
+            taking = self._joint.taking(lambda p: p in stepped)
+            together = self._together(taking, stepped) if taking else None
+            engine.end_(items, self._coefficients, self._row, others=together)
+            taken = {p for i in taking for p in self._families[i].params}
+            for p, of in stepped.items():
+                if p not in self._views and p not in taken:  # of a family that is left alone
+                    w = for_computing(of.before)
+                    of.write_(w * self._keep(of.group) + of.displacement, False)
         return loss
 
     def _coefficients(self, b: Batch) -> tuple[Tensor, Tensor]:
         return projected(b.sums, self._keep(b.group), self._norm)
 
     def _row(self, item: Item) -> Row:
-        return Row(self._norm, keep=float(self._keep(item.group)))
+        return Row(self._norm, keep=float(self._keep(item.of.group)))
 
-    def _together(self, copies: Mapping[Tensor, Tensor]) -> Others | None:
-        """What is to be done to families all of whose weights have gradients."""
-        taking = self._joint.taking(lambda p: p.grad is not None)
-        if not taking:
-            return None
+    def _together(self, taking: Sequence[int], stepped: Mapping[Tensor, Displaced]) -> Others:
+        """What is to be done to some families."""
         plan = self._joint.plan(taking)
-        stepped = {
-            p: Displaced(group, copies[p], keep=self._keep(group))
-            for group in self.param_groups
-            for p in group["params"]
-            if p in plan.overlaps
-        }
         if self._norm == "fixed":
             return Moves(plan, stepped, lambda _, sums: projected(sums, 1.0, "fixed"))
-        return Removal(plan, stepped)
+        return Removal(plan, stepped, self._keep)
 
-    def _keep(self, group: dict[str, Any]) -> float | Tensor:
+    def _keep(self, group: Mapping[str, Any]) -> float | Tensor:
         """1 − ηλρ: what decay leaves of a weight in a step."""
         decay = group.get("weight_decay", 0.0)
         if self._norm == "fixed" or not is_nonzero(decay):
             return 1.0
-        keep: float | Tensor = 1 - self._decay_lr(group) * decay * self._wd_ratio
+        keep: float | Tensor = 1 - self._decay_lr(dict(group)) * decay * self._wd_ratio
         return keep
 
     def _decay_lr(self, group: dict[str, Any]) -> float | Tensor:
@@ -202,3 +207,14 @@ def _decay_rate(rule: UpdateRule) -> float:
     if rule.update is Update.GRADIENT and rule.coupling is Coupling.L2:
         return float(1 / (1 - rule.momentum))
     return rule.rate
+
+
+def _takes_gradients_alone(optimizer: Optimizer) -> bool:
+    """Whether what an optimizer makes of gradients does not depend on where the weights are.
+
+    Then it may step from zero, which saves a copy, and no step is rounded to the spacing of numbers
+    near a weight. Hooks see the weights in between, so that there must be none.
+    """
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    is_torchs = type(optimizer).__module__.startswith("torch.optim.")
+    return is_torchs and type(optimizer).__name__ in _OF_GRADIENTS and not hooks

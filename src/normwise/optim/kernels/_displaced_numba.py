@@ -2,10 +2,11 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
 r"""What a wrapped optimizer did to many weights, turned into steps on spheres, compiled by Numba.
 
-Of each weight there is a copy w from before the step, and x, which holds w + d, or d itself. For a
-chunk of about an L2 cache the kernel sums ‖w‖², ⟨w, d⟩ and ‖d‖² of each slice in float64, makes a
-and b of them as :mod:`normwise.optim.motion` does, which is the ground truth, and writes
-x ← w + (a − 1)·w + b·d: so both are read once. Slices longer than a chunk need a second look.
+Of each weight there is w from before the step, and x, which holds w + d, or d itself. For a chunk
+of about an L2 cache the kernel sums ‖w‖², ⟨w, d⟩ and ‖d‖² of each slice in float64, makes a and b
+of them as :mod:`normwise.optim.motion` does, which is the ground truth, and writes w + (a − 1)·w +
+b·d: so both are read once. Slices longer than a chunk need a second look. The result takes the
+place of x, or of w, and then zeros are left in x for the next step.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ from normwise.optim.kernels._cpu_numba import (
 
 # What is made of a displacement; the names are those of normwise.optim.motion.
 FREE, FIXED, RETRACT, GEODESIC = range(4)
+# What x holds: w + d, or d; in place, the result is for w. See normwise.optim.motion.Result.
+MOVED, FROM_ZERO, IN_PLACE = range(3)
 # Columns of the table of tensors.
-(BEFORE, AFTER, OUTER, SLICES, INNER, WHOLE, TOTALS, RADII, FIRST, LAST, PATH, FROM_ZERO) = range(
-    12
-)
+(BEFORE, AFTER, OUTER, SLICES, INNER, WHOLE, TOTALS, RADII, FIRST, LAST, PATH, RESULT) = range(12)
 # Columns of the table of options: numbers of each tensor's step.
 KEEP, LR, COS, SIN, FLOOR, NOISE, IS_RELATIVE = range(7)
 # Columns of the tables of sums: ‖w‖², ⟨w, d⟩, ‖d‖², then a − 1 and b.
@@ -90,13 +91,18 @@ def _sums(w, x, from_zero):
 
 
 @_inlined
-def _combine(w, x, a, b, from_zero):
-    """x ← w + (a·w + b·d), where a is what the factor of w is more than 1."""
+def _combine(w, x, a, b, result):
+    """w + (a·w + b·d), where a is what the factor of w is more than 1."""
     a, b = _as(a, _widened(w[0])), _as(b, _widened(w[0]))
-    if from_zero:
+    if result == FROM_ZERO:
         for i in range(len(w)):
             old = _widened(w[i])
             x[i] = _narrowed(old + (a * old + b * _widened(x[i])), w[i])
+    elif result == IN_PLACE:
+        for i in range(len(w)):
+            old = _widened(w[i])
+            w[i] = _narrowed(old + (a * old + b * _widened(x[i])), w[i])
+            x[i] = 0
     else:
         for i in range(len(w)):
             old = _widened(w[i])
@@ -169,7 +175,7 @@ def _chunk(block, number, like):
     if not first_pass and whole:
         return
     options = _array(block[OPTIONS] + chunk[TENSOR] * 8 * 8, 8, np.float64(0))
-    size, from_zero, path = np.int64(_size_of(like)), tensor[FROM_ZERO] != 0, tensor[PATH]
+    size, result, path = np.int64(_size_of(like)), tensor[RESULT], tensor[PATH]
     inner = tensor[INNER]
     stride = tensor[SLICES] * inner
     slices = chunk[SLICE_1] - chunk[SLICE_0]
@@ -189,7 +195,7 @@ def _chunk(block, number, like):
                 at = (start + row * stride + s * inner) * size
                 w = _array(tensor[BEFORE] + at, part, like)
                 x = _array(tensor[AFTER] + at, part, like)
-                ww, wd, dd = _sums(w, x, from_zero)
+                ww, wd, dd = _sums(w, x, result != MOVED)
                 sums[s * SUM_COLUMNS + WW] += ww
                 sums[s * SUM_COLUMNS + WD] += wd
                 sums[s * SUM_COLUMNS + DD] += dd
@@ -204,7 +210,7 @@ def _chunk(block, number, like):
             at = (start + row * stride + s * inner) * size
             w = _array(tensor[BEFORE] + at, part, like)
             x = _array(tensor[AFTER] + at, part, like)
-            _combine(w, x, sums[s * SUM_COLUMNS + A], sums[s * SUM_COLUMNS + B], from_zero)
+            _combine(w, x, sums[s * SUM_COLUMNS + A], sums[s * SUM_COLUMNS + B], result)
 
 
 def _decide(tensors, chunks, options, sums, radii):

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normwise.geometry import View
 from normwise.optim.kernels import _displaced_numba as k
 from normwise.optim.kernels._cpu_numba import (
     CACHE_LINE,
@@ -25,11 +24,12 @@ from normwise.optim.kernels._cpu_numba import (
 )
 from normwise.optim.kernels._layout import memory_layout
 from normwise.optim.kernels.cpu import _chunks, _openmp
-from normwise.optim.motion import Row, resolution
+from normwise.optim.motion import Form, Result, Row, resolution
 
 __all__ = ["DisplacedPlan"]
 
 _PATHS = {"free": k.FREE, "fixed": k.FIXED, "retract": k.RETRACT, "geodesic": k.GEODESIC}
+_RESULTS = {Result.MOVED: k.MOVED, Result.FROM_ZERO: k.FROM_ZERO, Result.IN_PLACE: k.IN_PLACE}
 _DIRECTLY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -44,25 +44,17 @@ class DisplacedPlan:
 
     Args:
         weights: dense tensors of one dtype, none empty.
-        views: how each splits into slices.
-        paths: what is done with each; the ``path`` of its :class:`Row`.
-        from_zero: whether the wrapped optimizer stepped each from zero.
+        forms: of each.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        views: Sequence[View],
-        paths: Sequence[str],
-        from_zero: Sequence[bool],
-    ) -> None:
+    def __init__(self, weights: Sequence[Tensor], forms: Sequence[Form]) -> None:
         dtype = weights[0].dtype
         self._tensors = np.zeros((len(weights), 16), np.int64)
         self._options = np.zeros((len(weights), 8))
         self._noise = resolution(torch.finfo(dtype).eps, torch.float64)
         tables, slots, count, radii = [], 0, 0, 0
-        for t, (w, view, path) in enumerate(zip(weights, views, paths, strict=True)):
-            layout = memory_layout(w, view)
+        for t, (w, form) in enumerate(zip(weights, forms, strict=True)):
+            layout = memory_layout(w, form.view)
             assert layout is not None
             outer, slices, inner = layout
             whole, bounds = _chunks(*layout, 1, False)
@@ -76,8 +68,8 @@ class DisplacedPlan:
             table[:, SLOT] = slots + np.cumsum(widths) - widths
             slots += int(widths.sum())
             ends = (count, count + len(table))
-            row = (outer, slices, inner, whole, totals, radii, *ends, _PATHS[path], from_zero[t])
-            self._tensors[t, k.OUTER : k.FROM_ZERO + 1] = row
+            row = (outer, slices, inner, whole, totals, radii, *ends, _PATHS[form.path])
+            self._tensors[t, k.OUTER : k.RESULT + 1] = (*row, _RESULTS[form.result])
             count += len(table)
             radii += slices
             tables.append(table)
@@ -110,7 +102,8 @@ class DisplacedPlan:
         """Put each slice where it belongs.
 
         Args:
-            weights: what the wrapped optimizer has written: w + d, or d.
+            weights: what the wrapped optimizer has written, w + d or d; it becomes the result, or 0
+                where that is put in the place of w.
             before: the weights w before its step, of the same strides.
             rows: what each step is made of.
             radii: of the slices of each weight, for the paths that have any.
@@ -138,7 +131,6 @@ class DisplacedPlan:
             tables = (self._tensors, self._chunks, self._options, self._sums)
             self._decide(*tables, self._radius_table)
             self._pass(2, threads)
-        torch.autograd.graph.increment_version(weights)
 
     def _pass(self, number: int, threads: int) -> None:
         self._block[k.PASS] = number
