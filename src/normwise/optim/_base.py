@@ -24,7 +24,6 @@ from normwise.optim.joint import (
     Joint,
     Removal,
     Symmetries,
-    end_,
     families_of,
     with_views,
 )
@@ -158,16 +157,20 @@ class NormwiseOptimizer(Optimizer):
             parts = [part for part in map(self._part, self.param_groups) if part.params]
             if self._families:
                 self._step_along_families(parts)
-            else:
-                self._step_all(parts)
+            elif (exchange := self._step_all(parts)) is not None:
+                exchange.finish_()
         return loss
 
-    def _step_all(self, parts: list[Part]) -> None:
-        """Step all weights as the options of their parts say."""
+    def _step_all(self, parts: list[Part]) -> Exchange | None:
+        """Step all weights as the options of their parts say.
+
+        Returns:
+            Where there are DTensors, what ends their step.
+        """
         if any(is_sharded(p) for part in parts for p in part.params):
-            self._step_sharded(parts)
-        else:
-            self._step_parts(parts, 0)
+            return self._step_sharded(parts)
+        self._step_parts(parts, 0)
+        return None
 
     def _step_along_families(self, parts: list[Part]) -> None:
         """Step all weights; of those of families take symmetries out of what was done, and decay.
@@ -177,7 +180,8 @@ class NormwiseOptimizer(Optimizer):
         joint: Joint = self.__dict__.setdefault("_joint_plans", Joint(self._families))
         taking = joint.taking(lambda p: p.grad is not None)
         if not taking:
-            self._step_all(parts)
+            if (exchange := self._step_all(parts)) is not None:
+                exchange.finish_()
             return
         plan = joint.plan(taking)
         engine: Displacements = self.__dict__.setdefault(
@@ -195,9 +199,9 @@ class NormwiseOptimizer(Optimizer):
                 split.append(replace(part.only(ours), step=free))
         members = [(p, part.group) for part in parts for p in part.params if p in together]
         with engine.stepping(members, lambda _: False) as stepped:
-            self._step_all(split)
+            exchange = self._step_all(split) or Exchange({})
         rounding = self.defaults["stochastic_rounding"]
-        end_(Removal(plan, stepped, self._keep, stochastic_rounding=rounding))
+        exchange.finish_(Removal(plan, stepped, self._keep, stochastic_rounding=rounding))
 
     def _keep(self, group: Mapping[str, Any]) -> float | Tensor:
         """What decay leaves of a projected weight in a step."""
@@ -265,8 +269,8 @@ class NormwiseOptimizer(Optimizer):
                 *part.tensors, part.step, foreach=_use_foreach(part), ending=part.ending
             )
 
-    def _step_sharded(self, parts: list[Part]) -> None:
-        """Step DTensors, alone or among others, with one exchange for all groups."""
+    def _step_sharded(self, parts: list[Part]) -> Exchange:
+        """Step DTensors, alone or among others, as far as it goes without the exchange."""
         if self.defaults["differentiable"]:
             raise RuntimeError("differentiable=True cannot be had with DTensor parameters")
         exchange = Exchange(self.__dict__.setdefault("_layouts", {}))
@@ -278,7 +282,7 @@ class NormwiseOptimizer(Optimizer):
             for shards in exchange.parts(part, grads):
                 self._step_parts([shards], number)
                 number += 1
-        exchange.finish_()
+        return exchange
 
     def _unscales_in_kernel(self) -> bool:
         """Whether the kernels do, without a wait, what a GradScaler leaves to a fused step."""

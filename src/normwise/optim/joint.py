@@ -39,7 +39,6 @@ __all__ = [
     "Removal",
     "Symmetries",
     "check_fixable",
-    "end_",
     "families_of",
     "with_views",
 ]
@@ -400,13 +399,6 @@ class Removal:
                     block = block + block.T
                 blocks[i, j] = blocks[i, j] + block if (i, j) in blocks else block
         return solve(squares, products, blocks, [family.name for family in plan.families])
-
-
-def end_(step: Removal) -> None:
-    """End a step of weights that nothing else has sums to exchange with."""
-    messages = step.messages(0)
-    sum_over_ranks_([sums for _, sums, _ in messages], [layout for *_, layout in messages])
-    step.finish_()
 
 
 class Moves:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from normwise.geometry import View, computing_dtype
+from normwise.optim.displaced import Others
 from normwise.optim.projection import (
     BATCHED_ENTRIES,
     ViewOption,
@@ -223,8 +224,12 @@ class Exchange:
             pieces, sums = [], list(torch.split(torch.from_numpy(plan.totals()), 1))
         self._plans.append(_DeferredPlan(plan, params, of_params, pieces, sums))
 
-    def finish_(self) -> None:
-        """Exchange the sums of all steps that were put off, and end them."""
+    def finish_(self, others: Others | None = None) -> None:
+        """Exchange the sums of all steps that were put off, and end them.
+
+        Args:
+            others: whose sums are exchanged with these, and which end then too (default: none).
+        """
         # In the order of parameters: another rank may have other batches, or no fused step.
         messages = [
             (self._order[step.params[i]], b.sums[j], b.layout)
@@ -236,11 +241,15 @@ class Exchange:
             rows = zip(fused.params, fused.sums, fused.layouts, strict=True)
             messages += [(self._order[p], sums, layout) for p, sums, layout in rows]
         messages.sort(key=lambda message: message[0])
+        if others is not None:
+            messages += others.messages(len(messages))
         sum_over_ranks_([m for _, m, _ in messages], [layout for _, _, layout in messages])
         for step in self._deferred:
             _finish_(step)
         for fused in self._plans:
             _finish_plan_(fused)
+        if others is not None:
+            others.finish_()
 
 
 @dataclass(frozen=True)

@@ -213,9 +213,9 @@ def _chunk(block, number, like):
             _combine(w, x, sums[s * SUM_COLUMNS + A], sums[s * SUM_COLUMNS + B], result)
 
 
-def _decide(tensors, chunks, options, sums, radii):
+def _decide(tensors, chunks, options, sums, radii, first_tensor, last_tensor):
     """Add up what chunks have summed of slices that are longer, and make a and b of it."""
-    for t in range(len(tensors)):
+    for t in range(first_tensor, last_tensor):
         tensor = tensors[t]
         if tensor[WHOLE] != 0:
             continue
@@ -237,6 +237,7 @@ _TYPES = {
     torch.float64: types.float64,
     torch.bfloat16: types.uint16,
 }
+_INT = types.int64
 _INT_TABLE, _TABLE = types.int64[:, ::1], types.float64[:, ::1]
 
 
@@ -250,5 +251,5 @@ def kernels(dtype: torch.dtype) -> tuple[Any, Any]:
 
 @functools.cache
 def _compiled_decide() -> Any:
-    signature = types.void(_INT_TABLE, _INT_TABLE, _TABLE, _TABLE, types.float64[::1])
+    signature = types.void(_INT_TABLE, _INT_TABLE, _TABLE, _TABLE, types.float64[::1], _INT, _INT)
     return compile_with_cache(numba.njit, signature, _decide)

@@ -23,12 +23,14 @@ from normwise.optim.kernels._cpu_numba import (
     TENSOR,
 )
 from normwise.optim.kernels._layout import memory_layout
-from normwise.optim.kernels.cpu import _chunks, _openmp
+from normwise.optim.kernels.cpu import Table, _chunks, _openmp
 from normwise.optim.motion import Form, Result, Row, resolution
 
 __all__ = ["DisplacedPlan"]
 
 _PATHS = {"free": k.FREE, "fixed": k.FIXED, "retract": k.RETRACT, "geodesic": k.GEODESIC}
+# Slices longer than a chunk are looked at twice: the second time soon, out of a cache.
+_ENTRIES_A_ROUND = 1 << 20
 _RESULTS = {Result.MOVED: k.MOVED, Result.FROM_ZERO: k.FROM_ZERO, Result.IN_PLACE: k.IN_PLACE}
 _DIRECTLY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -78,13 +80,11 @@ class DisplacedPlan:
         self._radii = torch.ones(radii, dtype=torch.float64)
         self._radius_table = self._radii.numpy()
         self._entries = sum(w.numel() for w in weights)
-        self._two_passes = not self._tensors[:, k.WHOLE].all()
+        self._rounds = _rounds(self._tensors)
         self._task, self._decide, self._directly = _kernels(dtype)
         self._block = np.zeros(16, np.int64)
-        self._block[k.N_CHUNKS] = count
         for entry, array in (
             (k.TENSORS, self._tensors),
-            (k.CHUNKS, self._chunks),
             (k.OPTIONS, self._options),
             (k.SUMS, self._sums),
             (k.RADIUS, self._radius_table),
@@ -126,11 +126,15 @@ class DisplacedPlan:
         if len(self._counter) == 0 or self._block[k.THREADS] != threads:
             self._counter = np.zeros((threads + 1) * CACHE_LINE // 8, np.int64)
             self._block[k.COUNTER], self._block[k.THREADS] = self._counter.ctypes.data, threads
-        self._pass(1, threads)
-        if self._two_passes:
-            tables = (self._tensors, self._chunks, self._options, self._sums)
-            self._decide(*tables, self._radius_table)
-            self._pass(2, threads)
+        tables = (self._tensors, self._chunks, self._options, self._sums, self._radius_table)
+        for first, last in self._rounds:
+            chunks = slice(self._tensors[first, k.FIRST], self._tensors[last - 1, k.LAST])
+            self._block[k.CHUNKS] = self._chunks[chunks].ctypes.data
+            self._block[k.N_CHUNKS] = chunks.stop - chunks.start
+            self._pass(1, threads)
+            if not self._tensors[first:last, k.WHOLE].all():
+                self._decide(*tables, first, last)
+                self._pass(2, threads)
 
     def _pass(self, number: int, threads: int) -> None:
         self._block[k.PASS] = number
@@ -140,3 +144,17 @@ class DisplacedPlan:
             self._directly(self._block.ctypes.data)
         else:
             start(self._task.address, self._block.ctypes.data, threads, 0)
+
+
+def _rounds(tensors: Table) -> list[tuple[int, int]]:
+    """Which tensors are gone over together, first and last: as many as one look is enough for."""
+    rounds = []
+    first = entries = 0
+    for t, row in enumerate(tensors):
+        if row[k.WHOLE] and not entries:
+            continue
+        entries += int(row[k.OUTER] * row[k.SLICES] * row[k.INNER])
+        if entries >= _ENTRIES_A_ROUND:
+            rounds.append((first, t + 1))
+            first, entries = t + 1, 0
+    return [*rounds, (first, len(tensors))] if first < len(tensors) else rounds
