@@ -1,5 +1,6 @@
 """The fused kernel of tangential() and sphere() does what the plain path does."""
 
+import copy
 import importlib.util
 
 import pytest
@@ -164,3 +165,102 @@ def test_what_the_kernel_cannot_take_goes_the_plain_way(monkeypatch):
         normwise.sphere(torch.optim.SGD([w], lr=0.1), "channel", **options).step()
         assert not torch.equal(w, before)
     assert fused == []
+
+
+WRAP = {
+    "sphere": lambda p: normwise.sphere(torch.optim.AdamW(p, lr=0.01, fused=True), "channel"),
+    "tangential": lambda p: normwise.tangential(torch.optim.AdamW(p, lr=0.01), "channel"),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAP)
+def test_a_weight_keeps_its_memory_and_what_looks_into_it_sees_the_step(wrap):
+    """Though the wrapped optimizer steps a buffer in its place."""
+    w = torch.randn(64, 64).requires_grad_()
+    alias, before = w.detach().view(-1), w.detach().clone()
+    optimizer = WRAP[wrap]([w])
+    where = w.data_ptr()
+    for _ in range(3):
+        w.grad = torch.randn(64, 64)
+        optimizer.step()
+        assert w.data_ptr() == where
+    assert not torch.equal(w, before)
+    assert torch.equal(alias.view(64, 64), w)
+
+
+@pytest.mark.parametrize("wrap", WRAP)
+def test_what_is_done_to_a_weight_between_steps_counts(wrap):
+    """No copy from an earlier step takes its place, even if autograd was not told."""
+    results = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        w = torch.randn(64, 64).requires_grad_()
+        optimizer = WRAP[wrap]([w])
+        for step in range(2):
+            if again and step:  # another wrapper, which knows nothing of the first step
+                optimizer = copy.deepcopy(optimizer)
+                (w,) = optimizer.param_groups[0]["params"]
+            w.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+            w.data.clamp_(-0.5, 0.5)
+        results.append(w.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("wrap", WRAP)
+def test_autograd_is_told_that_a_weight_has_changed(wrap):
+    w = torch.randn(64, 64).requires_grad_()
+    optimizer = WRAP[wrap]([w])
+    loss = w.square().sum()
+    w.grad = torch.randn(64, 64)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_hooks_of_the_wrapped_optimizer_see_the_weights():
+    w = torch.randn(64, 64).requires_grad_()
+    before, seen = w.detach().clone(), []
+    adamw = torch.optim.AdamW([w], lr=0.01)
+    adamw.register_step_pre_hook(lambda *_: seen.append(w.detach().clone()))
+    optimizer = normwise.tangential(adamw, "channel")
+    w.grad = torch.randn(64, 64)
+    optimizer.step()
+    assert torch.equal(seen[0], before)
+
+
+def test_an_optimizer_whose_step_depends_on_the_weights_sees_them():
+    """Adafactor's is as long as the weight's root mean square says."""
+    w = torch.randn(64, 64).double().requires_grad_()
+    plain = w.detach().clone().requires_grad_()
+    before = w.detach().clone()
+    w.grad = torch.randn(64, 64).double()
+    plain.grad = w.grad.clone()
+    normwise.tangential(torch.optim.Adafactor([w], lr=0.1), "channel").step()
+    torch.optim.Adafactor([plain], lr=0.1).step()
+    expected = before + tangential(plain.detach() - before, before, View.channel())
+    torch.testing.assert_close(w.detach(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrap", WRAP)
+def test_when_the_wrapped_step_fails_the_weights_are_what_they_were(monkeypatch, wrap):
+    w = torch.randn(64, 64).requires_grad_()
+    before, where = w.detach().clone(), w.data_ptr()
+    optimizer = WRAP[wrap]([w])
+    w.grad = torch.randn(64, 64)
+
+    def failing():
+        w.data.fill_(7.0)
+        raise OSError("no")
+
+    with monkeypatch.context() as m:
+        m.setattr(optimizer.optimizer, "step", lambda *_: failing())
+        with pytest.raises(OSError, match="no"):
+            optimizer.step()
+    assert torch.equal(w, before)
+    assert w.data_ptr() == where
+    fresh = before.clone().requires_grad_()
+    fresh.grad = w.grad.clone()
+    optimizer.step()  # nothing of the step that failed is left
+    WRAP[wrap]([fresh]).step()
+    assert torch.equal(w, fresh)

@@ -23,7 +23,7 @@ from torch import Tensor
 from normwise.geometry import View
 from normwise.optim.kernels import use_fused
 from normwise.optim.kernels._layout import memory_layout
-from normwise.optim.motion import Form, Result, Row
+from normwise.optim.motion import Form, KernelStep, Outcome
 from normwise.optim.projection import BATCHED_ENTRIES, batch, is_alias, unbatch_
 from normwise.optim.step import for_computing, real_alias, round_back_
 from normwise.optim.sums import channel_sums
@@ -64,19 +64,19 @@ class Displaced:
         group: its parameter group.
         before: w; where the parameter was kept out of the step, its own memory.
         after: w + d, or d.
-        result: what that is.
+        outcome: what that is.
     """
 
     p: Tensor
     group: Mapping[str, Any]
     before: Tensor
     after: Tensor
-    result: Result
+    outcome: Outcome
 
     @property
     def from_zero(self) -> bool:
         """Whether the wrapped optimizer stepped from zero, so that it has written d."""
-        return self.result is not Result.MOVED
+        return self.outcome is not Outcome.MOVED
 
     @property
     def displacement(self) -> Tensor:
@@ -197,9 +197,9 @@ class Displacements:
         known = set(zero)
         for p, group in params:
             if p in swapped:
-                stepped[p] = Displaced(p, group, p.data, buffers[p], Result.IN_PLACE)
+                stepped[p] = Displaced(p, group, p.data, buffers[p], Outcome.IN_PLACE)
             else:
-                result = Result.FROM_ZERO if p in known else Result.MOVED
+                result = Outcome.FROM_ZERO if p in known else Outcome.MOVED
                 stepped[p] = Displaced(p, group, buffers[p], local(p), result)
 
     def _may_be_swapped(self, p: Tensor) -> bool:
@@ -224,7 +224,7 @@ class Displacements:
         self,
         items: Sequence[Item],
         coefficients: Callable[[Batch], tuple[Tensor, Tensor]],
-        row: Callable[[Item], Row] | None,
+        row: Callable[[Item], KernelStep] | None,
         radius: Callable[[Tensor], Tensor] | None = None,
         others: Others | None = None,
     ) -> None:
@@ -324,7 +324,7 @@ class Displacements:
     def _end_fused_(
         self,
         items: Sequence[Item],
-        row: Callable[[Item], Row],
+        row: Callable[[Item], KernelStep],
         radius: Callable[[Tensor], Tensor] | None,
     ) -> None:
         by_dtype: dict[torch.dtype, list[tuple[Item, Place]]] = {}
@@ -336,7 +336,7 @@ class Displacements:
             stepped = [item.of for item, _ in members]
             rows = [row(item) for item, _ in members]
             forms = [
-                Form(of.after.shape, of.after.stride(), place.layout.whole, r.path, of.result)
+                Form(of.after.shape, of.after.stride(), place.layout.whole, r.path, of.outcome)
                 for of, (_, place), r in zip(stepped, members, rows, strict=True)
                 if place.layout.whole is not None
             ]
@@ -351,7 +351,7 @@ class Displacements:
             if radius is not None:
                 radii = [place.of_these(radius(item.of.p)) for item, place in members]
             self._plans[key].step_(after, before, rows, radii)
-            self._zero.update(of.p for of in stepped if of.result is Result.IN_PLACE)
+            self._zero.update(of.p for of in stepped if of.outcome is Outcome.IN_PLACE)
             torch.autograd.graph.increment_version([local(of.p) for of in stepped])
 
     def _place(self, p: Tensor, view: View) -> Place | None:

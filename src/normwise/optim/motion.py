@@ -22,11 +22,11 @@ from normwise.optim.sums import divisor
 
 __all__ = [
     "Form",
+    "KernelStep",
     "LearnedNorm",
     "Motion",
+    "Outcome",
     "RadialBrake",
-    "Result",
-    "Row",
     "coefficients",
     "projected",
     "resolution",
@@ -106,7 +106,7 @@ class Motion:
         return self.norm == "fixed"
 
 
-class Result(Enum):
+class Outcome(Enum):
     """What the wrapped optimizer left where.
 
     Attributes:
@@ -127,19 +127,19 @@ class Form:
     Attributes:
         shape, stride: of the weight.
         view: its slices.
-        path: of its :class:`Row`.
-        result: what the wrapped optimizer left.
+        path: of its :class:`KernelStep`.
+        outcome: what the wrapped optimizer left.
     """
 
     shape: torch.Size
     stride: tuple[int, ...]
     view: View
     path: str
-    result: Result
+    outcome: Outcome
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelStep:
     """What the step of one weight is made of, in the numbers that kernels take.
 
     Attributes:

@@ -18,12 +18,12 @@ from normwise.optim.joint import Family, Moves, Symmetries, check_fixable
 from normwise.optim.motion import (
     WG,
     WW,
+    KernelStep,
     LearnedNorm,
     Length,
     Motion,
     Path,
     RadialBrake,
-    Row,
     coefficients,
 )
 from normwise.optim.radii import Radius, joint_radii, new_state, radii_of, step_radius_
@@ -138,10 +138,10 @@ class Sphere(Wrapper):
         """
         return self._motion.update == "relative" or computing_dtype(p.dtype) != p.dtype
 
-    def _row(self, item: Item) -> Row:
+    def _row(self, item: Item) -> KernelStep:
         relative = self._motion.update == "relative"
         lr = float(item.of.group["lr"]) if relative else 0.0
-        return Row(self._motion.path, lr=lr, floor=self._motion.floor, is_relative=relative)
+        return KernelStep(self._motion.path, lr=lr, floor=self._motion.floor, is_relative=relative)
 
     def _coefficients(self, b: Batch) -> tuple[Tensor, Tensor]:
         states = [self._norms[p] for p in b.params]

@@ -14,7 +14,7 @@ from normwise.geometry import View
 from normwise.optim.displaced import Batch, Displaced, Displacements, Item, Others
 from normwise.optim.groups import check_norm_option, check_number
 from normwise.optim.joint import Family, Moves, Removal, Symmetries, check_fixable
-from normwise.optim.motion import Row, projected
+from normwise.optim.motion import KernelStep, projected
 from normwise.optim.step import for_computing, is_nonzero
 from normwise.optim.wrapping import Wrapper, resolve
 from normwise.protocols import Views
@@ -90,8 +90,8 @@ class Tangential(Wrapper):
     def _coefficients(self, b: Batch) -> tuple[Tensor, Tensor]:
         return projected(b.sums, self._keep(b.group), self._norm)
 
-    def _row(self, item: Item) -> Row:
-        return Row(self._norm, keep=float(self._keep(item.of.group)))
+    def _row(self, item: Item) -> KernelStep:
+        return KernelStep(self._norm, keep=float(self._keep(item.of.group)))
 
     def _together(self, taking: Sequence[int], stepped: Mapping[Tensor, Displaced]) -> Others:
         """What is to be done to some families."""

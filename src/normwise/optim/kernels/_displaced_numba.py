@@ -44,7 +44,7 @@ from normwise.optim.kernels._cpu_numba import (
 
 # What is made of a displacement; the names are those of normwise.optim.motion.
 FREE, FIXED, RETRACT, GEODESIC = range(4)
-# What x holds: w + d, or d; in place, the result is for w. See normwise.optim.motion.Result.
+# What x holds: w + d, or d; in place, the result is for w. See normwise.optim.motion.Outcome.
 MOVED, FROM_ZERO, IN_PLACE = range(3)
 # Columns of the table of tensors.
 (BEFORE, AFTER, OUTER, SLICES, INNER, WHOLE, TOTALS, RADII, FIRST, LAST, PATH, RESULT) = range(12)

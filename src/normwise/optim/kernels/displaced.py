@@ -24,14 +24,14 @@ from normwise.optim.kernels._cpu_numba import (
 )
 from normwise.optim.kernels._layout import memory_layout
 from normwise.optim.kernels.cpu import Table, _chunks, _openmp
-from normwise.optim.motion import Form, Result, Row, resolution
+from normwise.optim.motion import Form, KernelStep, Outcome, resolution
 
 __all__ = ["DisplacedPlan"]
 
 _PATHS = {"free": k.FREE, "fixed": k.FIXED, "retract": k.RETRACT, "geodesic": k.GEODESIC}
 # Slices longer than a chunk are looked at twice: the second time soon, out of a cache.
 _ENTRIES_A_ROUND = 1 << 20
-_RESULTS = {Result.MOVED: k.MOVED, Result.FROM_ZERO: k.FROM_ZERO, Result.IN_PLACE: k.IN_PLACE}
+_RESULTS = {Outcome.MOVED: k.MOVED, Outcome.FROM_ZERO: k.FROM_ZERO, Outcome.IN_PLACE: k.IN_PLACE}
 _DIRECTLY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -71,7 +71,7 @@ class DisplacedPlan:
             slots += int(widths.sum())
             ends = (count, count + len(table))
             row = (outer, slices, inner, whole, totals, radii, *ends, _PATHS[form.path])
-            self._tensors[t, k.OUTER : k.RESULT + 1] = (*row, _RESULTS[form.result])
+            self._tensors[t, k.OUTER : k.RESULT + 1] = (*row, _RESULTS[form.outcome])
             count += len(table)
             radii += slices
             tables.append(table)
@@ -96,7 +96,7 @@ class DisplacedPlan:
         self,
         weights: Sequence[Tensor],
         before: Sequence[Tensor],
-        rows: Sequence[Row],
+        rows: Sequence[KernelStep],
         radii: Sequence[Tensor] | None,
     ) -> None:
         """Put each slice where it belongs.
