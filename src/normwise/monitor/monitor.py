@@ -603,6 +603,8 @@ def _prediction(
     time = math.nan
     try:
         found = equilibrium_of(rule, **_known(square, layer))
+        if rule.norm == "fixed":
+            return present, found.angle, 0.0
         if 0 < found.norm < math.inf and 0 < present < math.inf:
             time = time_to_equilibrium(rule, present / found.norm)
     except ValueError:  # beyond where one exists
