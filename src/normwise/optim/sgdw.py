@@ -71,20 +71,7 @@ class SGDW(MomentumOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "variant": variant,
-            "stochastic_rounding": stochastic_rounding,
-            "foreach": foreach,
-            "fused": fused,
-            "maximize": maximize,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, locals())
 
     def _rule(self, group: dict[str, Any]) -> tuple[SGDRule, float]:
         in_buffer = group["variant"] == "paper"
