@@ -26,21 +26,13 @@ _check_capture: Callable[[Optimizer], None] = (
 
 
 class NormwiseOptimizer(Optimizer):
-    """Base of :class:`AdamP`, :class:`SGDP` and :class:`SGDW`; not for direct use.
-
-    Args:
-        params: parameters, named parameters, or groups of either.
-        arguments: those of a subclass's constructor by name, its ``locals()``: all but ``params``
-            are options of groups with their defaults.
-    """
+    """Base of :class:`AdamP`, :class:`SGDP` and :class:`SGDW`; not for direct use."""
 
     _form: StateForm
     # The step of some weights: weights, gradients, a list for each key of the state, and options.
     _functional: Callable[..., None]
 
-    def __init__(self, params: ParamsT, arguments: dict[str, Any]) -> None:
-        others = ("self", "params", "__class__")
-        defaults = {name: value for name, value in arguments.items() if name not in others}
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         check_options(_with_view(defaults))
         super().__init__(params, defaults)
 

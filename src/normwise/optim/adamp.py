@@ -195,7 +195,24 @@ class AdamP(NormwiseOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        super().__init__(params, locals())
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "delta": delta,
+            "wd_ratio": wd_ratio,
+            "nesterov": nesterov,
+            "view": view,
+            "norm": norm,
+            "stochastic_rounding": stochastic_rounding,
+            "foreach": foreach,
+            "fused": fused,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults)
 
     def _rule(self, group: dict[str, Any]) -> tuple[AdamRule, float]:
         beta1, beta2 = group["betas"]

@@ -91,7 +91,24 @@ class SGDP(MomentumOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
     ) -> None:
-        super().__init__(params, locals())
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "eps": eps,
+            "delta": delta,
+            "wd_ratio": wd_ratio,
+            "view": view,
+            "norm": norm,
+            "stochastic_rounding": stochastic_rounding,
+            "foreach": foreach,
+            "fused": fused,
+            "maximize": maximize,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults)
 
     def _rule(self, group: dict[str, Any]) -> tuple[SGDRule, float]:
         momentum = group["momentum"]

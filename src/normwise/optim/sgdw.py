@@ -71,7 +71,20 @@ class SGDW(MomentumOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
     ) -> None:
-        super().__init__(params, locals())
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "variant": variant,
+            "stochastic_rounding": stochastic_rounding,
+            "foreach": foreach,
+            "fused": fused,
+            "maximize": maximize,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults)
 
     def _rule(self, group: dict[str, Any]) -> tuple[SGDRule, float]:
         in_buffer = group["variant"] == "paper"
