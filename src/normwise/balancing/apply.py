@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from normwise.checks import check_at_least_one
 from normwise.invariance import Report
 from normwise.invariance.replica import Replica
 from normwise.sharding import is_sharded
@@ -69,7 +68,8 @@ def after_every(
     Raises:
         ValueError: if ``every`` is not positive.
     """
-    check_at_least_one("every", every)
+    if every < 1:
+        raise ValueError(f"Invalid every: {every}; must be 1 or more")
     steps = itertools.count(1)
 
     def after_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:

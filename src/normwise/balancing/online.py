@@ -11,7 +11,6 @@ from torch.utils.hooks import RemovableHandle
 
 from normwise.balancing.apply import after_every, apply_, parameters_of
 from normwise.balancing.sweep import Sweep
-from normwise.checks import check_at_least_one
 from normwise.invariance import Report
 
 __all__ = ["Balance"]
@@ -66,7 +65,8 @@ class Balance:
         sweeps: int = 1,
         powers: Mapping[str, float] | None = None,
     ) -> None:
-        check_at_least_one("sweeps", sweeps)
+        if sweeps < 1:
+            raise ValueError(f"Invalid sweeps: {sweeps}; must be 1 or more")
         self._params = parameters_of(model, report)
         self._families = [s for s in report.symmetries if not s.is_scale]
         self._sweeps = sweeps

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from normwise.checks import check_number
+from normwise.decay.checks import check_number
 from normwise.protocols import AnalysisReport
 
 __all__ = ["Groups", "Rule", "by_analysis", "by_rules"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from normwise.checks import check_at_least_one
+from normwise.decay.checks import check_at_least_one
 
 __all__ = ["Cosine", "Linear", "Piecewise", "Restarts", "Schedule", "Window", "early", "late"]
 

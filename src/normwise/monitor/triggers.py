@@ -6,9 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from normwise.checks import check_at_least_one
-
-__all__ = ["Trigger", "every", "first", "log_spaced"]
+__all__ = ["Trigger", "at_least_one", "every", "first", "log_spaced"]
 
 
 class Trigger(ABC):
@@ -71,7 +69,7 @@ def every(interval: int) -> Trigger:
     Raises:
         ValueError: for another.
     """
-    return _Every(check_at_least_one("interval", interval))
+    return _Every(at_least_one("interval", interval))
 
 
 def first(steps: int) -> Trigger:
@@ -86,7 +84,7 @@ def first(steps: int) -> Trigger:
     Raises:
         ValueError: for another number.
     """
-    return _First(check_at_least_one("steps", steps))
+    return _First(at_least_one("steps", steps))
 
 
 def log_spaced(per_decade: int = 10) -> Trigger:
@@ -101,4 +99,11 @@ def log_spaced(per_decade: int = 10) -> Trigger:
     Raises:
         ValueError: for another number.
     """
-    return _LogSpaced(check_at_least_one("per_decade", per_decade))
+    return _LogSpaced(at_least_one("per_decade", per_decade))
+
+
+def at_least_one(name: str, value: int) -> int:
+    """``value``, if it is a whole number of 1 or more; else ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"Invalid {name}: {value!r}; must be a whole number, 1 or more")
+    return value

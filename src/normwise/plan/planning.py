@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from normwise.checks import check_at_least_one
 from normwise.figures.tables import paragraph
 from normwise.plan.forecast import PlanRow, forecast, trajectory
 from normwise.plan.printing import notes_of, table_of
@@ -84,7 +83,8 @@ def plan(settings: Settings, weights: Sequence[Weights]) -> Plan:
             no weight to plan for.
     """
     s = settings
-    check_at_least_one("steps", s.steps)
+    if s.steps < 1:
+        raise ValueError(f"Invalid steps: {s.steps}; must be 1 or more")
     takes = [w for w in weights if s.optimizer != "muon" or len(w.shape) in (0, 2)]
     if not takes:
         raise ValueError(f"there is no weight to plan for that {s.optimizer} can train")

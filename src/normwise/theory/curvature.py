@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from normwise.checks import check_at_least_one
 from normwise.geometry import View, dot, norms
 
 __all__ = ["scaled_hessian_trace", "scaled_jacobian_norm"]
@@ -46,7 +45,8 @@ def scaled_hessian_trace(
     Source: the estimate, Hutchinson 1990; traces along training, arXiv 2310.04415; the factor is
     ours.
     """
-    check_at_least_one("draws", draws)
+    if draws < 1:
+        raise ValueError(f"Invalid draws: {draws}; must be 1 or more")
     weights = list(views)
     with torch.enable_grad():
         value = loss()
@@ -102,7 +102,8 @@ def scaled_jacobian_norm(
     Source: arXiv 2310.04415 logs the mean over samples of ‖J‖; the factor, slices and estimate are
     ours.
     """
-    check_at_least_one("draws", draws)
+    if draws < 1:
+        raise ValueError(f"Invalid draws: {draws}; must be 1 or more")
     weights = list(views)
     with torch.enable_grad():
         out = outputs()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from normwise.checks import check_at_least_one
 from normwise.geometry import View, at_least_float32, cosine, norms
 
 __all__ = ["gradient_cosine", "scaled_fisher_trace", "scaled_gradient_norm"]
@@ -77,7 +76,8 @@ def scaled_fisher_trace(
     Raises:
         ValueError: for fewer draws than 1, or logits of one dimension.
     """
-    check_at_least_one("draws", draws)
+    if draws < 1:
+        raise ValueError(f"Invalid draws: {draws}; must be 1 or more")
     weights = list(views)
     with torch.enable_grad():
         out = logits()
