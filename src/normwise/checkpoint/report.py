@@ -117,7 +117,7 @@ class CheckpointReport:
         return Table(columns, rows)
 
     def chart(self) -> Lines:
-        """The RMS of each matrix's entries, and of nine tenths of its rows, in the file's order."""
+        """The RMS of each matrix's entries in the file's order, with nine tenths of its rows."""
         matrices = [t for t in self.tensors if t.is_matrix and not t.not_finite]
         x = tuple(float(k) for k in range(1, len(matrices) + 1))
         per_entry = [t.rows / math.sqrt(t.fan_in) for t in matrices]
