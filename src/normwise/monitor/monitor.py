@@ -243,7 +243,6 @@ class Monitor:
         """The pictures of :meth:`plot` one by one, as ``<svg>`` elements to put into a page.
 
         Raises:
-            ImportError: without matplotlib.
             ValueError: if nothing has been measured yet.
         """
         from normwise.monitor.plots import panels
