@@ -77,8 +77,13 @@ def analyze(
         subject = model if factory is None else built(factory, seed)
         replica = Replica(subject, batch_or_forward, seed=seed, mode=mode)
         _check_repeatable(replica)
-        rows, symmetries, notes = _examined(replica, draws, joint=joint)
-    report = Report(rows, symmetries, draws, mode, notes, dict(model.named_parameters()))
+        rows, families, notes = _examined(replica, draws, joint=joint)
+    plain, shifted = (
+        tuple(family for family in families if family.is_shifted == shifted)
+        for shifted in (False, True)
+    )
+    parameters = dict(model.named_parameters())
+    report = Report(rows, plain, draws, mode, notes, shifted, parameters)
     return report if factory is None else _carried_over(report, model)
 
 
@@ -169,13 +174,13 @@ def _evidence_as_is(replica: Replica) -> dict[str, Evidence]:
     for name, g in zip(names, grads, strict=True):
         evidence[name] = _no_evidence(replica, name)
         if g is not None:
-            evidence[name].add(replica.params[name], g)
+            evidence[name].add(replica.products(name, g))
     return evidence
 
 
 def _no_evidence(replica: Replica, name: str) -> Evidence:
     shape = replica.params[name].shape
-    return Evidence(shape, index_sets(shape, replica.groups(name)))
+    return Evidence(shape, index_sets(shape, replica.groups(name)), replica.shift(name))
 
 
 def _gather(replica: Replica, draws: int) -> dict[str, Evidence]:
@@ -189,13 +194,13 @@ def _gather(replica: Replica, draws: int) -> dict[str, Evidence]:
         grads = replica.gradients(outputs, cotangents, names, retain=draw == 0)
         for name, g in zip(names, grads, strict=True):
             if g is not None:
-                evidence[name].add(replica.params[name], g)
+                evidence[name].add(replica.products(name, g))
         if draw == 0:
             # Linear in the cotangents: all that differs is rounding.
             other = replica.gradients(outputs, [c * math.pi for c in cotangents], names)
             for name, g, h in zip(names, grads, other, strict=True):
                 if g is not None and h is not None:
-                    evidence[name].add_noise(replica.params[name], g - h / math.pi)
+                    evidence[name].add_noise(replica.products(name, g - h / math.pi))
         del outputs, grads
     return evidence
 
@@ -374,14 +379,17 @@ def _carried_over(report: Report, model: nn.Module) -> Report:
     if missing := params.keys() - {row.name for row in rows}:
         raise ValueError(f"the factory's network has no parameter {min(missing)!r}")
     note = "found on the factory's network; its blocks are taken to be as many in the model"
-    notes, carried = [*report.notes, note], []
-    for symmetry in report.symmetries:
-        larger = _widened(symmetry, {name: tuple(p.shape) for name, p in params.items()})
-        if larger is None:
-            notes.append(f"{symmetry} has no counterpart in the model's shapes")
-        else:
-            carried.append(larger)
-    return replace(report, rows=tuple(rows), symmetries=tuple(carried), notes=tuple(notes))
+    notes = [*report.notes, note]
+    carried: dict[str, list[Symmetry]] = {"symmetries": [], "shifted": []}
+    for key, families in carried.items():
+        for symmetry in getattr(report, key):
+            larger = _widened(symmetry, {name: tuple(p.shape) for name, p in params.items()})
+            if larger is None:
+                notes.append(f"{symmetry} has no counterpart in the model's shapes")
+            else:
+                families.append(larger)
+    found = {key: tuple(families) for key, families in carried.items()}
+    return replace(report, rows=tuple(rows), notes=tuple(notes), **found)
 
 
 def _widened(symmetry: Symmetry, shapes: Mapping[str, tuple[int, ...]]) -> Symmetry | None:
@@ -395,7 +403,7 @@ def _widened(symmetry: Symmetry, shapes: Mapping[str, tuple[int, ...]]) -> Symme
         return None
     units = max(common)
     terms = tuple(
-        Term(term.parameter, shapes[term.parameter], size[units], term.exponent)
+        replace(term, shape=shapes[term.parameter], slices=size[units])
         for term, size in zip(symmetry.terms, sizes, strict=True)
     )
     return replace(symmetry, terms=terms, units=units)

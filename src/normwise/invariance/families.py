@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from normwise.invariance.euler import Evidence, Finding, euler_products
+from normwise.invariance.euler import Evidence, Finding
 from normwise.invariance.nullspace import RowSpace, null_space, pivots, sparse_basis
 from normwise.invariance.replica import TOLERANCE, Replica
 from normwise.invariance.symmetry import Slices, Symmetry, Term, by_index
@@ -113,7 +113,7 @@ class Draws:
             for name, g in zip(self._names, next(self._more), strict=True):
                 if g is None:
                     g = torch.zeros_like(self._replica.params[name])
-                products = euler_products(self._replica.params[name], g)
+                products = self._replica.products(name, g)
                 for dims in self._evidence[name].sets:
                     self._rows[name, dims].append(by_index(products, dims).cpu())
             self.count += 1
@@ -322,7 +322,8 @@ class _Search:
     def _claim(self, parts: list[tuple[Strip, Slices, float]]) -> None:
         """Add a family, and close its indices to others."""
         terms = self._ordered(
-            Term(strip.name, strip.shape, slices, exponent) for strip, slices, exponent in parts
+            Term(strip.name, strip.shape, slices, exponent, self.evidence[strip.name].shift)
+            for strip, slices, exponent in parts
         )
         seen = torch.zeros(parts[0][1].count, dtype=torch.bool)
         for strip, slices, _ in parts:
@@ -427,8 +428,7 @@ class _Search:
                 if g is None:
                     values.append(0.0)
                     continue
-                euler = euler_products(self.replica.params[name], g)
-                values.append(float(slices.sum(euler).sum()))
+                values.append(float(slices.sum(self.replica.products(name, g)).sum()))
             return torch.tensor(values, dtype=torch.float64)
 
         if len(pieces) < 2:
@@ -475,7 +475,7 @@ class _Search:
         result = []
         for relation in basis:
             terms = [
-                Term(name, shapes[name], slices, float(a))
+                Term(name, shapes[name], slices, float(a), self.evidence[name].shift)
                 for (name, slices), a in zip(pieces, relation, strict=True)
                 if a
             ]

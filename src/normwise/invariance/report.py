@@ -32,7 +32,7 @@ KINDS: dict[Kind, str] = {
     "unused": "not used by the forward: no evidence",
 }
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ class Report:
         rows: one for each parameter, in the model's order.
         symmetries: families of slices that can be scaled together, from the views, which are
             families of one weight, to whole parameters; independent of one another.
+        shifted: the families in which a number is added to a parameter before it is multiplied
+            (a gain ``1 + weight``), so that what is scaled is the sum.
         draws: the number of random points and upstream gradients behind the verdicts.
         mode: whether the model was analyzed as in training or in evaluation.
         notes: what a reader must know beside the rows.
@@ -105,6 +107,7 @@ class Report:
     draws: int
     mode: str
     notes: tuple[str, ...] = ()
+    shifted: tuple[Symmetry, ...] = ()
     _parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[ParameterReport]:
@@ -140,6 +143,8 @@ class Report:
     def rescale_(self, model: nn.Module | None = None, *, seed: int = 0) -> dict[str, Tensor]:
         """Rescale a model in place, at random along all symmetries: other weights, one function.
 
+        Shifted ones are among them: of a gain ``1 + weight`` the sum is multiplied.
+
         Every unit of every family is scaled by a factor of its own from [1/2, 2]. What the model
         computes stays the same up to rounding and the epsilons of its normalizations.
 
@@ -148,7 +153,8 @@ class Report:
             seed: of the factors (default: 0).
 
         Returns:
-            What each parameter was multiplied by, by name, as a tensor that broadcasts against it.
+            What each parameter, with its shift, was multiplied by, by name, as a tensor that
+            broadcasts against it.
 
         Raises:
             ValueError: see :meth:`param_groups`.
@@ -156,14 +162,16 @@ class Report:
         params = self._bound(model)
         generator = torch.Generator().manual_seed(seed)
         factors: dict[str, Tensor] = {}
-        for symmetry in self.symmetries:
+        families = (*self.symmetries, *self.shifted)
+        for symmetry in families:
             exponents = 2 * torch.rand(symmetry.units, generator=generator, dtype=torch.float64) - 1
             for name, factor in symmetry.factors(exponents.exp2()).items():
                 factors[name] = factors[name] * factor if name in factors else factor
+        shifts = {term.parameter: term.shift for family in families for term in family.terms}
         with torch.no_grad():
             for name, factor in factors.items():
-                p = params[name]
-                p.copy_(p * factor.to(p.device))
+                p, shift = params[name], shifts[name]
+                p.copy_((p + shift) * factor.to(p.device) - shift)
         return factors
 
     def freedom(self, fixed: Mapping[str, View | str] | Iterable[str] | None = None) -> Freedom:
@@ -192,11 +200,12 @@ class Report:
         }
         for name, view in views.items():
             view.check(self[name].shape)
-        return ledger(self.symmetries, {row.name: row.shape for row in self.rows}, views)
+        families = (*self.symmetries, *self.shifted)
+        return ledger(families, {row.name: row.shape for row in self.rows}, views)
 
     def scale_maps(self) -> tuple[ScaleMap, ...]:
         """Which layers can be smoothed against which others, for a quantizer's configuration."""
-        return scale_maps(self.symmetries)
+        return scale_maps((*self.symmetries, *self.shifted))
 
     def share(self, kind: Kind) -> float:
         """The share of the entries of all parameters that are of this kind, from 0 to 1."""
@@ -326,6 +335,7 @@ class Report:
                 for row in rows
             ],
             "symmetries": [asdict(symmetry) for symmetry in self.symmetries],
+            "shifted": [asdict(symmetry) for symmetry in self.shifted],
         }
         return json.dumps(content, **options)
 
@@ -341,8 +351,17 @@ class Report:
             if content["format"] != _FORMAT:
                 raise ValueError(f"format {content['format']}; must be {_FORMAT}")
             rows = tuple(_row_from_json(row) for row in content["rows"])
-            symmetries = tuple(_symmetry_from_json(item) for item in content["symmetries"])
-            return cls(rows, symmetries, content["draws"], content["mode"], tuple(content["notes"]))
+            families = {
+                key: tuple(_symmetry_from_json(item) for item in content[key])
+                for key in ("symmetries", "shifted")
+            }
+            return cls(
+                rows,
+                draws=content["draws"],
+                mode=content["mode"],
+                notes=tuple(content["notes"]),
+                **families,
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"Invalid report: {error}") from error
 
@@ -375,6 +394,7 @@ class Report:
         lines = [line.rstrip() for line in lines]
         lines.insert(1, "─" * max(map(len, lines)))
         shared = [s for s in self.symmetries if not (s.is_view and s.terms[0].view)]
+        shared += self.shifted
         if shared:
             lines += [
                 "",
@@ -417,7 +437,8 @@ class Report:
                 raise ValueError(f"the model has no parameter {row.name!r}, the report has")
             if row.view is not None:
                 row.view.check(params[row.name].shape)
-        for term in (term for symmetry in self.symmetries for term in symmetry.terms):
+        families = (*self.symmetries, *self.shifted)
+        for term in (term for family in families for term in family.terms):
             shape = tuple(params[term.parameter].shape)
             if shape != term.shape:
                 raise ValueError(
@@ -448,5 +469,6 @@ def _symmetry_from_json(item: dict[str, Any]) -> Symmetry:
         slices = term["slices"]
         digits = {key: tuple(map(tuple, slices[key])) for key in ("units", "within")}
         made = Slices(tuple(slices["dims"]), slices["start"], **digits)
-        terms.append(Term(term["parameter"], tuple(term["shape"]), made, term["exponent"]))
+        values = {**term, "shape": tuple(term["shape"]), "slices": made}
+        terms.append(Term(**values))
     return Symmetry(tuple(terms), item["units"], item["unseen"], item["why"])

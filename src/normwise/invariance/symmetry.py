@@ -202,12 +202,15 @@ class Term:
         shape: its shape.
         slices: which entries belong to which unit.
         exponent: the power of the unit's factor by which its entries are multiplied.
+        shift: a number that the network adds to the parameter before any other use, as in a gain
+            ``1 + weight``. It is the sum that is multiplied (default: 0).
     """
 
     parameter: str
     shape: tuple[int, ...]
     slices: Slices
     exponent: float
+    shift: float = 0.0
 
     @property
     def view(self) -> View | None:
@@ -215,12 +218,13 @@ class Term:
         return self.slices.view(self.shape)
 
     def factors(self, values: Tensor) -> Tensor:
-        """What to multiply the parameter by where unit u is scaled by ``values[u]``."""
+        """What the parameter, with its shift, is multiplied by: unit u by ``values[u]**exponent``."""
         return self.slices.spread(values**self.exponent, self.shape)
 
     def __str__(self) -> str:
         words = self.slices.words(self.shape)
-        text = f"{self.parameter} {words}" if words else self.parameter
+        name = f"({self.shift:g} + {self.parameter})" if self.shift else self.parameter
+        text = f"{name} {words}" if words else name
         size = abs(self.exponent)
         return text if size == 1 else f"{text} ^{size:g}"
 
@@ -253,6 +257,11 @@ class Symmetry:
     def is_scale(self) -> bool:
         """Whether all grow together: joint scale invariance, not one weight against another."""
         return all(term.exponent > 0 for term in self.terms)
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether a number is added to a parameter that takes part before it is multiplied."""
+        return any(term.shift for term in self.terms)
 
     @property
     def parameters(self) -> tuple[str, ...]:
