@@ -108,7 +108,7 @@ def _examined(
     }
     absorbers = _absorbers(explainer, views, kinds)
     aliases = replica.aliases()
-    roles = find_roles(replica, claims)
+    roles = find_roles(replica, claims, absorbers)
     rows = []
     for name, finding in findings.items():
         view = views.get(name)

@@ -22,6 +22,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -384,14 +385,30 @@ class _Search:
             self._proportional(lambda strips: max(len(strip.dims) for strip in strips) > 1)
 
     def proportional_indices(self) -> None:
-        """Families of pairs of slices whose products are proportional in every draw."""
-        self._proportional(lambda strips: True)
+        """Families of pairs of slices whose products are proportional in every draw.
 
-    def _proportional(self, wanted: Callable[[Iterable[Strip]], bool]) -> None:
+        In what is left a pattern may fill only a part of a fused projection.
+        """
+        self._proportional(lambda strips: True)
+        left = {
+            (strip.name, strip.dims)
+            for strip in self.strips.values()
+            if len(strip.dims) == 1 and len(strip.shape) > 1 and bool(strip.open.any())
+        }
+        if left:
+            self._proportional(
+                lambda strips: all((strip.name, strip.dims) in left for strip in strips),
+                ragged=True,
+            )
+
+    def _proportional(
+        self, wanted: Callable[[Iterable[Strip]], bool], *, ragged: bool = False
+    ) -> None:
         """Claim pairs of proportional slices, if their strips are wanted.
 
         Args:
             wanted: whether to sum indices of these strips, and to claim a family of them.
+            ragged: whether patterns may fill a part of a run of open indices.
         """
         self.draws.take(6)
         groups: list[tuple[Strip, ...]] = [(strip,) for strip in self.strips.values()]
@@ -403,13 +420,22 @@ class _Search:
         vectors = _Vectors(groups, invariant)
         for at, strips in enumerate(groups):
             size = strips[0].size
-            vectors.add(at, 1, 1, products[at])
-            for length in _divisors(size) if wanted(strips) else []:
+            vectors.add(at, Pattern(1, 1), torch.arange(size), products[at])
+            if not wanted(strips):
+                continue
+            for length in _divisors(size):
                 for apart in _divisors(length):
                     count = length // apart
                     few = count <= _FOLD or (apart == 1 and size // count in sizes)
                     if few and 1 < count < size and not _is_one_dimension(strips, count, apart):
-                        vectors.add(at, count, apart, products[at])
+                        starts = torch.arange(0, size, length)
+                        vectors.add(at, Pattern(count, apart), starts, products[at])
+                        # An interleaved rotary embedding turns neighbours, in each of several heads.
+                        if apart % 2 == 0 and apart > 2 and len(strips) == len(strips[0].dims):
+                            vectors.add(at, Pattern(count, apart, 2), starts, products[at])
+            if ragged:
+                for pattern, starts in _within_runs(strips[0]):
+                    vectors.add(at, pattern, starts, products[at])
         for parts in vectors.families():
             if wanted(strip for strip, _, _ in parts):
                 self._claim(parts)
@@ -613,19 +639,43 @@ def _term_over(terms: list[Term], dim: int) -> Term | None:
     return None if slices is None else replace(terms[0], slices=slices)
 
 
+class Pattern(NamedTuple):
+    """The indices of a unit: ``count`` times ``inner`` neighbours, ``apart`` from one another."""
+
+    count: int
+    apart: int
+    inner: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.count * self.inner
+
+    def indices(self, first: Tensor) -> Tensor:
+        """The indices that are summed with each first one, in rows."""
+        rest = (self.apart * torch.arange(self.count)).unsqueeze(1) + torch.arange(self.inner)
+        return first.unsqueeze(1) + rest.flatten()
+
+
 class _Vectors:
     """Directions of the products of slices over the draws, to find those that are proportional."""
 
     def __init__(self, groups: list[tuple[Strip, ...]], invariant: set[str]) -> None:
         self.groups, self.invariant = groups, invariant
-        self._meta: list[Tensor] = []  # rows of (group, count, apart, first index)
+        self._meta: list[Tensor] = []  # rows of (group, count, apart, inner, first index)
         self._values: list[Tensor] = []
 
-    def add(self, at: int, count: int, apart: int, products: Tensor) -> None:
-        """Add the sums of ``count`` indices ``apart`` from one another, where all are open."""
-        size = products.shape[1]
-        first = torch.arange(size).view(-1, count, apart)[:, 0].flatten()
-        indices = _fold(first, count, apart)
+    def add(self, at: int, pattern: Pattern, starts: Tensor, products: Tensor) -> None:
+        """Add the sums over the units of a pattern, where all indices are open.
+
+        Args:
+            at: the group.
+            pattern: of the units.
+            starts: the first index of each block of ``apart / inner`` units.
+            products: of the group, shape ``(draws, indices)``.
+        """
+        first = starts.unsqueeze(1) + torch.arange(0, pattern.apart, pattern.inner)
+        first = first.flatten()
+        indices = pattern.indices(first)
         there = self._open(at, indices)
         first, indices = first[there], indices[there]
         folded = products[:, indices]
@@ -635,7 +685,7 @@ class _Vectors:
         if not there.any():
             return
         first, values = first[there], values[:, there]
-        meta = torch.tensor([at, count, apart]).expand(len(first), 3)
+        meta = torch.tensor([at, *pattern]).expand(len(first), 4)
         self._meta.append(torch.cat([meta, first.unsqueeze(1)], 1))
         self._values.append(values.T)
 
@@ -670,22 +720,25 @@ class _Vectors:
         # most units have is meant.
         often: Counter[tuple[int, ...]] = Counter()
         for cluster in clusters:
-            kinds = {tuple(kind) for kind in meta[cluster, :3].tolist()}
+            kinds = {tuple(kind) for kind in meta[cluster, :4].tolist()}
             if len({kind[0] for kind in kinds}) > 1:
                 often.update(kinds)
         for cluster in clusters:
             chosen = self._disjoint(cluster, meta, often)
             if len(chosen) > 1:
                 self._pair(chosen, meta, norms, signs, found)
-        finest_first = sorted(found, key=lambda key: sorted((key[1], key[4]), reverse=True))
-        for key in finest_first:
-            a, count_a, apart_a, b, count_b, apart_b, ratio = key
+        def sizes(key: tuple[int, ...]) -> list[int]:
+            return sorted((Pattern(*key[1:4]).size, Pattern(*key[5:8]).size), reverse=True)
+
+        for key in sorted(found, key=sizes):
+            a, b, ratio = key[0], key[4], key[8]
+            of_a, of_b = Pattern(*key[1:4]), Pattern(*key[5:8])
             pairs = torch.tensor(sorted(found[key]))
-            there = self._open(a, _fold(pairs[:, 0], count_a, apart_a))
-            there &= self._open(b, _fold(pairs[:, 1], count_b, apart_b))
+            there = self._open(a, of_a.indices(pairs[:, 0]))
+            there &= self._open(b, of_b.indices(pairs[:, 1]))
             for part in _fitting(pairs[there]):
-                slices_a = Slices.fitted((0,), _fold(part[:, 0], count_a, apart_a))
-                slices_b = Slices.fitted((0,), _fold(part[:, 1], count_b, apart_b))
+                slices_a = Slices.fitted((0,), of_a.indices(part[:, 0]))
+                slices_b = Slices.fitted((0,), of_b.indices(part[:, 1]))
                 if slices_a is None or slices_b is None:
                     continue
                 sides = ((a, slices_a, 1.0), (b, slices_b, ratio / 1000))
@@ -724,8 +777,8 @@ class _Vectors:
             rounded = round(1000 * exponent)
             if abs(1000 * exponent - rounded) > 1e-4:
                 continue
-            kinds = (*key_a[:3], *key_b[:3], rounded)
-            found[kinds].append((key_a[3], key_b[3]))
+            kinds = (*key_a[:4], *key_b[:4], rounded)
+            found[kinds].append((key_a[4], key_b[4]))
 
     def _close(self, chain: list[int], units: Tensor, signs: Tensor) -> list[list[int]]:
         """The slices of a chain of near keys whose directions are near too, cluster by cluster."""
@@ -746,16 +799,16 @@ class _Vectors:
 
         def rank(at: int) -> tuple[int, list[int]]:
             kind = meta[at].tolist()
-            return -often.get(tuple(kind[:3]), 0), [kind[1], *kind]
+            return -often.get(tuple(kind[:4]), 0), [kind[1] * kind[3], *kind]
 
         kept: list[int] = []
         covered: set[tuple[str, tuple[int, ...], int]] = set()
         for at in sorted(cluster, key=rank):
-            group, count, apart, first = meta[at].tolist()
+            group, *pattern, first = meta[at].tolist()
             mine = {
-                (strip.name, strip.dims, first + apart * k)
+                (strip.name, strip.dims, index)
                 for strip in self.groups[group]
-                for k in range(count)
+                for index in Pattern(*pattern).indices(torch.tensor([first])).flatten().tolist()
             }
             if not mine & covered:
                 covered |= mine
@@ -769,7 +822,7 @@ class _Vectors:
 
     def _same(self, a: Tensor, b: Tensor) -> bool:
         """Whether the two are of one parameter in different index sets, or share an index."""
-        (i, count_a, apart_a, first_a), (j, count_b, apart_b, first_b) = a.tolist(), b.tolist()
+        (i, *of_a, first_a), (j, *of_b, first_b) = a.tolist(), b.tolist()
         names = {strip.name for strip in self.groups[i]} & {s.name for s in self.groups[j]}
         if not names:
             return False
@@ -778,8 +831,11 @@ class _Vectors:
         # Where a slice is invariant, any part of it is proportional to the rest.
         if names & self.invariant:
             return True
-        indices = {first_a + apart_a * k for k in range(count_a)}
-        return bool(indices & {first_b + apart_b * k for k in range(count_b)})
+        mine, others = (
+            set(Pattern(*pattern).indices(torch.tensor([first])).flatten().tolist())
+            for pattern, first in ((of_a, first_a), (of_b, first_b))
+        )
+        return bool(mine & others)
 
 
 def _fitting(pairs: Tensor) -> list[Tensor]:
@@ -821,9 +877,27 @@ def _is_one_dimension(strips: tuple[Strip, ...], count: int, apart: int) -> bool
     return False
 
 
-def _fold(first: Tensor, count: int, apart: int) -> Tensor:
-    """The indices that are summed with each first one, in rows."""
-    return first.unsqueeze(1) + apart * torch.arange(count)
+def _within_runs(strip: Strip) -> Iterator[tuple[Pattern, Tensor]]:
+    """Patterns that fill the start or the end of a run of open indices, and the starts of these."""
+    edges = torch.nn.functional.pad(strip.open.long(), (1, 1)).diff()
+    runs = list(
+        zip((edges > 0).nonzero().flatten(), (edges < 0).nonzero().flatten(), strict=True)
+    )
+    lengths = {int(end - start) for start, end in runs}
+    for apart in _divisors(strip.size):
+        for count in range(2, _FOLD + 1):
+            length = count * apart
+            if all(run < length or run % length == 0 for run in lengths):
+                continue
+            starts = {
+                int(at)
+                for start, end in runs
+                for first, last in ((start, end - (end - start) % length),)
+                for offset in (0, int((end - start) % length))
+                for at in range(int(first) + offset, int(last) + offset, length)
+            }
+            if starts:
+                yield Pattern(count, apart), torch.tensor(sorted(starts))
 
 
 def _divisors(n: int) -> list[int]:

@@ -71,12 +71,15 @@ class Role:
         return text
 
 
-def find_roles(replica: Replica, symmetries: Sequence[Symmetry]) -> dict[str, Role]:
+def find_roles(
+    replica: Replica, symmetries: Sequence[Symmetry], absorbers: Mapping[str, str | None]
+) -> dict[str, Role]:
     """The role of each parameter, by name.
 
     Args:
         replica: at a generic point.
         symmetries: of the network.
+        absorbers: the module that takes up the scale of a parameter, by name.
     """
     outputs = replica.run(graph=True)
     names = list(replica.params)
@@ -87,6 +90,7 @@ def find_roles(replica: Replica, symmetries: Sequence[Symmetry]) -> dict[str, Ro
         uses[name].append((op, at))
     readout = _readout(replica)
     heads = _heads(replica, symmetries, gradients)
+    heads |= _heads_of_gains(replica, heads, absorbers)
     routers = _routers(symmetries)
     roles = {}
     for name, p in replica.params.items():
@@ -95,7 +99,8 @@ def find_roles(replica: Replica, symmetries: Sequence[Symmetry]) -> dict[str, Ro
         kind, evidence = _told(name, uses[name], readout, matrix=matrix)
         if kind == "hidden" and name in routers:
             kind, evidence = "router", routers[name]
-        roles[name] = Role(kind, evidence, heads.get(name), _parts(name, symmetries))
+        mine = heads.get(name) if matrix else None
+        roles[name] = Role(kind, evidence, mine, _parts(name, symmetries))
     return roles
 
 
@@ -163,23 +168,58 @@ def _heads(
             w = replica.params[term.parameter].detach()
             if w.is_complex():
                 continue
-            products = _by_unit(g, term.slices) @ _by_unit(w, term.slices).T
-            products = products.cpu()
+            products = (_by_unit(g, term.slices) @ _by_unit(w, term.slices).T).cpu()
             mixed += products if term.exponent > 0 else -products.T
             size += products.abs() if term.exponent > 0 else products.abs().T
         together = (mixed.abs() <= TOLERANCE * size) & (size > 0)
         heads, shared = _blocks(together), 1
-        if heads is None:
+        if heads is None and min(term.slices.per_unit for term in symmetry.terms) == 2:
             # A rotary embedding turns pairs: two indices a unit, and no two units mix.
-            shared = min(term.slices.per_unit for term in symmetry.terms)
-            digits = {term.slices.units[0][0] for term in symmetry.terms}
-            several = all(len(term.slices.units) == 2 for term in symmetry.terms)
-            heads = digits.pop() if shared == 2 and several and len(digits) == 1 else None
+            digits = {t.slices.units[0][0] for t in symmetry.terms if len(t.slices.units) == 2}
+            if len(digits) == 1 and _turns(replica, symmetry, gradients):
+                heads, shared = digits.pop(), 2
         if heads is not None:
             for term in symmetry.terms:
                 # Indices of one unit beside these belong to heads that share it: grouped queries.
-                if len(term.shape) == 2:
-                    found.setdefault(term.parameter, heads * term.slices.per_unit // shared)
+                found.setdefault(term.parameter, heads * term.slices.per_unit // shared)
+    return found
+
+
+def _turns(replica: Replica, symmetry: Symmetry, gradients: Mapping[str, Tensor]) -> bool:
+    """Whether the two indices of a pair can be turned in a plane, on all sides by one angle.
+
+    To first order turning takes up w₁ in slice 0 and gives up w₀ in slice 1. Of vectors, which
+    are gains behind a norm, only the scale of a pair is free, and nothing is asked.
+    """
+    terms = [term for term in symmetry.terms if len(term.shape) > 1]
+    total, size = torch.zeros(symmetry.units), torch.zeros(symmetry.units)
+    for term in terms:
+        g, w = gradients.get(term.parameter), replica.params[term.parameter].detach()
+        if g is None or w.is_complex() or term.slices.per_unit % 2:
+            return False
+        pairs = (symmetry.units, term.slices.per_unit // 2, 2, -1)
+        by_pair = [_by_unit(t, term.slices).view(pairs).cpu() for t in (g, w)]
+        terms_of_sum = torch.stack(
+            [by_pair[0][:, :, 0] * by_pair[1][:, :, 1], -by_pair[0][:, :, 1] * by_pair[1][:, :, 0]]
+        )
+        total = total + terms_of_sum.sum((0, 2, 3))
+        size = size + terms_of_sum.abs().sum((0, 2, 3))
+    return bool((total.abs() <= TOLERANCE * size).all())
+
+
+def _heads_of_gains(
+    replica: Replica, heads: Mapping[str, int], absorbers: Mapping[str, str | None]
+) -> dict[str, int]:
+    """The heads of matrices before a norm over all heads: those of the norm's gain."""
+    found = {}
+    for name, absorber in absorbers.items():
+        p = replica.params[name]
+        if absorber is None or name in heads or p.ndim != 2:
+            continue
+        for other, count in heads.items():
+            gain = replica.params[other]
+            if gain.ndim == 1 and gain.numel() == len(p) and other.startswith(f"{absorber}."):
+                found[name] = count
     return found
 
 
