@@ -100,6 +100,7 @@ def _examined(
 
     claims, notes = _confirmed(replica, claims)
     views = {s.terms[0].parameter: v for s in claims if s.is_view and (v := s.terms[0].view)}
+    claims = _independent(claims)
     explainer = Explainer(replica)
     symmetries = _explained(explainer, claims)
     kinds = {
@@ -229,6 +230,40 @@ def _confirmed(replica: Replica, claims: list[Symmetry]) -> tuple[list[Symmetry]
         else:
             kept.append(symmetry)
     return kept, notes
+
+
+def _independent(claims: list[Symmetry]) -> list[Symmetry]:
+    """Without the whole weights whose own invariance follows from the other families.
+
+    Where both of two weights are invariant and the rows of one are traded for the columns of the
+    other, all trades together and one of the weights' scales make the other's.
+    """
+    names = list(dict.fromkeys(name for s in claims for name in s.parameters))
+    whole = {i: relation for i, s in enumerate(claims) if (relation := _of_wholes(s)) is not None}
+
+    def rank(numbers: Iterable[int]) -> int:
+        rows = [[whole[i].get(name, 0.0) for name in names] for i in numbers]
+        return int(torch.linalg.matrix_rank(torch.tensor(rows, dtype=torch.float64)))
+
+    kept = set(whole)
+    for i in sorted(whole, reverse=True):
+        symmetry = claims[i]
+        (name, *others) = symmetry.parameters
+        shared = any(name in whole[j] for j in kept - {i})
+        if symmetry.units == 1 and not others and shared and rank(kept) == rank(kept - {i}):
+            kept.remove(i)
+    return [s for i, s in enumerate(claims) if i in kept or i not in whole]
+
+
+def _of_wholes(symmetry: Symmetry) -> dict[str, float] | None:
+    """The exponents of the parameters where all units change alike; None if they are in parts."""
+    exponents: dict[str, float] = {}
+    for term in symmetry.terms:
+        total = math.prod(term.shape[d] for d in term.slices.dims) if term.shape else 1
+        if term.parameter in exponents or term.slices.count * term.slices.per_unit < total:
+            return None
+        exponents[term.parameter] = term.exponent
+    return exponents
 
 
 def _product(claims: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -201,7 +201,8 @@ class Report:
         for name, view in views.items():
             view.check(self[name].shape)
         families = (*self.symmetries, *self.shifted)
-        return ledger(families, {row.name: row.shape for row in self.rows}, views)
+        shapes = {row.name: row.shape for row in self.rows}
+        return ledger(families, shapes, views, self.views())
 
     def scale_maps(self) -> tuple[ScaleMap, ...]:
         """Which layers can be smoothed against which others, for a quantizer's configuration."""

@@ -41,7 +41,8 @@ _BIASES = {
 }
 _SUMS = frozenset({"add", "__add__", "__radd__", "__iadd__", "add_"})
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "__imul__", "mul_"})
-_LOOKUPS = frozenset({"embedding", "embedding_bag", "index_select"})
+_LOOKUPS = frozenset({"embedding", "embedding_bag", "index_select", "__getitem__", "gather"})
+_MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul", "__matmul__", "mm", "bmm", "einsum"})
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def _told(
         return "bias", "it is added to what passes by"
     if matrix and ops:
         return "hidden", f"a matrix used in {', '.join(dict.fromkeys(ops))}"
+    if any(op in _MATRIX_PRODUCTS for op in ops):
+        return "hidden", f"a matrix of one row or column used in {', '.join(dict.fromkeys(ops))}"
     return "other", f"used in {', '.join(dict.fromkeys(ops))}" if ops else "not used"
 
 
