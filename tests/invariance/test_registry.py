@@ -269,10 +269,7 @@ def test_every_mapping_of_a_registry_is_found_and_what_is_found_beyond_is_known(
 
 @pytest.mark.parametrize(
     ("registry", "name"),
-    [
-        pytest.param(*case, marks=[] if case[1] in FAST else pytest.mark.slow)
-        for case in LEFT_OUT
-    ],
+    [pytest.param(*case, marks=[] if case[1] in FAST else pytest.mark.slow) for case in LEFT_OUT],
 )
 def test_a_mapping_without_a_reader_changes_the_function_and_the_whole_one_does_not(
     registry, name, analyzed

@@ -423,8 +423,10 @@ def _carried_over(report: Report, model: nn.Module) -> Report:
                 notes.append(f"{symmetry} has no counterpart in the model's shapes")
             else:
                 families.append(larger)
-    found = {key: tuple(families) for key, families in carried.items()}
-    return replace(report, rows=tuple(rows), notes=tuple(notes), **found)
+    symmetries, shifted = (tuple(families) for families in carried.values())
+    return replace(
+        report, rows=tuple(rows), notes=tuple(notes), symmetries=symmetries, shifted=shifted
+    )
 
 
 def _widened(symmetry: Symmetry, shapes: Mapping[str, tuple[int, ...]]) -> Symmetry | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["SHRINK", "Exact", "wide"]
+__all__ = ["SHRINK", "Call", "Exact", "wide"]
 
 # ε/c² for c = 2^40: below the rounding of float64 for variances down to about 1e-12, while a slice
 # of constant activations, whose variance is rounding (1e-32), still finds a larger ε to divide by.
@@ -87,6 +88,23 @@ _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"}) | frozenset(
 _STATISTIC, _LENGTH = 1, 2
 
 
+@dataclass(frozen=True)
+class Call:
+    """An operation that used parameters.
+
+    Args:
+        name: of the operation.
+        parameters: the ids of the parameters.
+        taken: its other arguments, if a gradient reaches them.
+        returned: what it returned.
+    """
+
+    name: str
+    parameters: list[int]
+    taken: list[Tensor]
+    returned: list[Tensor]
+
+
 class Exact(TorchFunctionMode):
     """Inside, torch computes in float64 and adds ``shrink`` times each normalization's epsilon.
 
@@ -98,17 +116,29 @@ class Exact(TorchFunctionMode):
 
     Args:
         shrink: the factor on every epsilon; 1 leaves them as they are (default: :data:`SHRINK`).
+        constants: the ids of tensors that hold no data of the batch, such as buffers.
+        calls: where to note the operations that use parameters (default: nowhere).
     """
 
-    def __init__(self, shrink: float = SHRINK) -> None:
+    def __init__(
+        self,
+        shrink: float = SHRINK,
+        constants: frozenset[int] = frozenset(),
+        calls: list[Call] | None = None,
+    ) -> None:
         super().__init__()
+        self.calls = calls
         self.shrink = shrink
+        self.constants = constants
         #: The ids of the parameters that the forward used, in the order of their first use.
         self.used: dict[int, None] = {}
         #: The groups of the convolutions that used a parameter as their kernel, by its id.
         self.kernels: dict[int, int] = {}
-        #: The operations that used each parameter, and as which argument, in order.
+        #: The operations that used each parameter, and as which argument, in order. What is made
+        #: of parameters alone, such as a normalized weight, stands for all of them.
         self.uses: list[tuple[int, str, int | str]] = []
+        #: The parameters of which something was made before it met the batch.
+        self.combined: set[int] = set()
         #: The numbers that the forward adds to each parameter before any other use of it.
         self.shifts: dict[int, set[float]] = {}
 
@@ -131,7 +161,9 @@ class Exact(TorchFunctionMode):
             return args[0].to(_CASTS[name])
         args = (*args[:1], *wide(args[1:])) if _writes_into_first(name) else wide(args)
         kwargs = {key: value if key == "out" else wide(value) for key, value in kwargs.items()}
+        before = len(self.uses)
         shifted = self._record(name, args, kwargs)
+        used = [key for key, _, _ in self.uses[before:]]
         if name in _CONVOLUTIONS and len(args) > 1:
             groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
             self.kernels[id(args[1])] = groups if isinstance(groups, int) else 1
@@ -146,10 +178,20 @@ class Exact(TorchFunctionMode):
             _mark(name, args, kwargs, result, summands)
         if args and _only_lays_out(name, args):
             _follow(args[0], result)
+        elif (made := self._made_of(args, kwargs)) is not None and shifted is None:
+            for output in _tensors((result,)):
+                output._normwise_made = made  # type: ignore[attr-defined]  # a mark of ours
         elif shifted is not None:
             t, number = shifted
             _follow(t, result, float(number))
+        if used and self.calls is not None:
+            taken = [t for t in _tensors((*args, *kwargs.values())) if self._is_data(t)]
+            self.calls.append(Call(name, used, taken, list(_tensors((result,)))))
         return result
+
+    def _is_data(self, t: Tensor) -> bool:
+        """Whether a tensor depends on more than single parameters."""
+        return t.requires_grad and _source(t) is None and not hasattr(t, "_normwise_made")
 
     def _record(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -165,14 +207,30 @@ class Exact(TorchFunctionMode):
                 source = _source(t)
                 if source is not None and source[1] == 0 and _is_number(number) and not kwargs:
                     return t, number
+        combined = self._made_of(args, kwargs) is not None
         places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         for key, value in places:
             for t in _tensors((value,)):
-                source = _source(t)
-                if source is not None:
-                    self.uses.append((source[0], name, key))
+                if (source := _source(t)) is not None:
                     self.shifts.setdefault(source[0], set()).add(source[1])
+                parts = frozenset({source[0]}) if source else getattr(t, "_normwise_made", ())
+                if combined:
+                    self.combined.update(parts)
+                else:
+                    self.uses += [(part, name, key) for part in sorted(parts)]
         return None
+
+    def _made_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int] | None:
+        """The parameters that the arguments consist of; None where there is anything else."""
+        parts: set[int] = set()
+        for t in _tensors((*args, *kwargs.values())):
+            if (source := _source(t)) is not None:
+                parts.add(source[0])
+            elif made := getattr(t, "_normwise_made", None):
+                parts |= made
+            elif id(t) not in self.constants:
+                return None
+        return frozenset(parts) or None
 
     def _shrunk(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -335,7 +393,7 @@ def _statistic_and_number(
             # What is written over is kept as it was.
             kept = t.clone() if _writes_into_first(name) else t
             if _rank(t):
-                kept._normwise_rank = _rank(t)  # type: ignore[attr-defined]  # a mark of ours
+                kept._normwise_rank = _rank(t)
             return kept, eps
     return None
 
@@ -344,8 +402,8 @@ def _only_lays_out(name: str, args: tuple[Any, ...]) -> bool:
     """Whether the operation moves the entries of its first argument and does nothing else."""
     if name != "__getitem__":
         return name in _LAYOUTS
-    # An index that is a tensor looks rows up.
-    return not any(isinstance(t, Tensor) for t in _tensors(args[1:]))
+    # An index that is a tensor looks rows of a table up, or takes a matrix from a stack.
+    return args[0].ndim > 2 or not any(isinstance(t, Tensor) for t in _tensors(args[1:]))
 
 
 def _source(t: Any) -> tuple[int, float] | None:
@@ -357,9 +415,11 @@ def _source(t: Any) -> tuple[int, float] | None:
 
 def _follow(t: Any, result: Any, shift: float = 0.0) -> None:
     """Remember that ``result`` has the entries of ``t``, plus a number."""
-    source = _source(t)
-    if source is None:
-        return
+    source, made = _source(t), getattr(t, "_normwise_made", None)
     for output in _tensors((result,)):
-        if not isinstance(output, nn.Parameter):
+        if isinstance(output, nn.Parameter):
+            continue
+        if source is not None:
             output._normwise_source = (source[0], source[1] + shift)  # type: ignore[attr-defined]
+        elif made is not None:
+            output._normwise_made = made  # type: ignore[attr-defined]  # a mark of ours

@@ -44,6 +44,8 @@ _MOST_DRAWS = 128
 # distances that are summed.
 _PARTS = 4
 _FOLD = 16
+# Beside the largest product of a draw, what is no more than this is rounding, where rounding was seen.
+_ROUNDING = 2.0**-36
 # How near two directions of products must be to be compared: far above rounding, far below chance.
 _NEAR = 1e-9
 
@@ -122,7 +124,10 @@ class Draws:
     def of(self, strip: Strip) -> Tensor:
         """The products of a strip, shape ``(draws, indices)``; 0 where they are rounding."""
         noisy = self._evidence[strip.name].noisy(strip.dims)
-        return torch.stack(self._rows[strip.name, strip.dims]) * ~noisy
+        products = torch.stack(self._rows[strip.name, strip.dims])
+        # A unit that was closed in the draws that tell rounding may open at a later point.
+        size = products.abs()
+        return products * ~(noisy & (size <= _ROUNDING * size.amax(1, keepdim=True)))
 
     def _drawn(self) -> Iterator[Sequence[Tensor | None]]:
         while True:
@@ -430,7 +435,7 @@ class _Search:
                     if few and 1 < count < size and not _is_one_dimension(strips, count, apart):
                         starts = torch.arange(0, size, length)
                         vectors.add(at, Pattern(count, apart), starts, products[at])
-                        # An interleaved rotary embedding turns neighbours, in each of several heads.
+                        # An interleaved rotary embedding turns neighbours, in several heads.
                         if apart % 2 == 0 and apart > 2 and len(strips) == len(strips[0].dims):
                             vectors.add(at, Pattern(count, apart, 2), starts, products[at])
             if ragged:
@@ -640,19 +645,19 @@ def _term_over(terms: list[Term], dim: int) -> Term | None:
 
 
 class Pattern(NamedTuple):
-    """The indices of a unit: ``count`` times ``inner`` neighbours, ``apart`` from one another."""
+    """The indices of a unit: ``many`` times ``inner`` neighbours, ``apart`` from one another."""
 
-    count: int
+    many: int
     apart: int
     inner: int = 1
 
     @property
     def size(self) -> int:
-        return self.count * self.inner
+        return self.many * self.inner
 
     def indices(self, first: Tensor) -> Tensor:
         """The indices that are summed with each first one, in rows."""
-        rest = (self.apart * torch.arange(self.count)).unsqueeze(1) + torch.arange(self.inner)
+        rest = (self.apart * torch.arange(self.many)).unsqueeze(1) + torch.arange(self.inner)
         return first.unsqueeze(1) + rest.flatten()
 
 
@@ -727,6 +732,7 @@ class _Vectors:
             chosen = self._disjoint(cluster, meta, often)
             if len(chosen) > 1:
                 self._pair(chosen, meta, norms, signs, found)
+
         def sizes(key: tuple[int, ...]) -> list[int]:
             return sorted((Pattern(*key[1:4]).size, Pattern(*key[5:8]).size), reverse=True)
 
@@ -736,7 +742,8 @@ class _Vectors:
             pairs = torch.tensor(sorted(found[key]))
             there = self._open(a, of_a.indices(pairs[:, 0]))
             there &= self._open(b, of_b.indices(pairs[:, 1]))
-            for part in _fitting(pairs[there]):
+            pairs = self._with_unseen(pairs[there], (a, of_a), (b, of_b))
+            for part in _fitting(pairs):
                 slices_a = Slices.fitted((0,), of_a.indices(part[:, 0]))
                 slices_b = Slices.fitted((0,), of_b.indices(part[:, 1]))
                 if slices_a is None or slices_b is None:
@@ -747,6 +754,46 @@ class _Vectors:
                     for group, slices, power in sides
                     for strip in self.groups[group]
                 ]
+
+    def _with_unseen(
+        self, pairs: Tensor, side_a: tuple[int, Pattern], side_b: tuple[int, Pattern]
+    ) -> Tensor:
+        """The pairs, and those between and beyond that have no gradient on either side."""
+        if len(pairs) < 3:
+            return pairs
+        steps = pairs.diff(dim=0)
+        often, times = Counter(map(tuple, steps.tolist())).most_common(1)[0]
+        step = torch.tensor(often)
+        skewed = steps[:, 0] * step[1] != steps[:, 1] * step[0]
+        if times < 2 or step[0] < 1 or bool(skewed.any()):
+            return pairs
+        if (steps % step.where(step != 0, torch.ones_like(step)) != 0).any():
+            return pairs
+        found = {tuple(pair) for pair in pairs.tolist()}
+        size = self.groups[side_a[0]][0].size
+        along = torch.arange(-int(pairs[0, 0] // step[0]), size)
+        filled: list[Tensor] = []
+        for pair in pairs[0] + along.unsqueeze(1) * step:
+            if tuple(pair.tolist()) in found or all(
+                self._unseen(at, pattern.indices(pair[side : side + 1]))
+                for side, (at, pattern) in enumerate((side_a, side_b))
+            ):
+                filled.append(pair)
+            elif pair[0] < pairs[0, 0]:
+                filled.clear()
+            elif pair[0] > pairs[-1, 0]:
+                break
+            else:
+                return pairs
+        return torch.stack(filled)
+
+    def _unseen(self, at: int, indices: Tensor) -> bool:
+        """Whether these are open indices of which none has a gradient."""
+        return all(
+            bool(((indices >= 0) & (indices < strip.size)).all())
+            and bool((strip.open[indices] & ~strip.live[indices]).all())
+            for strip in self.groups[at]
+        )
 
     def _pair(
         self,
@@ -880,9 +927,7 @@ def _is_one_dimension(strips: tuple[Strip, ...], count: int, apart: int) -> bool
 def _within_runs(strip: Strip) -> Iterator[tuple[Pattern, Tensor]]:
     """Patterns that fill the start or the end of a run of open indices, and the starts of these."""
     edges = torch.nn.functional.pad(strip.open.long(), (1, 1)).diff()
-    runs = list(
-        zip((edges > 0).nonzero().flatten(), (edges < 0).nonzero().flatten(), strict=True)
-    )
+    runs = list(zip((edges > 0).nonzero().flatten(), (edges < 0).nonzero().flatten(), strict=True))
     lengths = {int(end - start) for start, end in runs}
     for apart in _divisors(strip.size):
         for count in range(2, _FOLD + 1):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from normwise.invariance.exact import SHRINK, Exact, wide
+from normwise.invariance.exact import SHRINK, Call, Exact, wide
 
 __all__ = ["Replica", "built"]
 
@@ -71,6 +71,7 @@ class Replica:
         self._kernels: dict[int, int] = {}
         self._uses: list[tuple[int, str, int | str]] = []
         self._shifts: dict[int, set[float]] = {}
+        self._combined: set[int] = set()
         self._buffers = [
             (module, key, buffer.detach().clone())
             for module in self.model.modules()
@@ -123,7 +124,7 @@ class Replica:
         changed = {
             (module, key)
             for module, key, value in self._buffers
-            if module._buffers.get(key) is None or not torch.equal(module._buffers[key], value)
+            if (now := module._buffers.get(key)) is None or not torch.equal(now, value)
         }
         for module, key, value in self._buffers:
             module._buffers[key] = value.clone()
@@ -144,8 +145,15 @@ class Replica:
                 for name, value in saved.items():
                     self.params[name].copy_(value)
 
-    def run(self, *, shrink: float = SHRINK, graph: bool = False) -> list[Tensor]:
+    def run(
+        self, *, shrink: float = SHRINK, graph: bool = False, calls: list[Call] | None = None
+    ) -> list[Tensor]:
         """The differentiable outputs of one forward, always with the same random numbers.
+
+        Args:
+            shrink: the factor on every epsilon.
+            graph: whether to keep the graph for :meth:`gradients`.
+            calls: where to note the operations that use parameters (default: nowhere).
 
         Raises:
             RuntimeError: if the forward raises.
@@ -153,7 +161,8 @@ class Replica:
         """
         for module, key, value in self._buffers:
             module._buffers[key] = self._moved.get((module, key), value).clone()
-        with deterministic(self.seed, self.params), Exact(shrink) as exact:
+        buffers = frozenset(id(buffer) for buffer in self.model.buffers())
+        with deterministic(self.seed, self.params), Exact(shrink, buffers, calls) as exact:
             try:
                 result = self.forward(self.model)
             except Exception as error:
@@ -163,7 +172,7 @@ class Replica:
                     f"{type(error).__name__}: {text}"
                 ) from error
         self._used, self._kernels = exact.used, exact.kernels
-        self._uses, self._shifts = exact.uses, exact.shifts
+        self._uses, self._shifts, self._combined = exact.uses, exact.shifts, exact.combined
         # Also where no graph is wanted, since models choose their path by whether gradients are on.
         outputs = [output for output in floating_tensors(result) if output.requires_grad]
         if not outputs:
@@ -219,6 +228,10 @@ class Replica:
         """The operations of the last forward on parameters: (parameter, operation, argument)."""
         names = {id(p): name for name, p in self.params.items()}
         return [(names[key], op, at) for key, op, at in self._uses if key in names]
+
+    def combined(self, name: str) -> bool:
+        """Whether the last forward made something of a parameter and others, before other use."""
+        return id(self.params[name]) in self._combined
 
     def cotangents(self, outputs: list[Tensor], draw: int) -> list[Tensor]:
         """Random normal upstream gradients; 0 where an output is infinite (masked)."""

@@ -78,8 +78,8 @@ class ParameterReport:
 
     @property
     def is_vector(self) -> bool:
-        """Whether at most one dimension is larger than 1: a bias, a gain, a scale."""
-        return sum(size > 1 for size in self.shape) < 2
+        """Whether it is a gain or a bias, or at most one of its dimensions is larger than 1."""
+        return self.role.kind in ("gain", "bias") or sum(size > 1 for size in self.shape) < 2
 
     @property
     def verdict(self) -> str:
@@ -223,17 +223,20 @@ class Report:
     ) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer of normwise or of torch.
 
-        The rule: a parameter with at most one dimension larger than 1 (a bias, a gain, a scale) is
-        a *vector* and is not decayed. Any other is decayed; if it is scale-invariant by itself it
-        is in a group named after its view, which normwise's optimizers then project in, else in the
-        group *plain*, where they do not project. Frozen parameters are in no group.
+        The rule: a parameter that the network uses as a gain or a bias, of whatever shape, or with
+        at most one dimension larger than 1, is a *vector* and is not decayed. Any other is decayed;
+        if it is scale-invariant by itself it is in a group named after its view, which normwise's
+        optimizers then project in, else in the group *plain*, where they do not project. Frozen
+        parameters are in no group.
 
         Args:
             weight_decay: of all groups but *vector*.
             lr: of all groups (default: left to the optimizer).
             overrides: options by group name (``"channel"``, ``"layer"``, ``"plain"``,
-                ``"vector"``, …) or by a pattern of parameter names (``"*.embed.weight"``), whose
-                parameters then make a group of their own, named after the pattern, for each view.
+                ``"vector"``, …), by role (``"embedding"``, ``"readout"``, ``"router"``, …), or by a
+                pattern of parameter names (``"*.embed.weight"``). The parameters of a role or a
+                pattern make a group of their own, named after it, for each view; where several
+                keys hold, the pattern's options count most, then the role's.
             model: whose parameters to take (default: those of the model analyzed).
 
         Returns:
@@ -260,9 +263,13 @@ class Report:
                 if key == name:
                     options |= values
                     used.add(key)
+            if row.role.kind in overrides:
+                name = _group_name(row.role.kind, view)
+                options |= overrides[row.role.kind]
+                used.add(row.role.kind)
             for key, values in overrides.items():
                 if any(fnmatch.fnmatchcase(n, key) for n in (row.name, *row.aliases)):
-                    name = key if view is None or key == view else f"{key} {view}"
+                    name = _group_name(key, view)
                     options |= values
                     used.add(key)
                     break
@@ -273,8 +280,8 @@ class Report:
         if unknown := overrides.keys() - used:
             names = sorted({name for name, _ in groups})
             raise ValueError(
-                f"Invalid overrides: {sorted(unknown)} match no group ({', '.join(names)}) and no "
-                "parameter"
+                f"Invalid overrides: {sorted(unknown)} match no group ({', '.join(names)}), no role "
+                "and no parameter"
             )
         return list(groups.values())
 
@@ -352,17 +359,12 @@ class Report:
             if content["format"] != _FORMAT:
                 raise ValueError(f"format {content['format']}; must be {_FORMAT}")
             rows = tuple(_row_from_json(row) for row in content["rows"])
-            families = {
-                key: tuple(_symmetry_from_json(item) for item in content[key])
+            symmetries, shifted = (
+                tuple(_symmetry_from_json(item) for item in content[key])
                 for key in ("symmetries", "shifted")
-            }
-            return cls(
-                rows,
-                draws=content["draws"],
-                mode=content["mode"],
-                notes=tuple(content["notes"]),
-                **families,
             )
+            notes = tuple(content["notes"])
+            return cls(rows, symmetries, content["draws"], content["mode"], notes, shifted)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"Invalid report: {error}") from error
 
@@ -451,6 +453,10 @@ class Report:
                 if name not in known and p.requires_grad:
                     raise ValueError(f"the report has no parameter {name!r}, the model has")
         return params
+
+
+def _group_name(key: str, view: str | None) -> str:
+    return key if view is None or key == view else f"{key} {view}"
 
 
 def _row_from_json(row: dict[str, Any]) -> ParameterReport:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from normwise.invariance.exact import Call, Exact
 from normwise.invariance.replica import TOLERANCE, Replica
 from normwise.invariance.symmetry import Slices, Symmetry
 
@@ -50,7 +51,7 @@ class Role:
     """What a parameter is for, and how that was seen.
 
     Args:
-        kind: ``"embedding"`` (rows are looked up), ``"readout"`` (the last matrix), ``"tied"``
+        kind: ``"embedding"`` (rows are looked up), ``"readout"`` (a last matrix), ``"tied"``
             (both), ``"hidden"`` (any other matrix), ``"router"`` (chooses among a stack of
             matrices), ``"gain"``, ``"bias"``, or ``"other"``.
         evidence: what the network does with it, in words.
@@ -82,14 +83,15 @@ def find_roles(
         symmetries: of the network.
         absorbers: the module that takes up the scale of a parameter, by name.
     """
-    outputs = replica.run(graph=True)
+    calls: list[Call] = []
+    outputs = replica.run(graph=True, calls=calls)
+    readouts = _readouts(replica, calls, symmetries)
     names = list(replica.params)
     grads = replica.gradients(outputs, replica.cotangents(outputs, -2), names)
     gradients = {name: g for name, g in zip(names, grads, strict=True) if g is not None}
     uses: dict[str, list[tuple[str, int | str]]] = defaultdict(list)
     for name, op, at in replica.uses():
         uses[name].append((op, at))
-    readout = _readout(replica)
     heads = _heads(replica, symmetries, gradients)
     heads |= _heads_of_gains(replica, heads, absorbers)
     routers = _routers(symmetries)
@@ -97,17 +99,17 @@ def find_roles(
     for name, p in replica.params.items():
         matrix = sum(size > 1 for size in p.shape) > 1
         kind: RoleKind
-        kind, evidence = _told(name, uses[name], readout, matrix=matrix)
-        if kind == "hidden" and name in routers:
+        kind, evidence = _told(uses[name], matrix=matrix, last=name in readouts)
+        if not matrix and kind in ("hidden", "other") and replica.combined(name):
+            kind, evidence = "gain", "it goes into a weight together with others"
+        if kind in ("hidden", "readout") and name in routers:
             kind, evidence = "router", routers[name]
         mine = heads.get(name) if matrix else None
         roles[name] = Role(kind, evidence, mine, _parts(name, symmetries))
     return roles
 
 
-def _told(
-    name: str, uses: list[tuple[str, int | str]], readout: str | None, *, matrix: bool
-) -> tuple[RoleKind, str]:
+def _told(uses: list[tuple[str, int | str]], *, matrix: bool, last: bool) -> tuple[RoleKind, str]:
     """The role that the operations tell, and the evidence."""
     for op, at in uses:
         if at in _GAINS.get(op, ()):
@@ -116,12 +118,12 @@ def _told(
             return "bias", f"the bias of a {op}"
     ops = [op for op, _ in uses]
     looked_up = any(op in _LOOKUPS for op in ops)
-    if looked_up and name == readout:
-        return "tied", "its rows are looked up, and the last matrix product is with it"
+    if looked_up and last:
+        return "tied", "its rows are looked up, and no other matrix product follows that with it"
     if looked_up:
         return "embedding", "its rows are looked up"
-    if name == readout:
-        return "readout", "the last matrix product of the forward is with it"
+    if last:
+        return "readout", "no other matrix product follows that with it"
     if not matrix and any(op in _PRODUCTS for op in ops):
         return "gain", "it multiplies what passes by"
     if any(op in _SUMS for op in ops):
@@ -133,14 +135,33 @@ def _told(
     return "other", f"used in {', '.join(dict.fromkeys(ops))}" if ops else "not used"
 
 
-def _readout(replica: Replica) -> str | None:
-    """The last matrix that the forward uses in a product."""
-    last = None
-    for name, op, _ in replica.uses():
-        matrix = sum(size > 1 for size in replica.params[name].shape) > 1
-        if matrix and op not in _LOOKUPS | _SUMS | _PRODUCTS:
-            last = name
-    return last
+def _readouts(replica: Replica, calls: Sequence[Call], symmetries: Sequence[Symmetry]) -> set[str]:
+    """The matrices whose products reach no other matrix product, and whose scale is not removed."""
+    names = {id(p): name for name, p in replica.params.items()}
+    products: list[tuple[list[str], Call]] = []
+    for call in calls:
+        used = [names[key] for key in call.parameters if key in names]
+        matrices = [n for n in used if sum(size > 1 for size in replica.params[n].shape) > 1]
+        if matrices and call.name not in _LOOKUPS | _SUMS | _PRODUCTS:
+            products.append((matrices, call))
+    taken = [t for _, call in products for t in call.taken]
+    returned = [t for _, call in products for t in call.returned if t.requires_grad]
+    reaching: set[int] = set()
+    if taken and returned:
+        with Exact():
+            grads = torch.autograd.grad(
+                [t.abs().sum() for t in taken], returned, retain_graph=True, allow_unused=True
+            )
+        reaching = {id(t) for t, g in zip(returned, grads, strict=True) if g is not None}
+    normalized = {n for s in symmetries if s.is_scale for n in s.parameters}
+    return {
+        name
+        for matrices, call in products
+        for name in matrices
+        if name not in normalized
+        and any(t.requires_grad for t in call.returned)
+        and not any(id(t) in reaching for t in call.returned)
+    }
 
 
 def _heads(

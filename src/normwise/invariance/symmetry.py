@@ -218,7 +218,7 @@ class Term:
         return self.slices.view(self.shape)
 
     def factors(self, values: Tensor) -> Tensor:
-        """What the parameter, with its shift, is multiplied by: unit u by ``values[u]**exponent``."""
+        """What the parameter and its shift are multiplied by where unit u is by ``values[u]``."""
         return self.slices.spread(values**self.exponent, self.shape)
 
     def __str__(self) -> str:
