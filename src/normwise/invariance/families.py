@@ -44,7 +44,7 @@ _MOST_DRAWS = 128
 # distances that are summed.
 _PARTS = 4
 _FOLD = 16
-# Beside the largest product of a draw, what is no more than this is rounding, where rounding was seen.
+# Beside the largest product of a draw, no more than this is rounding, where rounding was seen.
 _ROUNDING = 2.0**-36
 # How near two directions of products must be to be compared: far above rounding, far below chance.
 _NEAR = 1e-9

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from normwise.invariance.freedom import Freedom, ledger
 from normwise.invariance.roles import Role
 from normwise.invariance.scale_maps import ScaleMap, scale_maps
 from normwise.invariance.symmetry import Slices, Symmetry, Term
+
+if TYPE_CHECKING:
+    from normwise.figures import Figure
 
 __all__ = ["ParameterReport", "Report"]
 
@@ -290,8 +293,8 @@ class Report:
         if unknown := overrides.keys() - used:
             names = sorted({name for name, _ in groups})
             raise ValueError(
-                f"Invalid overrides: {sorted(unknown)} match no group ({', '.join(names)}), no role "
-                "and no parameter"
+                f"Invalid overrides: {sorted(unknown)} match no group ({', '.join(names)}), no "
+                "role and no parameter"
             )
         return list(groups.values())
 
@@ -389,7 +392,7 @@ class Report:
             raise ValueError(f"Invalid report: {error}") from error
 
     def plot(self, path: str | Path) -> None:
-        """Draw the parameters, coloured by kind, into a file whose suffix says the format.
+        """Draw :meth:`figure` into a file whose suffix says the format.
 
         Args:
             path: of the file.
@@ -397,9 +400,20 @@ class Report:
         Raises:
             ImportError: without matplotlib.
         """
-        from normwise.invariance.figure import draw
+        from normwise.figures import save
 
-        draw([(row.name, row.entries, row.kind) for row in self.rows], list(KINDS.items()), path)
+        save(self.figure(), path)
+
+    def figure(self) -> Figure:
+        """The share of each kind, and the parameters with the families that link them.
+
+        Returns:
+            A description to draw into a file or a page; see :mod:`normwise.figures`.
+        """
+        from normwise.invariance.figure import figure
+
+        rows = [(row.name, row.entries, row.kind, row.verdict) for row in self.rows]
+        return figure(rows, (*self.symmetries, *self.shifted), KINDS)
 
     def __str__(self) -> str:
         def cells(row: ParameterReport) -> tuple[str, ...]:
