@@ -15,8 +15,9 @@ from normwise.invariance.euler import Evidence, Finding, chance_of_error, index_
 from normwise.invariance.explain import Explainer
 from normwise.invariance.families import find_families
 from normwise.invariance.replica import TOLERANCE, Replica, built
-from normwise.invariance.report import Kind, ParameterReport, Report
+from normwise.invariance.report import Report
 from normwise.invariance.roles import find_roles
+from normwise.invariance.row import Kind, ParameterReport
 from normwise.invariance.symmetry import Slices, Symmetry, Term
 
 __all__ = ["analyze"]

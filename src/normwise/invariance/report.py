@@ -7,15 +7,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from normwise.figures.tables import Column, Table, paragraph
 from normwise.geometry import View
+from normwise.invariance.advice import advice
 from normwise.invariance.freedom import Freedom, ledger
 from normwise.invariance.roles import Role
+from normwise.invariance.row import KINDS, Kind, ParameterReport
 from normwise.invariance.scale_maps import ScaleMap, scale_maps
 from normwise.invariance.symmetry import Slices, Symmetry, Term
 
@@ -24,73 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ParameterReport", "Report"]
 
-Kind = Literal["invariant", "joint", "balanced", "none", "not looked for", "no effect", "unused"]
-
-KINDS: dict[Kind, str] = {
-    "invariant": "scale-invariant by itself",
-    "joint": "scale-invariant together with others",
-    "balanced": "its scale can be traded against others'",
-    "none": "its scale matters",
-    "not looked for": "not invariant by itself; symmetries with others were not looked for",
-    "no effect": "zero gradient: its value changes nothing",
-    "unused": "not used by the forward: no evidence",
-}
-
 _FORMAT = 3
 
 _COLUMNS = ("parameter", "shape", "verdict", "role", Column("residual"), "why")
-
-
-@dataclass(frozen=True)
-class ParameterReport:
-    """What is known of one parameter.
-
-    Args:
-        name: its name in the model.
-        shape: its shape.
-        kind: ``"invariant"`` (in ``view``), ``"joint"`` (only together with others, all scaled
-            alike), ``"balanced"`` (only against others, scaled by inverse powers), ``"none"``,
-            ``"no effect"`` (its gradient is zero, so it says nothing of scale), or ``"unused"``.
-        view: the finest view in which it is scale-invariant by itself, else None.
-        residual: the largest |⟨w, g⟩| / Σ|w g| over draws and slices in float64, epsilons shrunk.
-        residual_with_eps: the same at the model's own weights and epsilons: how far the invariance
-            holds as things are. NaN without a view.
-        chance: a bound on the odds that a weight without this invariance passes, 1 without a view.
-        why: what makes it so, as seen by scaling it; empty where nothing was seen.
-        frozen: whether it does not require a gradient.
-        aliases: its other names, if it is tied.
-        role: what it is for, as seen from what the network does with it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: Kind
-    view: View | None
-    residual: float
-    residual_with_eps: float
-    chance: float
-    why: str
-    frozen: bool = False
-    aliases: tuple[str, ...] = ()
-    role: Role = field(default_factory=lambda: Role("other", ""))
-
-    @property
-    def entries(self) -> int:
-        """The number of entries."""
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
-
-    @property
-    def is_vector(self) -> bool:
-        """Whether it is a gain or a bias, or at most one of its dimensions is larger than 1."""
-        return self.role.kind in ("gain", "bias") or sum(size > 1 for size in self.shape) < 2
-
-    @property
-    def verdict(self) -> str:
-        """The view, or the kind where there is none."""
-        return self.kind if self.view is None else str(self.view)
 
 
 @dataclass(frozen=True)
@@ -299,46 +237,23 @@ class Report:
         return list(groups.values())
 
     def advice(self, weight_decay: float, lr: float) -> str:
-        """What decoupled decay of all parameters does to each kind, in a few lines.
+        """What decoupled decay of all parameters does, and what to do instead, in a few lines.
+
+        It says what decay acts on and where it has no effect, what to group, which norms can be
+        fixed, and what the gate of plain AdamP would project wrongly.
 
         Args:
             weight_decay: λ.
             lr: the learning rate η.
         """
-        total = sum(row.entries for row in self.rows)
-        invariant = [row for row in self.rows if row.kind == "invariant"]
-        together = [row for row in self.rows if row.kind == "joint"]
-        vectors = [row for row in self.rows if row.is_vector and row.kind not in ("unused",)]
-        rest = [row for row in self.rows if row.kind in ("none", "balanced") and not row.is_vector]
+        families = (*self.symmetries, *self.shifted)
+        freedom = self.freedom() if self.rows and self.looked_for else None
+        return advice(self.rows, families, freedom, weight_decay, lr)
 
-        def share(rows: list[ParameterReport]) -> str:
-            entries = sum(row.entries for row in rows)
-            plural = "" if len(rows) == 1 else "s"
-            return f"{len(rows)} parameter{plural}, {entries / max(total, 1):.1%} of the entries"
-
-        lines = [
-            f"weight_decay={weight_decay:g} on everything, at lr={lr:g}, multiplies every weight "
-            f"by {1 - lr * weight_decay:.8g} per step. It acts on",
-            f"- scale-invariant weights ({share(invariant)}): not on what they compute, only on "
-            "their effective learning rate, which it keeps from falling",
-        ]
-        if together:
-            lines.append(
-                f"- jointly invariant parameters ({share(together)}): likewise for the norm of "
-                "each set as a whole, if it decays all of a set alike"
-            )
-        lines.append(f"- other weights ({share(rest)}): on what they compute, as a regularizer")
-        unknown = [row for row in self.rows if row.kind == "not looked for"]
-        if unknown:
-            lines.append(
-                f"- of {share(unknown)} it is not known: symmetries with others were not looked for"
-            )
-        if vectors:
-            lines.append(
-                f"- biases, gains and scales ({share(vectors)}): on what they compute; "
-                "report.param_groups() leaves them out"
-            )
-        return "\n".join(map(paragraph, lines))
+    @property
+    def looked_for(self) -> bool:
+        """Whether symmetries between weights were looked for (``joint=True``)."""
+        return all(row.kind != "not looked for" for row in self.rows)
 
     def to_json(self, **options: Any) -> str:
         """The report as JSON, without the model; ``options`` go to ``json.dumps``.
