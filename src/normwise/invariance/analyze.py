@@ -108,6 +108,12 @@ def _examined(
         name: _kind(name, finding, views, symmetries, evidence[name], joint=joint)
         for name, finding in findings.items()
     }
+    if all(kind in ("no effect", "unused") for kind in kinds.values()):
+        raise ValueError(
+            "no parameter changes the outputs at this batch: all gradients are zero; give a batch "
+            "with samples that reach the parameters"
+        )
+    notes += _near_misses(kinds, evidence)
     absorbers = _absorbers(explainer, views, kinds)
     aliases = replica.aliases()
     roles = find_roles(replica, claims, absorbers)
@@ -302,6 +308,21 @@ def _kind(
     return "balanced" if mine else "none"
 
 
+def _near_misses(kinds: Mapping[str, Kind], evidence: Mapping[str, Evidence]) -> list[str]:
+    """Notes on weights that would be scale-invariant but for something small."""
+    notes = []
+    for name, kind in kinds.items():
+        if kind in ("none", "balanced", "not looked for") and len(evidence[name].shape) > 1:
+            found = evidence[name].near_miss()
+            if found is not None:
+                view, residual = found
+                notes.append(
+                    f"{name} is nearly scale-invariant ({view}, residual {residual:.0e}): an "
+                    "epsilon that the analysis cannot reach may stand in the way"
+                )
+    return notes
+
+
 def _is_scale(symmetry: Symmetry, views: Mapping[str, View]) -> bool:
     """Whether all grow together, but for weights whose own invariance takes what they lose."""
     rest = {term.exponent > 0 for term in symmetry.terms if term.parameter not in views}
@@ -345,7 +366,14 @@ def _why(
     elif kind == "no effect":
         words.append("zero gradient")
         if absorber is not None:
-            words.append(f"its change is removed by {explainer.described(absorber)}")
+            # What does not come out of the module that owns it need not have been removed: it
+            # may have been multiplied by zero, as the weights of a cell whose state is zero are.
+            removed = not explainer.contains(absorber, [name])
+            words.append(
+                f"its change is removed by {explainer.described(absorber)}"
+                if removed
+                else f"its change does not leave {explainer.described(absorber)}"
+            )
     elif kind == "unused":
         words.append("not used by the forward")
     elif finding.part is not None:
@@ -432,14 +460,15 @@ def _carried_over(report: Report, model: nn.Module) -> Report:
 
 def _widened(symmetry: Symmetry, shapes: Mapping[str, tuple[int, ...]]) -> Symmetry | None:
     """The family for parameters of other shapes, if one number of units fits all its terms."""
-    sizes = [
-        {slices.count: slices for slices in term.slices.resized(term.shape, shapes[term.parameter])}
-        for term in symmetry.terms
-    ]
-    common = set.intersection(*(set(size) for size in sizes))
+    sizes: list[dict[int, Slices]] = []
+    for term in symmetry.terms:
+        sizes.append({})
+        for slices in term.slices.resized(term.shape, shapes[term.parameter]):
+            sizes[-1].setdefault(slices.count, slices)
+    common = set.intersection(*map(set, sizes))
     if not common:
         return None
-    units = max(common)
+    units = min(common, key=lambda count: sum(list(size).index(count) for size in sizes))
     terms = tuple(
         replace(term, shape=shapes[term.parameter], slices=size[units])
         for term, size in zip(symmetry.terms, sizes, strict=True)

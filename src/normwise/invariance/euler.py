@@ -16,7 +16,11 @@ from normwise.invariance.symmetry import by_index
 __all__ = ["Evidence", "Finding", "chance_of_error", "index_sets"]
 
 # More indices along two or three dimensions at once would cost more than all the rest.
-_MOST_INDICES = 16_384
+_MOST_INDICES = 1_048_576
+
+
+# A residual below this share of what chance gives, in every draw, is no accident.
+_NEAR = 3e-3
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,24 @@ class Evidence:
         channels = len(live)
         count = {"layer": 1, "channel": channels}.get(view.kind, view.count)
         return float(self._residuals(dim, count, live).max()) if live.any() else math.nan
+
+    def near_miss(self) -> tuple[View, float] | None:
+        """The finest view that passes nearly: far nearer to zero than chance, and not zero.
+
+        By chance a slice of n entries has residuals of 1/√n; see :func:`chance_of_error`.
+        """
+        if not self.sums or self.shift:
+            return None
+        for dim in (d for d in (0, 1) if (d,) in self.sets):
+            live = self.live((dim,))
+            for count in _divisors_downward(len(live)):
+                entries = self.shape.numel() // count
+                if entries < 2 or not live.any():
+                    continue
+                residual = float(self._residuals(dim, count, live).max())
+                if TOLERANCE < residual <= _NEAR / math.sqrt(entries):
+                    return _view(dim, count, len(live)), residual
+        return None
 
     def live(self, dims: tuple[int, ...]) -> Tensor:
         """The indices whose gradient is more than rounding."""

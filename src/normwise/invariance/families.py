@@ -44,6 +44,8 @@ _MOST_DRAWS = 128
 # distances that are summed.
 _PARTS = 4
 _FOLD = 16
+# The most indices of a stack that are searched one by one.
+_MOST_SEARCHED = 8192
 # Beside the largest product of a draw, no more than this is rounding, where rounding was seen.
 _ROUNDING = 2.0**-36
 # How near two directions of products must be to be compared: far above rounding, far below chance.
@@ -60,6 +62,8 @@ class Strip:
         dims: the dimensions that the indices run over.
         live: which indices have a gradient.
         open: which may still be in a family: not invariant by themselves, and in none so far.
+        sample: of how many of a stack's matrices, the first ones, the indices are searched; what is
+            found is taken to go on in the others. None for all.
     """
 
     name: str
@@ -67,10 +71,24 @@ class Strip:
     dims: tuple[int, ...]
     live: Tensor
     open: Tensor
+    sample: int | None = None
 
     @property
     def size(self) -> int:
         return len(self.live)
+
+    def continued(self, slices: Slices) -> Slices | None:
+        """Slices of the sample, as those of the whole stack; None where they do not fill it."""
+        if self.sample is None:
+            return slices
+        each = self.size // self.shape[self.dims[0]]
+        if not slices.units:
+            return None
+        (count, stride), *rest = slices.units
+        if count * stride != self.sample * each:
+            return None
+        count = count // self.sample * self.shape[self.dims[0]]
+        return replace(slices, units=((count, stride), *rest))
 
     def searched(self, indices: Tensor) -> bool:
         """Whether all these indices are open, and one of them has a gradient."""
@@ -158,6 +176,7 @@ def find_families(
         return []
     search = _Search(replica, evidence, findings, names)
     search.partial_views()
+    search.sample_stacks()
     search.stacks()
     search.equal_indices()
     search.proportional_indices()
@@ -216,6 +235,13 @@ class _Search:
                 slices = Slices.fitted(strip.dims, indices)
                 if slices is not None:
                     self._claim([(strip, slices, 1.0)])
+
+    def sample_stacks(self) -> None:
+        """Search large stacks in their first two matrices only."""
+        for strip in self.strips.values():
+            if len(strip.dims) > 1 and strip.size > _MOST_SEARCHED:
+                strip.sample = 2
+                strip.open[2 * strip.size // strip.shape[strip.dims[0]] :] = False
 
     def equal_indices(self) -> None:
         """Families whose units are indices of one dimension of each parameter."""
@@ -327,6 +353,10 @@ class _Search:
 
     def _claim(self, parts: list[tuple[Strip, Slices, float]]) -> None:
         """Add a family, and close its indices to others."""
+        continued = [(strip, strip.continued(slices), power) for strip, slices, power in parts]
+        parts = [(strip, slices, power) for strip, slices, power in continued if slices is not None]
+        if len(parts) < len(continued) or len({slices.count for _, slices, _ in parts}) > 1:
+            return
         terms = self._ordered(
             Term(strip.name, strip.shape, slices, exponent, self.evidence[strip.name].shift)
             for strip, slices, exponent in parts
@@ -386,8 +416,14 @@ class _Search:
 
         Before all others, of which some would be sums over the stack of what is found here.
         """
+
+        def stacked(strips: Iterable[Strip]) -> bool:
+            return max(len(strip.dims) for strip in strips) > 1
+
         if any(len(strip.dims) > 1 for strip in self.strips.values()):
-            self._proportional(lambda strips: max(len(strip.dims) for strip in strips) > 1)
+            # What pairs index by index needs no sums, of which there are many.
+            self._proportional(stacked, singly=True)
+            self._proportional(stacked)
 
     def proportional_indices(self) -> None:
         """Families of pairs of slices whose products are proportional in every draw.
@@ -407,13 +443,19 @@ class _Search:
             )
 
     def _proportional(
-        self, wanted: Callable[[Iterable[Strip]], bool], *, ragged: bool = False
+        self,
+        wanted: Callable[[Iterable[Strip]], bool],
+        *,
+        ragged: bool = False,
+        singly: bool = False,
     ) -> None:
         """Claim pairs of proportional slices, if their strips are wanted.
 
         Args:
             wanted: whether to sum indices of these strips, and to claim a family of them.
             ragged: whether patterns may fill a part of a run of open indices.
+            singly: whether to pair indices one by one only, and to claim only families that hold
+                half of what has a gradient on each side, or more.
         """
         self.draws.take(6)
         groups: list[tuple[Strip, ...]] = [(strip,) for strip in self.strips.values()]
@@ -426,7 +468,7 @@ class _Search:
         for at, strips in enumerate(groups):
             size = strips[0].size
             vectors.add(at, Pattern(1, 1), torch.arange(size), products[at])
-            if not wanted(strips):
+            if singly or not wanted(strips):
                 continue
             for length in _divisors(size):
                 for apart in _divisors(length):
@@ -442,7 +484,9 @@ class _Search:
                 for pattern, starts in _within_runs(strips[0]):
                     vectors.add(at, pattern, starts, products[at])
         for parts in vectors.families():
-            if wanted(strip for strip, _, _ in parts):
+            if wanted(strip for strip, _, _ in parts) and not (
+                singly and any(_is_minor(strip, slices) for strip, slices, _ in parts)
+            ):
                 self._claim(parts)
 
     def whole_parameters(self) -> list[Symmetry]:
@@ -922,6 +966,11 @@ def _is_one_dimension(strips: tuple[Strip, ...], count: int, apart: int) -> bool
             ):
                 return True
     return False
+
+
+def _is_minor(strip: Strip, slices: Slices) -> bool:
+    """Whether the slices hold less than half of the open indices that have a gradient."""
+    return 2 * slices.count * slices.per_unit < int((strip.open & strip.live).sum())
 
 
 def _within_runs(strip: Strip) -> Iterator[tuple[Pattern, Tensor]]:

@@ -151,7 +151,8 @@ class Slices:
     def resized(self, old: Sequence[int], new: Sequence[int]) -> list[Slices]:
         """What these slices can be in a weight of another shape: more units, or larger ones.
 
-        One digit takes up the ratio of the sizes, and the strides above it grow alike.
+        One digit takes up the ratio of the sizes, and the strides above it grow alike. Digits of
+        small strides come first: where nothing else decides, heads and groups stay as many.
 
         Args:
             old: the shape of the weight that they are slices of.
@@ -166,7 +167,7 @@ class Slices:
             return [self]
         ratio = after // before
         found = []
-        for stride in {step for _, step in (*self.units, *self.within)}:
+        for stride in sorted({step for _, step in (*self.units, *self.within)}):
             grown = [
                 tuple(
                     (
