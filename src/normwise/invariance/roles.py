@@ -124,9 +124,10 @@ def _told(uses: list[tuple[str, int | str]], *, matrix: bool, last: bool) -> tup
         return "embedding", "its rows are looked up"
     if last:
         return "readout", "no other matrix product follows that with it"
-    if not matrix and any(op in _PRODUCTS for op in ops):
+    by_entry = all(op in _SUMS | _PRODUCTS for op in ops)
+    if any(op in _PRODUCTS for op in ops) and (by_entry or not matrix):
         return "gain", "it multiplies what passes by"
-    if any(op in _SUMS for op in ops):
+    if any(op in _SUMS for op in ops) and (by_entry or not matrix):
         return "bias", "it is added to what passes by"
     if matrix and ops:
         return "hidden", f"a matrix used in {', '.join(dict.fromkeys(ops))}"

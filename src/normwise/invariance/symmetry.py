@@ -218,6 +218,8 @@ class Slices:
         covered = self.count * self.per_unit
         last = self.start + sum((n - 1) * step for n, step in (*self.units, *self.within))
         if covered < total:
+            if covered == 1:
+                return f"{text.removesuffix('s').replace('ie', 'y')} {self.start}"
             if last - self.start + 1 == covered:
                 text += f" {self.start}–{last}"
             else:
