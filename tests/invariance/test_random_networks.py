@@ -237,6 +237,20 @@ def checked(seed):
     ]
 
 
+@pytest.mark.parametrize("seed", [48, 53])
+def test_an_invariance_that_others_make_is_not_told_twice(seed):
+    """A weight before a norm is traded with another before a norm, channel by channel."""
+    builder = Builder(seed)
+    torch.manual_seed(seed)
+    report = analyze(builder.network(), builder.x, seed=seed)
+    (trade,) = (s for s in report.symmetries if not s.is_view)
+    first, second = trade.parameters
+    assert str(report[first].view) == "layer"
+    told = {s.terms[0].parameter for s in report.symmetries if s.is_view}
+    assert second in told
+    assert first not in told
+
+
 class Chain:
     """A random chain of linear layers, norms and activations, and the families that it has.
 
