@@ -361,7 +361,7 @@ def test_falcon_with_one_head_of_keys_and_values_in_a_fused_projection():
 
 
 def test_gemma2_whose_gains_are_one_plus_a_weight():
-    """Of (1 + weight) the sum is traded, and with it the stream is one family, the last norm too."""
+    """Of 1 + weight the sum is traded; the stream is one family, the last norm in it."""
     model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(head_dim=8, **LANGUAGE))
     report = analyze(model, tokens())
     start = "model.layers.0."

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from normwise.figures import Axis, Dots, Figure, Link, Links, Series
+from normwise.invariance.row import Kind
 from normwise.invariance.symmetry import Symmetry
 
 __all__ = ["COLOURS", "figure"]
 
-COLOURS = {
+COLOURS: dict[str, str] = {
     "invariant": "blue",
     "joint": "green",
     "balanced": "ochre",
@@ -26,7 +27,7 @@ _MOST_ROWS = 240
 def figure(
     parameters: Sequence[tuple[str, int, str, str]],
     families: Sequence[Symmetry],
-    kinds: Mapping[str, str],
+    kinds: Mapping[Kind, str],
 ) -> Figure:
     """The share of each kind, and the parameters with their views and the families between them.
 
