@@ -14,10 +14,10 @@ from normwise.lab.errors import UsageError, require_lab
 
 if TYPE_CHECKING:
     from normwise.lab.parallel import Processes
-    from normwise.lab.recipes import Cell, Recipe
+    from normwise.lab.recipes import Recipe, RecipeCell
     from normwise.lab.running.events import Event
 
-__all__ = ["Lines", "add_lab_parsers"]
+__all__ = ["ProgressLines", "add_lab_parsers"]
 
 _FORMATS = (".html", ".md", ".tex", ".csv", ".json")
 
@@ -190,7 +190,7 @@ def _paper_run(arguments: argparse.Namespace) -> int:
 
 
 @dataclass
-class Lines:
+class ProgressLines:
     """Progress as lines on stderr, from this process and from those that train.
 
     Args:
@@ -232,7 +232,7 @@ def _duration(seconds: float) -> str:
 
 
 def _run_and_show(
-    arguments: argparse.Namespace, recipe: Recipe, cells: list[Cell], together: Processes
+    arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCell], together: Processes
 ) -> int:
     """What the first process, or the only one, does."""
     from normwise.lab.data.files import data_root
@@ -255,7 +255,7 @@ def _run_and_show(
             executor=arguments.executor,
             device=arguments.device,
             checkpoint_seconds=arguments.checkpoint_every,
-            observe=Lines(len(cells), arguments.quiet),
+            observe=ProgressLines(len(cells), arguments.quiet),
             processes=together,
             trust=arguments.trust,
         )

@@ -11,11 +11,20 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from normwise.lab.checks import within
-from normwise.lab.contenders import parse as parse_contender
 from normwise.lab.errors import UsageError, nearest
+from normwise.lab.optimizers import parse as parse_optimizer
 from normwise.lab.tasks.kinds import kind
 
-__all__ = ["SCHEMA", "Cell", "Method", "Paper", "Recipe", "Scale", "Training", "parse"]
+__all__ = [
+    "SCHEMA",
+    "Paper",
+    "Recipe",
+    "RecipeCell",
+    "RecipeMethod",
+    "RecipeScale",
+    "Training",
+    "parse",
+]
 
 SCHEMA = 1
 MOST_SEEDS = 10_000
@@ -94,7 +103,7 @@ class Training:
     autocast: str = "none"
 
     def __post_init__(self) -> None:
-        parse_contender(self.optimizer)
+        parse_optimizer(self.optimizer)
         for name, allowed in (
             ("schedule", SCHEDULES),
             ("normalization", NORMALIZATIONS),
@@ -186,7 +195,7 @@ class Paper:
 
 
 @dataclass(frozen=True)
-class Method:
+class RecipeMethod:
     """One column of a table.
 
     Args:
@@ -201,7 +210,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Scale:
+class RecipeScale:
     """A size of the experiment.
 
     Args:
@@ -225,7 +234,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Cell:
+class RecipeCell:
     """One training: a row, a method and a seed of a recipe at a scale.
 
     Args:
@@ -271,8 +280,8 @@ class Recipe:
     question: str
     task: str
     paper: Paper
-    methods: dict[str, Method]
-    scales: dict[str, Scale]
+    methods: dict[str, RecipeMethod]
+    scales: dict[str, RecipeScale]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -290,7 +299,7 @@ class Recipe:
         seeds: int | None = None,
         methods: Iterable[str] = (),
         rows: Iterable[str] = (),
-    ) -> list[Cell]:
+    ) -> list[RecipeCell]:
         """The trainings, whole seeds first; later settings overrule earlier ones.
 
         Args:
@@ -316,7 +325,7 @@ class Recipe:
             for method in (list(methods) or self.methods)
         ]
 
-    def _cell(self, scale: str, row: str, method: str, seed: int) -> Cell:
+    def _cell(self, scale: str, row: str, method: str, seed: int) -> RecipeCell:
         size = self.scales[scale]
         settings = {
             **self.settings,
@@ -337,7 +346,7 @@ class Recipe:
             rest = _checked(options, {k: v for k, v in settings.items() if k in own}, where)
         except UsageError as error:
             raise UsageError(_placed(where, str(error))) from None
-        return Cell(self.id, scale, row, method, seed, self.task, training, rest)
+        return RecipeCell(self.id, scale, row, method, seed, self.task, training, rest)
 
 
 def _placed(where: str, text: str) -> str:

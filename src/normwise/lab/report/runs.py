@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from normwise.figures import Axis, Dots, Line, Lines, Series, Spacing, marks
 from normwise.figures.tables import Cell, Column, Row, Table
-from normwise.lab.report.curves import EPOCH, QUANTITIES, Quantity, over_seeds
+from normwise.lab.report.curves import EPOCH, QUANTITIES, DrawnQuantity, over_seeds
 from normwise.lab.report.pages import page
 
 if TYPE_CHECKING:
-    from normwise.lab.running.results import Done, Entry
-    from normwise.lab.running.results import Table as Result
+    from normwise.lab.running.results import Done, Entry, ResultTable
     from normwise.lab.tasks.problem import Metric
 
 __all__ = ["chart", "quantities", "render"]
@@ -23,7 +22,7 @@ Marks = Mapping[str, tuple[str, tuple[float, ...]]]
 _NAN = math.nan
 
 
-def render(tables: Sequence[Result]) -> str:
+def render(tables: Sequence[ResultTable]) -> str:
     """The page as one HTML document that loads nothing.
 
     Args:
@@ -53,10 +52,10 @@ def render(tables: Sequence[Result]) -> str:
     )
 
 
-def quantities(metric: Metric) -> list[Quantity]:
+def quantities(metric: Metric) -> list[DrawnQuantity]:
     """The metric, and what is drawn of every task."""
     spacing = Spacing.LINEAR if metric.higher_is_better else Spacing.LOG
-    first = Quantity(
+    first = DrawnQuantity(
         metric.name,
         metric.title[0].upper() + metric.title[1:],
         Axis(_with_unit(metric), spacing, text=lambda v: f"{v:.{metric.digits}f}"),
@@ -66,8 +65,8 @@ def quantities(metric: Metric) -> list[Quantity]:
     norm = QUANTITIES["norm_growth"]
     return [
         first,
-        Quantity("train_loss", "Training loss", loss),
-        Quantity(norm.key, "Norm of the weights", norm.axis),
+        DrawnQuantity("train_loss", "Training loss", loss),
+        DrawnQuantity(norm.key, "Norm of the weights", norm.axis),
         QUANTITIES["effective_lr"],
     ]
 
@@ -76,7 +75,7 @@ def _with_unit(metric: Metric) -> str:
     return f"{metric.title}, {metric.unit}" if metric.unit else metric.title
 
 
-def _sections(tables: Sequence[Result], drawn: Marks) -> list[dict[str, Any]]:
+def _sections(tables: Sequence[ResultTable], drawn: Marks) -> list[dict[str, Any]]:
     """The curves of each row; those beside the first metric are the same for its others."""
     sections = []
     shown = set()
@@ -97,7 +96,7 @@ def _sections(tables: Sequence[Result], drawn: Marks) -> list[dict[str, Any]]:
     return sections
 
 
-def chart(table: Result, quantity: Quantity, drawn: Marks) -> Lines:
+def chart(table: ResultTable, quantity: DrawnQuantity, drawn: Marks) -> Lines:
     """The curves of a quantity in one row, one line a method.
 
     Args:
@@ -114,9 +113,9 @@ def chart(table: Result, quantity: Quantity, drawn: Marks) -> Lines:
     return Lines(quantity.title, "", EPOCH, quantity.axis, tuple(lines))
 
 
-def _differences(tables: Sequence[Result], drawn: Marks) -> list[Dots]:
+def _differences(tables: Sequence[ResultTable], drawn: Marks) -> list[Dots]:
     """The differences with their intervals: a chart for each metric and unit."""
-    by_metric: dict[str, list[tuple[Result, Entry]]] = {}
+    by_metric: dict[str, list[tuple[ResultTable, Entry]]] = {}
     for table in tables:
         for entry in table.entries:
             if entry.difference is not None:
@@ -144,7 +143,7 @@ def _differences(tables: Sequence[Result], drawn: Marks) -> list[Dots]:
     return charts
 
 
-def _title(tables: Sequence[Result], cells: Sequence[Done]) -> str:
+def _title(tables: Sequence[ResultTable], cells: Sequence[Done]) -> str:
     finished = sum(cell.result is not None for cell in cells)
     recipes = {table.recipe.id for table in tables}
     what = tables[0].recipe.title if len(recipes) == 1 else f"{len(recipes)} recipes"
@@ -171,12 +170,12 @@ def _name(cell: Done) -> str:
     return f"{c['recipe']}, {c['row']}, {c['method']}, seed {c['seed']}"
 
 
-def _words(table: Result) -> str:
+def _words(table: ResultTable) -> str:
     entries = (w for e in table.entries for w in (e.method, e.label, e.verdict(table.metric)))
     return " ".join((table.recipe.id, table.recipe.title, table.scale, table.row, *entries))
 
 
-def _numbers(tables: Sequence[Result], drawn: Marks) -> Table:
+def _numbers(tables: Sequence[ResultTable], drawn: Marks) -> Table:
     columns = (
         Column("method", words=True),
         Column("mean ± sd"),
@@ -193,7 +192,7 @@ def _numbers(tables: Sequence[Result], drawn: Marks) -> Table:
     return Table(columns, tuple(rows))
 
 
-def _row(table: Result, entry: Entry, colour: str, dash: tuple[float, ...]) -> Row:
+def _row(table: ResultTable, entry: Entry, colour: str, dash: tuple[float, ...]) -> Row:
     metric, spread, recipe = table.metric, entry.spread, table.recipe
 
     def number(value: float | None, sign: str = "") -> str:

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from normwise.lab.running.results import Entry, Table
+from normwise.lab.running.results import Entry, ResultTable
 from normwise.lab.tasks.problem import Metric
 
 __all__ = ["as_csv", "as_data", "as_latex", "as_markdown"]
@@ -43,17 +43,17 @@ def _cells(entry: Entry, metric: Metric) -> tuple[str, ...]:
     return entry.label, shown, seeds, difference, entry.verdict(metric), paper
 
 
-def _title(table: Table) -> str:
+def _title(table: ResultTable) -> str:
     unit = f", {table.metric.unit}" if table.metric.unit else ""
     return f"{table.recipe.title}: {table.row} ({table.scale} scale), {table.metric.title}{unit}"
 
 
-def _baseline(table: Table) -> str:
+def _baseline(table: ResultTable) -> str:
     value = next((e.baseline for e in table.entries if e.baseline is not None), None)
     return "" if value is None else f"Baseline: {_number(value, table.metric)}."
 
 
-def as_markdown(tables: Sequence[Table]) -> str:
+def as_markdown(tables: Sequence[ResultTable]) -> str:
     """Pipe tables, each under its title; what holds for all of a recipe's follows the last."""
     parts = []
     for (recipe, scale), group in itertools.groupby(tables, lambda t: (t.recipe, t.scale)):
@@ -87,7 +87,7 @@ def _latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def as_latex(tables: Sequence[Table]) -> str:
+def as_latex(tables: Sequence[ResultTable]) -> str:
     """``table`` environments that need no package."""
     parts = []
     for table in tables:
@@ -131,7 +131,7 @@ _FIELDS = (
 )
 
 
-def as_data(tables: Sequence[Table]) -> list[dict[str, Any]]:
+def as_data(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
     """One dict for each method in each table, with the values of every seed."""
     rows = []
     for table in tables:
@@ -161,7 +161,7 @@ def as_data(tables: Sequence[Table]) -> list[dict[str, Any]]:
     return rows
 
 
-def as_csv(tables: Sequence[Table]) -> str:
+def as_csv(tables: Sequence[ResultTable]) -> str:
     """One line for each method in each table; numbers with all digits, nothing for unknown."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _FIELDS, extrasaction="ignore", lineterminator="\n")

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from normwise.decay import L2, DecayScheduler, Decoupled, EpsilonShiftedL2, Policy, Window
 from normwise.geometry import View
-from normwise.lab.contenders import parse
 from normwise.lab.errors import UsageError
+from normwise.lab.optimizers import parse
 from normwise.lab.recipes.schema import Training
 from normwise.optim import SGDP, AdamP
 from normwise.reparam import CenteredWeightNorm, WeightNorm, WeightStandardization, reparametrize

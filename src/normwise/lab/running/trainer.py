@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from normwise.geometry import norms
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import Processes, whole
-from normwise.lab.recipes.schema import Cell
+from normwise.lab.recipes.schema import RecipeCell
 from normwise.lab.running.invariant import invariant_views
 from normwise.lab.running.prepare import decay_within_window, make_optimizer, normalize_weights
 from normwise.lab.store import METRICS, append, named, read_sealed, seal, write_atomically
@@ -95,7 +95,7 @@ class Trainer:
     """
 
     def __init__(
-        self, cell: Cell, folder: Path, root: Path, device: torch.device, processes: Processes
+        self, cell: RecipeCell, folder: Path, root: Path, device: torch.device, processes: Processes
     ) -> None:
         self.cell, self.folder, self.training = cell, folder, cell.training
         self.processes, self.device = processes, device
