@@ -30,7 +30,8 @@ SCHEMA = 1
 MOST_SEEDS = 10_000
 SCHEDULES = ("constant", "steps", "cosine")
 NORMALIZATIONS = ("none", "WN", "CWN", "WS")
-COUPLINGS = ("own", "l2", "decoupled", "schedule")
+COUPLINGS = ("own", "l2", "decoupled", "schedule", "translated")
+DECAYED = ("weights", "no-depthwise", "no-biases", "invariant", "all")
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,13 @@ class Training:
         weight_decay: L2 in sgd and adam, decoupled in the others (default: 0).
         coupling: ``own`` is the optimizer's; ``l2``; ``decoupled``, λ times the learning rate;
             ``schedule``, decoupled and λ times the share of ``lr`` that the schedule leaves, as in
-            SGDW and AdamW of arXiv 1711.05101 (default: own).
+            SGDW and AdamW of arXiv 1711.05101; ``translated``, no decay, but learning rates under
+            which sgd takes scale-invariant weights the same way (arXiv 1911.05920, Theorem 1)
+            (default: own).
         decay_window: from and to which share of the steps weights decay (default: 0 and 1).
         decay_on: ``weights`` of two or more dimensions, those ``no-depthwise`` convolution has,
-            all parameters but ``no-biases``, or ``all`` (default: weights).
+            all parameters but ``no-biases``, ``invariant`` ones alone, or ``all`` (default:
+            weights).
         momentum: of sgd and sgdp (default: 0.9).
         nesterov: of sgd, sgdp and adamp (default: no).
         betas: of adam, adamw and adamp (default: 0.9 and 0.999).
@@ -108,7 +112,7 @@ class Training:
             ("schedule", SCHEDULES),
             ("normalization", NORMALIZATIONS),
             ("coupling", COUPLINGS),
-            ("decay_on", ("weights", "no-depthwise", "no-biases", "all")),
+            ("decay_on", DECAYED),
             ("autocast", ("none", "bfloat16")),
         ):
             value = getattr(self, name)
@@ -147,6 +151,12 @@ class Training:
             raise UsageError(
                 f"weight_decay {self.weight_decay} is not allowed: must be below 1 where no "
                 "learning rate is multiplied with it"
+            )
+        if self.coupling == "translated" and (
+            self.optimizer != "sgd" or self.nesterov or self.decay_on != "invariant"
+        ):
+            raise UsageError(
+                "coupling translated needs optimizer sgd without nesterov, and decay_on invariant"
             )
         window = self.decay_window
         if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:

@@ -10,7 +10,14 @@ from typing import Any
 
 from normwise.figures import Axis, Line, Lines, Spacing, marks
 
-__all__ = ["EPOCH", "QUANTITIES", "Comparison", "DrawnQuantity", "listed", "over_seeds"]
+__all__ = [
+    "EPOCH",
+    "QUANTITIES",
+    "Comparison",
+    "DrawnQuantity",
+    "listed",
+    "over_seeds",
+]
 
 Record = Mapping[str, Any]
 EPOCH = Axis("epoch", Spacing.TIGHT)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from normwise.figures import Axis, Dots, Line, Lines, Series, Spacing, marks
+from normwise.figures import Axis, Dots, Figure, Line, Lines, Series, Spacing, marks
 from normwise.figures.tables import Cell, Column, Row, Table
+from normwise.lab.errors import UsageError, nearest
 from normwise.lab.report.curves import EPOCH, QUANTITIES, DrawnQuantity, over_seeds
 from normwise.lab.report.pages import page
 
@@ -16,7 +18,22 @@ if TYPE_CHECKING:
     from normwise.lab.running.results import Done, Entry, ResultTable
     from normwise.lab.tasks.problem import Metric
 
-__all__ = ["chart", "quantities", "render"]
+__all__ = ["chart", "picture", "quantities", "render"]
+
+_LOSS = Axis("mean over the epoch, log scale", Spacing.LOG, text=lambda v: f"{v:.4g}")
+_SHOWN = (
+    DrawnQuantity("train_loss", "Training loss", _LOSS),
+    DrawnQuantity("norm_growth", "Norm of the weights", QUANTITIES["norm_growth"].axis),
+    QUANTITIES["effective_lr"],
+)
+# What a picture can show beside these.
+_OTHERS = (
+    DrawnQuantity("norm", "Norm of the weights", Axis("log scale", Spacing.LOG)),
+    DrawnQuantity("smallest_norm", "Smallest norm of a slice", Axis("log scale", Spacing.LOG)),
+    DrawnQuantity("lr", "Learning rate", Axis("log scale", Spacing.LOG)),
+    QUANTITIES["relative_effective_lr"],
+    QUANTITIES["angular_update"],
+)
 
 Marks = Mapping[str, tuple[str, tuple[float, ...]]]
 _NAN = math.nan
@@ -28,10 +45,7 @@ def render(tables: Sequence[ResultTable]) -> str:
     Args:
         tables: as :func:`normwise.lab.running.results.tables` makes them, one or more.
     """
-    entries = [entry for table in tables for entry in table.entries]
-    labels = {entry.method: entry.label for entry in entries}
-    compared = {entry.compared_with for entry in entries}
-    drawn = marks(labels, {name for name, label in labels.items() if label in compared})
+    labels, drawn = _labels_and_marks(tables)
     cells = list({cell.folder: cell for table in tables for cell in table.cells}.values())
     title = _title(tables, cells)
     return page(
@@ -52,6 +66,46 @@ def render(tables: Sequence[ResultTable]) -> str:
     )
 
 
+def picture(tables: Sequence[ResultTable], names: Sequence[str] = ()) -> Figure:
+    """The curves as a figure, one row of charts for each row of a recipe.
+
+    Args:
+        tables: as for :func:`render`.
+        names: of quantities in ``metrics.jsonl`` (default: what the page shows).
+
+    Raises:
+        UsageError: for a quantity that there is not, or where no table has curves.
+    """
+    _, drawn = _labels_and_marks(tables)
+    firsts = {(t.recipe.id, t.scale, t.row): t for t in reversed(tables)}
+    charts = []
+    for table in reversed(firsts.values()):
+        known = {q.key: q for q in (*quantities(table.metric), *_OTHERS)}
+        for name in names:
+            if name not in known:
+                raise UsageError(f"unknown curve {name!r}: {nearest(name, known)}")
+        chosen = [known[name] for name in names] or quantities(table.metric)
+        for quantity in chosen:
+            made = chart(table, quantity, drawn)
+            title = f"{table.row}: {made.title}" if len(firsts) > 1 else made.title
+            charts.append(replace(made, title=title))
+    if all(made.empty for made in charts):
+        raise UsageError("there are no curves: the tables hold no epochs")
+    seeds = {cell.config["seed"] for table in tables for cell in table.cells}
+    note = "one seed" if len(seeds) == 1 else f"mean and range over {len(seeds)} seeds"
+    recipe = tables[0].recipe.title
+    columns = min(len(chosen), 2 if len(chosen) in (2, 4) else 3)
+    return Figure(recipe, tuple(charts), columns, note)
+
+
+def _labels_and_marks(tables: Sequence[ResultTable]) -> tuple[dict[str, str], Marks]:
+    """Of each method its label, and its colour and dashes; the baselines are dashed."""
+    entries = [entry for table in tables for entry in table.entries]
+    labels = {entry.method: entry.label for entry in entries}
+    compared = {entry.compared_with for entry in entries}
+    return labels, marks(labels, {name for name, label in labels.items() if label in compared})
+
+
 def quantities(metric: Metric) -> list[DrawnQuantity]:
     """The metric, and what is drawn of every task."""
     spacing = Spacing.LINEAR if metric.higher_is_better else Spacing.LOG
@@ -61,14 +115,7 @@ def quantities(metric: Metric) -> list[DrawnQuantity]:
         Axis(_with_unit(metric), spacing, text=lambda v: f"{v:.{metric.digits}f}"),
         factor=metric.factor,
     )
-    loss = Axis("mean over the epoch, log scale", Spacing.LOG, text=lambda v: f"{v:.4g}")
-    norm = QUANTITIES["norm_growth"]
-    return [
-        first,
-        DrawnQuantity("train_loss", "Training loss", loss),
-        DrawnQuantity(norm.key, "Norm of the weights", norm.axis),
-        QUANTITIES["effective_lr"],
-    ]
+    return [first, *_SHOWN]
 
 
 def _with_unit(metric: Metric) -> str:
