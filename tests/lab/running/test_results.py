@@ -217,6 +217,10 @@ def test_a_report_in_json_says_all_that_its_runs_say(runs, tmp_path):
     assert as_markdown(again) == as_markdown(made)
     assert as_data(again) == as_data(made)
     assert document(picture(again)) == document(picture(made))
+    page, same = render(made), render(again)
+    assert Page(same).rows == Page(page).rows
+    assert same.count("<figure") == page.count("<figure") > 4
+    assert "11 of 12 runs finished" in same
 
 
 def test_the_command_draws_chosen_curves_of_runs_and_of_reports(runs, tmp_path, capsys):
@@ -233,7 +237,7 @@ def test_the_command_draws_chosen_curves_of_runs_and_of_reports(runs, tmp_path, 
 
 
 def test_a_report_in_json_that_is_none_is_an_error(tmp_path):
-    for content in ("{", "[1]", '[{"recipe": "digits"}]'):
+    for content in ("{", "[]", "[1]", '[{"recipe": "digits"}]'):
         path = tmp_path / "report.json"
         path.write_text(content)
         with pytest.raises(UsageError, match=r"report\.json is damaged"):

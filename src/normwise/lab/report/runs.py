@@ -47,13 +47,13 @@ def render(tables: Sequence[ResultTable]) -> str:
     """
     labels, drawn = _labels_and_marks(tables)
     cells = list({cell.folder: cell for table in tables for cell in table.cells}.values())
-    title = _title(tables, cells)
+    title = _title(tables)
     return page(
         "runs.html",
         brand="normwise report",
         title=title,
         page_title=title,
-        subtitle=_subtitle(cells),
+        subtitle=_subtitle(tables),
         notices=_notices(cells),
         numbers=_numbers(tables, drawn),
         differences=_differences(tables, drawn),
@@ -62,7 +62,7 @@ def render(tables: Sequence[ResultTable]) -> str:
             for name, (colour, dash) in drawn.items()
         ],
         sections=_sections(tables, drawn),
-        configs=[(_name(cell), _config(cell)) for cell in cells],
+        configs=[(_name(cell), _config(cell)) for cell in cells if "training" in cell.config],
     )
 
 
@@ -77,9 +77,8 @@ def picture(tables: Sequence[ResultTable], names: Sequence[str] = ()) -> Figure:
         UsageError: for a quantity that there is not, or where no table has curves.
     """
     _, drawn = _labels_and_marks(tables)
-    firsts = {(t.recipe.id, t.scale, t.row): t for t in reversed(tables)}
-    charts = []
-    for table in reversed(firsts.values()):
+    firsts, charts = _firsts(tables), []
+    for table in firsts:
         known = {q.key: q for q in (*quantities(table.metric), *_OTHERS)}
         for name in names:
             if name not in known:
@@ -190,17 +189,27 @@ def _differences(tables: Sequence[ResultTable], drawn: Marks) -> list[Dots]:
     return charts
 
 
-def _title(tables: Sequence[ResultTable], cells: Sequence[Done]) -> str:
-    finished = sum(cell.result is not None for cell in cells)
+def _title(tables: Sequence[ResultTable]) -> str:
+    entries = [entry for table in _firsts(tables) for entry in table.entries]
+    ended = sum(len(entry.values) + len(entry.failed) for entry in entries)
+    runs = ended + sum(len(entry.unfinished) for entry in entries)
     recipes = {table.recipe.id for table in tables}
     what = tables[0].recipe.title if len(recipes) == 1 else f"{len(recipes)} recipes"
-    return f"{what}: {finished} of {len(cells)} runs finished"
+    return f"{what}: {ended} of {runs} runs finished"
 
 
-def _subtitle(cells: Sequence[Done]) -> str:
-    seeds = {cell.config["seed"] for cell in cells}
-    methods = {cell.config["method"] for cell in cells}
-    counts = ((len(seeds), "seed"), (len(methods), "method"))
+def _firsts(tables: Sequence[ResultTable]) -> list[ResultTable]:
+    """Of each row of a recipe the table of its first metric."""
+    firsts: dict[tuple[str, str, str], ResultTable] = {}
+    for table in tables:
+        firsts.setdefault((table.recipe.id, table.scale, table.row), table)
+    return list(firsts.values())
+
+
+def _subtitle(tables: Sequence[ResultTable]) -> str:
+    entries = [entry for table in tables for entry in table.entries]
+    seeds = max(len(e.values) + len(e.failed) + len(e.unfinished) for e in entries)
+    counts = ((seeds, "seed"), (len({entry.method for entry in entries}), "method"))
     return ", ".join(f"{n} {word}" + "s" * (n != 1) for n, word in counts)
 
 

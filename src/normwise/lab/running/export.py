@@ -116,26 +116,6 @@ def as_latex(tables: Sequence[ResultTable]) -> str:
     return "\n".join(parts)
 
 
-_FIELDS = (
-    "recipe",
-    "scale",
-    "row",
-    "metric",
-    "method",
-    "mean",
-    "sd",
-    "seeds",
-    "failed",
-    "unfinished",
-    "compared_with",
-    "difference",
-    "half_width_95",
-    "verdict",
-    "baseline",
-    "paper",
-)
-
-
 def as_data(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
     """One dict for each method in each table, with the values of every seed."""
     rows = []
@@ -168,10 +148,12 @@ def as_data(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
 
 def as_csv(tables: Sequence[ResultTable]) -> str:
     """One line for each method in each table; numbers with all digits, nothing for unknown."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _FIELDS, extrasaction="ignore", lineterminator="\n")
+    text, rows = io.StringIO(), as_data(tables)
+    for row in rows:
+        del row["values"]
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(as_data(tables))
+    writer.writerows(rows)
     return text.getvalue()
 
 
@@ -215,6 +197,8 @@ def read_json(path: Path) -> list[ResultTable]:
         for row in rows:
             place = (row["recipe"], row["scale"], row["row"], row["metric"])
             tables.setdefault(place, []).append(row)
+        if not tables:
+            raise ValueError("it holds no tables")
         return [_table(path, *place, group) for place, group in tables.items()]
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise Damaged(path, f"{type(error).__name__}: {error}") from None
@@ -225,7 +209,7 @@ def _table(
 ) -> ResultTable:
     recipe = find(name)
     cells = tuple(
-        Done(path, {**r, "seed": int(seed)}, None, records)
+        Done(path / r["method"] / seed, {**r, "seed": int(seed)}, None, records)
         for r in rows
         for seed, records in r.get("records", {}).items()
     )

@@ -24,7 +24,7 @@ from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks import build
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
-__all__ = ["Classification", "ClassificationOptions", "load"]
+__all__ = ["Classification", "ClassificationOptions", "data_sets", "load"]
 
 _FOLDER = "folder:"
 METRICS = (Metric("accuracy", "test accuracy", "%", 100.0),)
@@ -35,8 +35,8 @@ class ClassificationOptions:
     """What a recipe may set.
 
     Args:
-        data: a name in ``DATA``, or ``folder:PATH`` for ImageNet-style folders, of whose images a
-            random part is scaled to a square for each step, as is usual on ImageNet.
+        data: a name in :func:`data_sets`, or ``folder:PATH`` for ImageNet-style folders, of whose
+            images a random part is scaled to a square for each step, as is usual on ImageNet.
         network: a name that :func:`normwise.lab.networks.build` knows.
         width: channels of the network's first stage (default: 16).
         augment: any of crop, flip, cutout, mixup, cutmix, in the order in which they act; of mixup
@@ -94,10 +94,10 @@ def _read(reader: str, root: Path) -> Labelled:
     return data
 
 
-DATA: dict[str, Callable[[Path], Labelled]] = {
-    **{s.name: partial(_read, s.labelled) for s in CATALOGUE.values() if s.labelled},
-    "digits": _digits,
-}
+def data_sets() -> dict[str, Callable[[Path], Labelled]]:
+    """The readers of the data sets to classify, by name."""
+    listed = {s.name: partial(_read, s.labelled) for s in CATALOGUE.values() if s.labelled}
+    return {**listed, "digits": _digits}
 
 
 @cache
@@ -108,9 +108,10 @@ def load(name: str, root: Path) -> Labelled:
         UsageError: for an unknown name.
         DataError: if it is missing or not as published.
     """
-    if name not in DATA:
-        raise UsageError(f"unknown data {name!r}: {nearest(name, DATA)}")
-    return DATA[name](root)
+    known = data_sets()
+    if name not in known:
+        raise UsageError(f"unknown data {name!r}: {nearest(name, known)}")
+    return known[name](root)
 
 
 def subset(count: int, of: int) -> Tensor:
