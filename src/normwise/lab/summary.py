@@ -20,6 +20,7 @@ __all__ = [
     "example_half_width",
     "findings",
     "headline",
+    "listed",
     "rows",
     "seed_half_width",
     "summarize",
@@ -133,12 +134,23 @@ def _shown(own: Sequence[Record], epochs: int) -> list[int]:
 
 
 class Verdict(Enum):
-    """What the seeds and the test examples allow to say about a difference in accuracy."""
+    """What the seeds and the test examples allow to say about a difference."""
 
     BETTER = "better"
     WORSE = "worse"
-    WITHIN_SPREAD = "within the spread of seeds and test examples"
-    ONE_SEED = "one seed, so nothing can be said"
+    WITHIN_CHANCE = "within chance"
+    ONE_SEED = "one seed"
+
+    @classmethod
+    def of(
+        cls, difference: float, half_width: float | None, higher_is_better: bool = True
+    ) -> Verdict:
+        """Better or worse only where the 95% interval of the difference leaves out zero."""
+        if half_width is None:
+            return cls.ONE_SEED
+        if abs(difference) <= half_width or difference == 0:
+            return cls.WITHIN_CHANCE
+        return cls.BETTER if (difference > 0) == higher_is_better else cls.WORSE
 
 
 def seed_half_width(differences: Sequence[float]) -> float | None:
@@ -206,12 +218,8 @@ class ProjectionFinding:
 
     @property
     def verdict(self) -> Verdict:
-        """Better or worse only where the 95% interval of the difference leaves out zero."""
-        if self.half_width is None:
-            return Verdict.ONE_SEED
-        if abs(self.difference) <= self.half_width or self.difference == 0:
-            return Verdict.WITHIN_SPREAD
-        return Verdict.BETTER if self.difference > 0 else Verdict.WORSE
+        """What chance allows to say about the accuracies."""
+        return Verdict.of(self.difference, self.half_width)
 
     @property
     def norms_kept_smaller(self) -> bool | None:
@@ -304,7 +312,7 @@ def headline(found: Sequence[ProjectionFinding], table: Sequence[MethodEnd]) -> 
         ]
         if not ends:
             return "No run came far enough to say anything"
-        return f"The norm of the scale-invariant weights changed by {_listed(ends)}"
+        return f"The norm of the scale-invariant weights changed by {listed(ends)}"
     return f"{_norm_clause(found)}; {_accuracy_clause(found)}"
 
 
@@ -315,16 +323,16 @@ def _norm_clause(found: Sequence[ProjectionFinding]) -> str:
     parts = []
     if kept:
         parts.append(
-            f"{_listed([f.projected for f in kept])} kept the norms smaller than "
-            f"{_listed([f.baseline for f in kept])}"
+            f"{listed([f.projected for f in kept])} kept the norms smaller than "
+            f"{listed([f.baseline for f in kept])}"
         )
     if grown:
         parts.append(
-            f"{_listed([f.projected for f in grown])} left larger norms than "
-            f"{_listed([f.baseline for f in grown])}"
+            f"{listed([f.projected for f in grown])} left larger norms than "
+            f"{listed([f.baseline for f in grown])}"
         )
     if same:
-        pairs = _listed([f"{f.projected} and {f.baseline}" for f in same])
+        pairs = listed([f"{f.projected} and {f.baseline}" for f in same])
         parts.append(f"norms ended about equal under {pairs}")
     text = ", ".join(parts)
     return text[0].upper() + text[1:]
@@ -334,23 +342,23 @@ def _accuracy_clause(found: Sequence[ProjectionFinding]) -> str:
     said: dict[Verdict, list[str]] = {}
     for f in found:
         said.setdefault(f.verdict, []).append(f.projected)
-    if set(said) == {Verdict.WITHIN_SPREAD}:
+    if set(said) == {Verdict.WITHIN_CHANCE}:
         return "test accuracies differ by no more than chance explains"
     parts = []
     if Verdict.BETTER in said:
-        parts.append(f"{_listed(said[Verdict.BETTER])} ended more accurate")
+        parts.append(f"{listed(said[Verdict.BETTER])} ended more accurate")
     if Verdict.WORSE in said:
-        parts.append(f"{_listed(said[Verdict.WORSE])} ended less accurate")
-    if Verdict.WITHIN_SPREAD in said:
-        parts.append(f"{_listed(said[Verdict.WITHIN_SPREAD])} within chance")
+        parts.append(f"{listed(said[Verdict.WORSE])} ended less accurate")
+    if Verdict.WITHIN_CHANCE in said:
+        parts.append(f"{listed(said[Verdict.WITHIN_CHANCE])} within chance")
     if Verdict.ONE_SEED in said:
         parts.append("one seed is too few to compare accuracies")
     return ", ".join(parts)
 
 
-def _listed(items: Sequence[str]) -> str:
+def listed(items: Sequence[str]) -> str:
     """``a``, ``a and b``, or ``a, b and c``."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+    return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))
 
 
 def summarize(

@@ -9,13 +9,13 @@ from statistics import fmean
 from typing import Any
 
 from normwise.figures import Axis, Line, Lines, Spacing, marks
+from normwise.lab.summary import listed
 
 __all__ = [
     "EPOCH",
     "QUANTITIES",
     "Comparison",
     "DrawnQuantity",
-    "listed",
     "over_seeds",
 ]
 
@@ -174,8 +174,3 @@ class Comparison:
         drops = tuple(map(float, self.run["settings"].get("drop_epochs", ())))
         note = quantity.note.format(formulas=self.formulas)
         return Lines(quantity.title, note, EPOCH, quantity.axis, tuple(lines), drops)
-
-
-def listed(items: Sequence[str]) -> str:
-    """``a``, ``a and b``, or ``a, b and c``."""
-    return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))

@@ -12,10 +12,11 @@ from typing import Any
 from normwise.figures import Axis, Line, Lines, Spacing, marks
 from normwise.figures.tables import Cell, Column, Row, Table
 from normwise.lab.methods import Inspected, Method, Setting
-from normwise.lab.report.curves import QUANTITIES, listed
+from normwise.lab.report.curves import QUANTITIES
 from normwise.lab.report.pages import page
 from normwise.lab.report.runs import chart, quantities
 from normwise.lab.running.results import Done, Entry, ResultTable, finished, paired
+from normwise.lab.summary import listed
 from normwise.updates import Coupling, UpdateRule
 
 __all__ = ["Answer", "render"]

@@ -14,7 +14,7 @@ from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.recipes import Recipe, find
 from normwise.lab.running.cell import CONFIG, RESULT
 from normwise.lab.store import METRICS, read_metrics, read_sealed_json
-from normwise.lab.summary import Spread, example_half_width, seed_half_width
+from normwise.lab.summary import Spread, Verdict, example_half_width, seed_half_width
 from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.problem import Metric
 
@@ -78,12 +78,7 @@ class Entry:
         """What the interval allows to say."""
         if self.difference is None:
             return ""
-        if self.half_width is None:
-            return "one seed"
-        if abs(self.difference) <= self.half_width or self.difference == 0:
-            return "within chance"
-        better = (self.difference > 0) == metric.higher_is_better
-        return "better" if better else "worse"
+        return Verdict.of(self.difference, self.half_width, metric.higher_is_better).value
 
 
 @dataclass(frozen=True)
