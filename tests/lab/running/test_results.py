@@ -221,6 +221,8 @@ def test_a_report_in_json_says_all_that_its_runs_say(runs, tmp_path):
     assert Page(same).rows == Page(page).rows
     assert same.count("<figure") == page.count("<figure") > 4
     assert "11 of 12 runs finished" in same
+    assert "How each was made" in page
+    assert "How each was made" not in same
 
 
 def test_the_command_draws_chosen_curves_of_runs_and_of_reports(runs, tmp_path, capsys):

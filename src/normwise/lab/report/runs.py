@@ -128,7 +128,10 @@ def _sections(tables: Sequence[ResultTable], drawn: Marks) -> list[dict[str, Any
     for table in tables:
         place = (table.recipe.id, table.scale, table.row)
         drawings = quantities(table.metric)[: 1 if place in shown else None]
+        charts = [chart(table, quantity, drawn) for quantity in drawings]
         shown.add(place)
+        if all(drawing.empty for drawing in charts):
+            continue
         notes = [table.recipe.question, table.recipe.scales[table.scale].note]
         notes += [f"Paper: {table.recipe.paper.source}.", table.recipe.paper.note]
         sections.append(
@@ -136,7 +139,7 @@ def _sections(tables: Sequence[ResultTable], drawn: Marks) -> list[dict[str, Any
                 "title": f"{table.recipe.title}: {table.row}, {table.scale} scale",
                 "words": _words(table),
                 "note": " ".join(filter(None, notes)),
-                "charts": [chart(table, quantity, drawn) for quantity in drawings],
+                "charts": charts,
             }
         )
     return sections
