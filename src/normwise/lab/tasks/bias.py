@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from normwise.lab.checks import within
 from normwise.lab.errors import UsageError
-from normwise.lab.tasks.classification import load, subset
+from normwise.lab.tasks.classification import load, part
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
 __all__ = ["COLOURS", "Bias", "BiasOptions", "coloured", "colours", "hsic"]
@@ -175,11 +175,12 @@ class Bias(Problem):
         self.options = options
         # The same colours for every seed, so that the seeds share their data.
         draw = torch.Generator().manual_seed(0)
-        x, y = _part(data.train, data.train_labels, options.train_examples)
+        cpu = torch.device("cpu")
+        x, y = part(data.train, data.train_labels, options.train_examples, cpu)
         given = colours(y, options.correlation, draw)
         self.train = coloured(x, given, options.shrink).to(device)
         self.train_labels = y.to(device)
-        x, y = _part(data.test, data.test_labels, options.test_examples)
+        x, y = part(data.test, data.test_labels, options.test_examples, cpu)
         unbiased = colours(y, 1 / CLASSES, draw)
         self.unbiased = coloured(x, unbiased, options.shrink).to(device)
         self.biased = coloured(x, y, options.shrink).to(device)
@@ -236,11 +237,3 @@ class Bias(Problem):
             },
             unbiased.nonzero().flatten().tolist(),
         )
-
-
-def _part(images: object, labels: object, count: int | None) -> tuple[Tensor, Tensor]:
-    x, y = torch.tensor(images), torch.tensor(labels)
-    if count is not None:
-        chosen = subset(count, len(x))
-        x, y = x[chosen], y[chosen]
-    return x, y

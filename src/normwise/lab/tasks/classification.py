@@ -204,8 +204,8 @@ def _source(
         decoded = DecodedImages(train, test, options.image_size, options.shrink)
         return decoded, folder.name, len(folder.classes)
     data = load(options.data, root)
-    x, y = _part(data.train, data.train_labels, counts[0], device)
-    test_x, test_y = _part(data.test, data.test_labels, counts[1], device)
+    x, y = part(data.train, data.train_labels, counts[0], device)
+    test_x, test_y = part(data.test, data.test_labels, counts[1], device)
     pixels = x.dtype == torch.uint8
     x, test_x = shrunk(x, options.shrink), shrunk(test_x, options.shrink)
     channels = x.float().transpose(0, 1).flatten(1).double()
@@ -214,9 +214,10 @@ def _source(
     return HeldImages((x, y), (test_x, test_y), mean, std, pixels), data.name, len(data.classes)
 
 
-def _part(
+def part(
     inputs: Any, labels: Any, count: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
+    """Arrays as tensors on a device; of ``count`` of them, always the same ones, or of all."""
     # torch.tensor copies: arrays that were read from bytes are not writable.
     x, y = torch.tensor(inputs), torch.tensor(labels)
     if count is not None:
