@@ -5,7 +5,7 @@ learning rates and λ; the accuracy is on the 10,000 test images. All networks o
 cell and seed of the grid, are trained side by side as one batch of matrices::
 
     NORMWISE_DATA=... python benchmarks/decay_moments.py run  moments.json
-    python benchmarks/decay_moments.py show moments.json docs/images/decay_moments.png
+    python benchmarks/decay_moments.py show docs/results/decay-moments.json docs/images/decay_moments.png
 
 ``NORMWISE_DATA`` is a directory with MNIST in its published IDX files, in it or in ``mnist/``.
 
