@@ -20,12 +20,9 @@ from normwise.geometry import View
 
 __all__ = ["Layout", "is_sharded", "lay_out", "lay_out_channels", "local", "sum_over_ranks_"]
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-
-
 def is_sharded(t: Any) -> TypeGuard[Any]:
     """Whether ``t`` is a DTensor; what DTensors need is not imported where there is none."""
-    if type(t) in _PLAIN or not isinstance(t, Tensor):
+    if type(t) is Tensor or type(t) is torch.nn.Parameter or not isinstance(t, Tensor):
         return False
     from torch.distributed.tensor import DTensor
 
