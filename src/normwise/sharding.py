@@ -20,6 +20,7 @@ from normwise.geometry import View
 
 __all__ = ["Layout", "is_sharded", "lay_out", "lay_out_channels", "local", "sum_over_ranks_"]
 
+
 def is_sharded(t: Any) -> TypeGuard[Any]:
     """Whether ``t`` is a DTensor; what DTensors need is not imported where there is none."""
     if type(t) is Tensor or type(t) is torch.nn.Parameter or not isinstance(t, Tensor):

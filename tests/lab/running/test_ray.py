@@ -1,5 +1,6 @@
 """A Ray head that does not answer is named, and soon."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -28,11 +29,9 @@ def silent(listener):
 
 def rejecting(listener):
     """Connections are closed as soon as they are made."""
-    while True:
-        try:
+    with contextlib.suppress(OSError):  # until the listener is closed
+        while True:
             listener.accept()[0].close()
-        except OSError:
-            return
 
 
 @pytest.mark.parametrize(
