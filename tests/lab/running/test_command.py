@@ -1,4 +1,4 @@
-"""``normwise paper run`` and ``compare``: what they show while they train, and leave when they end."""
+"""What ``normwise paper run`` and ``compare`` show while they train, and leave when they end."""
 
 import errno
 import json
