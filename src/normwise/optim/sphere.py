@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from normwise.checks import check_optimizer
 from normwise.geometry import View, computing_dtype
 from normwise.optim.groups import check_number
 from normwise.optim.projection import BATCHED_ENTRIES, batch, is_alias, unbatch_
@@ -61,8 +62,9 @@ class RadialBrake:
 
     def __post_init__(self) -> None:
         for name in ("outward", "inward"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"Invalid {name}: {getattr(self, name)}; must be from 0 to 1")
+            check_number(name, value := getattr(self, name))
+            if value > 1:
+                raise ValueError(f"Invalid {name}: {value}; must be from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -467,6 +469,7 @@ def sphere(
     check_number("floor", floor)
     if floor and update == "relative":
         raise ValueError("floor is for update='raw': a relative update is as long as lr says")
+    check_optimizer(optimizer)
     _check_step(optimizer)
     if gains is not None:
         _add_gains(optimizer, gains)
