@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -63,7 +62,8 @@ class RWP(Perturbation):
         steps: int = 10,
         views: Views | None = None,
     ) -> None:
-        if not isinstance(max_loss, Real) or not max_loss >= 0:
+        given: Any = max_loss
+        if not (isinstance(given, int | float) and given >= 0):
             raise ValueError(f"Invalid max_loss: {max_loss!r}; must be 0 or more")
         check_at_least_one("steps", steps)
         self.max_loss, self.steps, self._together = max_loss, steps, views is None
