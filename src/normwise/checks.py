@@ -19,7 +19,17 @@ __all__ = [
 
 
 def check_number(name: str, value: Any, *, positive: bool = False, below: float = math.inf) -> None:
-    """Raise ValueError unless ``value`` is a number, finite, 0 or more (above 0), and below."""
+    """Refuse what is no number, not finite, negative or too large.
+
+    Args:
+        name: of the argument, for the error.
+        value: a number, or a tensor of one.
+        positive: whether 0 is refused too (default: no).
+        below: what the value must be below (default: no more than that it is finite).
+
+    Raises:
+        ValueError: for such a value.
+    """
     is_number = isinstance(value, Real | Tensor) and not isinstance(value, bool)
     if not (is_number and (value > 0 if positive else value >= 0) and value < below):
         least = "above 0" if positive else "0 or more"
@@ -28,36 +38,72 @@ def check_number(name: str, value: Any, *, positive: bool = False, below: float 
 
 
 def check_at_least_one(name: str, value: Any) -> int:
-    """``value``, if it is a whole number of 1 or more; else ValueError."""
+    """A whole number of 1 or more.
+
+    Args:
+        name: of the argument, for the error.
+        value: the number.
+
+    Returns:
+        ``value``.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"Invalid {name}: {value!r}; must be a whole number, 1 or more")
     return value
 
 
 def check_switch(name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is True or False: a word for no would count as yes."""
+    """Refuse what is neither True nor False: a word for no would count as yes.
+
+    Args:
+        name: of the argument, for the error.
+        value: the switch.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if not isinstance(value, bool):
         raise ValueError(f"Invalid {name}: {value!r}; must be True or False")
 
 
 def check_model(value: Any) -> None:
-    """Raise TypeError unless ``value`` is a module."""
+    """Refuse what is no module.
+
+    Args:
+        value: what was given for a model.
+
+    Raises:
+        TypeError: for anything else.
+    """
     if not isinstance(value, nn.Module):
         raise TypeError(f"Invalid model: {_shown(value)}; must be a torch.nn.Module")
 
 
 def check_optimizer(value: Any) -> None:
-    """Raise TypeError unless ``value`` has groups and a step, as torch's optimizers do."""
+    """Refuse what has no groups and no step, as torch's optimizers have.
+
+    Args:
+        value: what was given for an optimizer.
+
+    Raises:
+        TypeError: for anything else.
+    """
     if not (hasattr(value, "param_groups") and hasattr(value, "step")):
         raise TypeError(f"Invalid optimizer: {_shown(value)}; must be a torch.optim.Optimizer")
 
 
 def check_report(value: Any, others: str = "") -> None:
-    """Raise TypeError unless ``value`` is an analysis.
+    """Refuse what is no analysis.
 
     Args:
         value: what was given.
         others: what else might have been given, in words that end in "or" (default: nothing).
+
+    Raises:
+        TypeError: for anything else.
     """
     if not hasattr(value, "parameter_views"):
         raise TypeError(
