@@ -13,6 +13,8 @@ from normwise.optim.by_role import ByRole
 
 transformers = pytest.importorskip("transformers", reason="its networks are what people train")
 
+if not hasattr(torch.optim, "Muon"):
+    pytest.skip("Muon came with torch 2.9", allow_module_level=True)
 MUON = functools.partial(torch.optim.Muon, lr=0.02, weight_decay=0.1)
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
 

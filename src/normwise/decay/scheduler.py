@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
+from normwise.checks import check_number
 from normwise.decay.attached import scheduled
-from normwise.decay.checks import check_number
 from normwise.decay.epsilon_shifted import EpsilonShiftedL2
 from normwise.decay.policies import AttachedPolicy, Decoupled, On
 from normwise.decay.schedules import Restarts

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normwise.checks import check_report
 from normwise.figures.tables import paragraph
 from normwise.geometry import View
 from normwise.monitor.alarms import Alarm, AlarmError, AlarmRule, standard_rules
@@ -748,6 +749,7 @@ def _views(
                 raise ValueError(f"the model has no parameter {name!r}")
             views[by_name[name]] = view if isinstance(view, View) else View.parse(view)
     elif report is not None:
+        check_report(report, "a mapping from names, or")
         views = dict(report.parameter_views(model))
         if not views:
             knows = False

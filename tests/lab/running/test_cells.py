@@ -637,6 +637,7 @@ def test_an_error_in_a_process_stops_the_others_with_its_message(tmp_path):
         run_cells([bad, replace(bad, seed=1)], tmp_path, ROOT, jobs=2)
 
 
+@pytest.mark.slow
 def test_ray_gives_what_one_after_the_other_gives(tmp_path):
     ray = pytest.importorskip("ray", reason="compares with a local Ray cluster")
     cells = [tiny(m, epochs=1) for m in ("sgd", "sgdp", "adamp")]

@@ -237,7 +237,7 @@ def average_precision(
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError:
-        raise UsageError('detection needs pycocotools: pip install "normwise[detection]"') from None
+        raise UsageError('detection needs pycocotools: pip install "normwise[lab]"') from None
 
     def corner_and_size(box: list[float]) -> list[float]:
         return [box[0], box[1], box[2] - box[0], box[3] - box[1]]

@@ -90,7 +90,7 @@ def make_loss(name: str, classes: int, embedding: int) -> nn.Module:
         from pytorch_metric_learning.miners import TripletMarginMiner
     except ImportError:
         raise UsageError(
-            'retrieval needs pytorch-metric-learning: pip install "normwise[retrieval]"'
+            'retrieval needs pytorch-metric-learning: pip install "normwise[lab]"'
         ) from None
     if name == "proxy-anchor":
         loss: nn.Module = ProxyAnchorLoss(classes, embedding, margin=0.1, alpha=32)
