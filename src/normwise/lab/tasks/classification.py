@@ -254,7 +254,7 @@ class Classification(Problem):
             folder = image_folder(root / options.data.removeprefix(_FOLDER))
             self.data = _Streamed(folder, options, device)
         else:
-            self.data = _InMemory(load(options.data, root), options, device)
+            self.data = _InMemory(self.labelled(options, root), options, device)
         labels, test_labels = self.data.train_labels, self.data.test_labels
         self.classes = self.data.classes
         self.mean, self.std = self.data.mean, self.data.std
@@ -269,6 +269,11 @@ class Classification(Problem):
         }
         commonest = int(torch.bincount(labels).argmax())
         self.baseline = {"accuracy": float((test_labels == commonest).double().mean())}
+
+    @staticmethod
+    def labelled(options: Any, root: Path) -> Labelled:
+        """The data set, by its name."""
+        return load(options.data, root)
 
     def standardized(self, x: Tensor) -> Tensor:
         """Inputs as the network takes them."""

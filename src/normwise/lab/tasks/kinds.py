@@ -21,6 +21,9 @@ __all__ = ["KINDS", "Kind", "is_own", "kind"]
 KINDS = {
     "classification": ("classification", "Classification"),
     "adversarial": ("adversarial", "Adversarial"),
+    "long_tail": ("long_tail", "LongTail"),
+    "incremental": ("incremental", "Incremental"),
+    "stabilization": ("stabilization", "Stabilization"),
     "bias": ("bias", "Bias"),
     "detection": ("detection", "Detection"),
     "retrieval": ("retrieval", "Retrieval"),
