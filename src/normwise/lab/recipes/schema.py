@@ -116,7 +116,16 @@ class Training:
                 raise UsageError(f"unknown {name} {value!r}: {nearest(value, allowed)}")
         for name in ("batch_size", "evaluate_every", "cycles"):
             within(self, name, 1)
-        for name in ("epochs", "awp_gamma", "lr", "weight_decay", "eps", "wd_ratio", "delta", "lr_factor"):
+        for name in (
+            "epochs",
+            "awp_gamma",
+            "lr",
+            "weight_decay",
+            "eps",
+            "wd_ratio",
+            "delta",
+            "lr_factor",
+        ):
             within(self, name, 0)
         for name in ("normalization_eps", "epsilon_shift"):
             within(self, name, 0)

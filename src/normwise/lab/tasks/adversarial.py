@@ -191,8 +191,7 @@ class Adversarial(Classification):
 
     def _train_parts(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         draw = torch.Generator().manual_seed(0)
-        steps = torch.arange(min(count, self.examples)).split(_PART)
-        for step in steps:
+        for step in torch.split(torch.arange(min(count, self.examples)), _PART):
             for x, y, _ in self.data.batches(step[None], [draw]):
                 yield x, y
 

@@ -1,10 +1,11 @@
-"""Class-incremental learning: classes come in groups, and of earlier ones a few examples are kept."""
+"""Class-incremental learning: classes come in groups, a few examples of earlier ones are kept."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -104,6 +105,7 @@ class Incremental(Classification):
     equation 3). Kept examples are drawn at random.
     """
 
+    divisible: ClassVar[bool] = False
     options: Options
     model: _WithTeacher
 
@@ -176,9 +178,7 @@ class Incremental(Classification):
         x, y = batch
         known, seen = self.group * self.group_size, (self.group + 1) * self.group_size
         logits = self.model(x)[:, :seen]
-        loss = F.cross_entropy(
-            logits, y[:, :seen], label_smoothing=self.options.label_smoothing
-        )
+        loss = F.cross_entropy(logits, y[:, :seen], label_smoothing=self.options.label_smoothing)
         if not known:
             return loss
         self.model.teacher.eval()
@@ -192,7 +192,7 @@ class Incremental(Classification):
     def end_epoch(self) -> None:
         """At the end of a group: align, test, become the teacher, and lay out new rows."""
         model, group = self.model, self.group
-        model.epoch += 1
+        model.epoch.add_(1)
         if int(model.epoch) % self.options.group_epochs:
             return
         head = self._head()
@@ -211,7 +211,10 @@ class Incremental(Classification):
         groups_seen = max(1, -(-int(self.model.epoch) // self.options.group_epochs))
         seen = groups_seen * self.group_size
         predicted = torch.cat(
-            [self.model(self.standardized(x))[:, :seen].argmax(1) for x, _ in self.data.test_parts()]
+            [
+                self.model(self.standardized(x))[:, :seen].argmax(1)
+                for x, _ in self.data.test_parts()
+            ]
         )
         right = predicted == self.test_places
         latest = (self.test_places >= seen - self.group_size) & (self.test_places < seen)

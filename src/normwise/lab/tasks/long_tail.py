@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,8 +44,9 @@ class Options(classification.Options):
         max_norm: share between the least and the largest norm of the classifier's rows, at the
             start, that becomes the radius of a projection after every epoch (default: none).
         rescale: what is done to the classifier's rows at the start: none, ``tau`` for
-            τ-normalization, or ``align``, which gives the classes of 100 examples or fewer the mean
-            norm of the others (default: none).
+            τ-normalization, or ``align``, which gives rare classes the mean norm of the others
+            (default: none).
+        rare: how many examples such a class has at most (default: 100).
         tau: τ (default: 1).
     """
 
@@ -54,6 +55,7 @@ class Options(classification.Options):
     class_balanced: bool = False
     max_norm: float | None = None
     rescale: str = "none"
+    rare: int = 100
     tau: float = 1.0
 
     def __post_init__(self) -> None:
@@ -97,6 +99,7 @@ class LongTail(Classification):
     rows and train nothing, some train it alone.
     """
 
+    divisible: ClassVar[bool] = False
     options: Options
 
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:
@@ -138,7 +141,10 @@ class LongTail(Classification):
         if self.options.rescale == "tau":
             tau_normalize(rows, self.options.tau)
         elif self.options.rescale == "align":
-            align_rows(rows, (self.counts <= 100).nonzero().flatten().tolist())
+            try:
+                align_rows(rows, (self.counts <= self.options.rare).nonzero().flatten().tolist())
+            except ValueError as error:
+                raise UsageError(f"rare {self.options.rare} is not allowed: {error}") from None
         if self.options.max_norm is not None:
             self.radii = MaxNorm.from_norms([rows], self.options.max_norm)
 

@@ -50,8 +50,8 @@ class Evaluation:
 class Problem(ABC):
     """Data and network, ready to be trained.
 
-    Nothing in it changes while training but ``model``, its buffers included, so that the state of a training is that of
-    the model, of the optimizer, and the number of the step.
+    Nothing in it changes while training but ``model``, its buffers included, so that the state of a
+    training is that of the model, of the optimizer, and the number of the step.
 
     Attributes:
         divisible: whether processes can share a batch: the loss is the mean over its examples, and
@@ -98,7 +98,7 @@ class Problem(ABC):
         """
         return batch
 
-    def end_epoch(self) -> None:
+    def end_epoch(self) -> None:  # noqa: B027  # most tasks leave the model as it is
         """Change the model as the task has it between epochs, before it is tested."""
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,11 @@ METRICS = (
     Metric("settled_accuracy", "test accuracy of the copy", "%", 100.0),
     Metric("accuracy", "test accuracy of the run", "%", 100.0),
 )
+
+
+def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(model(x), y)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Stabilization(Classification):
     copy's batches are the same at every test.
     """
 
+    divisible: ClassVar[bool] = False
     options: Options
 
     def __init__(self, options: Options, root: Path, device: torch.device) -> None:
@@ -75,7 +81,7 @@ class Stabilization(Classification):
         """Losses and accuracies of the run and of a copy that was trained on."""
         found = loss_stabilization(
             self.model,
-            lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+            _cross_entropy,
             self._probed(),
             self._train_loss,
             lr=self.options.probe_lr,
@@ -101,7 +107,7 @@ class Stabilization(Classification):
         model.eval()
         total = torch.zeros((), dtype=torch.float64)
         draw = torch.Generator().manual_seed(0)
-        for chosen in torch.arange(self.examples).split(500):
+        for chosen in torch.split(torch.arange(self.examples), 500):
             for x, y, _ in self.data.batches(chosen[None], [draw]):
                 logits = model(self.standardized(x))
                 total += F.cross_entropy(logits, y, reduction="sum").double().cpu()
