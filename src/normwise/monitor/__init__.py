@@ -32,9 +32,20 @@ from normwise.monitor.quantities import (
 )
 from normwise.monitor.triggers import Trigger, every, first, log_spaced
 from normwise.monitor.watched import Layer
+from normwise.monitor.whole import (
+    SPECTRAL,
+    Imbalance,
+    L2Share,
+    OfEach,
+    OscillationRate,
+    UtilizedRank,
+    WeightQuantity,
+    spectral,
+)
 from normwise.monitor.writers import JsonLines, MLflow, Parquet, TensorBoard, WandB
 
 __all__ = [
+    "SPECTRAL",
     "STANDARD",
     "Aggregate",
     "Alarm",
@@ -48,7 +59,9 @@ __all__ = [
     "ExplodingSlices",
     "GradientCosine",
     "GradientPush",
+    "Imbalance",
     "JsonLines",
+    "L2Share",
     "LargeAngularUpdate",
     "LargestInverseNorm",
     "Layer",
@@ -57,6 +70,8 @@ __all__ = [
     "Monitor",
     "Norm",
     "NotFinite",
+    "OfEach",
+    "OscillationRate",
     "Parquet",
     "Quantity",
     "RadialShare",
@@ -66,9 +81,12 @@ __all__ = [
     "SmallestNorm",
     "TensorBoard",
     "Trigger",
+    "UtilizedRank",
     "WandB",
+    "WeightQuantity",
     "every",
     "first",
     "log_spaced",
+    "spectral",
     "standard_rules",
 ]
