@@ -27,8 +27,8 @@ from normwise.monitor.sharded import (
     slices_from_sums,
 )
 from normwise.monitor.triggers import Trigger, at_least_one, every
-from normwise.monitor.whole import WeightQuantity
 from normwise.monitor.watched import Bucket, Layer, WatchedWeights
+from normwise.monitor.whole import WeightQuantity
 from normwise.sharding import is_sharded
 from normwise.theory import equilibrium_of, time_to_equilibrium
 from normwise.updates import Update, UpdateRule, describe, rule_of

@@ -44,6 +44,8 @@ class Options:
         label_smoothing: share of each target that is spread over all classes (default: 0).
         train_examples: how many are used, drawn once and for all (default: all).
         test_examples: the same for testing (default: all).
+        label_noise: share of the training labels that are drawn anew from all classes, once and for
+            all (default: 0).
         image_size: pixels a side, of folders (default: 224).
         shrink: side of the squares of pixels that are averaged, a divisor of the images' (default:
             1).
@@ -56,6 +58,7 @@ class Options:
     label_smoothing: float = 0.0
     train_examples: int | None = None
     test_examples: int | None = None
+    label_noise: float = 0.0
     image_size: int = 224
     shrink: int = 1
 
@@ -63,6 +66,7 @@ class Options:
         for name in ("shrink", "width", "image_size", "train_examples", "test_examples"):
             within(self, name, 1)
         within(self, "label_smoothing", 0, 1)
+        within(self, "label_noise", 0, 1)
         known = [*GEOMETRIC, *MIXING]
         for name in self.augment:
             if name not in known:
@@ -255,6 +259,10 @@ class Classification(Problem):
             self.data = _Streamed(folder, options, device)
         else:
             self.data = _InMemory(self.labelled(options, root), options, device)
+        if options.label_noise:
+            self.data.train_labels = _noisy(
+                self.data.train_labels, options.label_noise, self.data.classes
+            )
         labels, test_labels = self.data.train_labels, self.data.test_labels
         self.classes = self.data.classes
         self.mean, self.std = self.data.mean, self.data.std
@@ -314,6 +322,14 @@ class Classification(Problem):
         wrong = torch.cat(parts)
         accuracy = 1 - float(wrong.double().mean())
         return Evaluation({"accuracy": accuracy}, wrong.nonzero().flatten().tolist())
+
+
+def _noisy(labels: Tensor, share: float, classes: int) -> Tensor:
+    """Labels of which each is, with this probability, drawn anew; always the same ones."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = torch.randint(classes, labels.shape, generator=draw)
+    replaced = torch.rand(labels.shape, generator=draw) < share
+    return torch.where(replaced.to(labels.device), drawn.to(labels.device), labels)
 
 
 def _part(
