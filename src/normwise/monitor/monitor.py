@@ -92,8 +92,8 @@ class Monitor:
         every: when to measure: the first step and every so many, or a trigger (default: 100).
         quantities: what to measure (default: :data:`normwise.monitor.STANDARD`).
         of_weights: what to measure of whole weights besides, each on a schedule of its own, such as
-            ``spectral(every(500))``; NaN at other measurements. Of DTensors nothing can be (default:
-            nothing).
+            ``spectral(every(500))``; NaN at other measurements. DTensors are refused with it
+            (default: nothing).
         writers: where measurements go: any callables, such as those of
             :mod:`normwise.monitor.writers`. One that has ``close()`` is closed with the monitor.
             One that fails is dropped, with one warning of the logger ``normwise.monitor``.

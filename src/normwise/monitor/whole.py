@@ -152,7 +152,7 @@ class UtilizedRank(WeightQuantity):
 
 def _module_of(name: str) -> str:
     """The name of the module that a parameter belongs to, parametrized or not."""
-    head, found, tail = name.rpartition(_PARAMETRIZED)
+    head, found, _ = name.rpartition(_PARAMETRIZED)
     return head.removesuffix(".") if found else name.rpartition(".")[0]
 
 

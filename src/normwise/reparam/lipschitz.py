@@ -230,7 +230,7 @@ class SLL(nn.Module):
 
 
 def _absolute_gram(w: Tensor) -> Tensor:
-    """Σ over shifts of |correlation| of rows i and j, shape ``(inner, inner)``; |WWᵀ| of a matrix."""
+    """Σ over shifts of |correlation| of rows i and j, ``(inner, inner)``; |WWᵀ| of a matrix."""
     if w.ndim == 2:
         return (w @ w.T).abs()
     return F.conv2d(w, w, padding=w.shape[-1] - 1).abs().sum((2, 3))
