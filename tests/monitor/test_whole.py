@@ -156,7 +156,7 @@ def test_decoupled_decay_has_no_share_of_the_moment():
     assert share(model, ["w"])["w"] == 0
 
 
-def test_imbalance_is_zero_at_least_mass_and_conserved_by_gradient_flow_only():
+def test_imbalance_is_zero_at_least_mass_and_conserved_by_gradient_flow():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double()
     x = torch.randn(16, 3, dtype=torch.float64)
@@ -167,6 +167,13 @@ def test_imbalance_is_zero_at_least_mass_and_conserved_by_gradient_flow_only():
     column = model[2].weight.detach().square().sum(0)
     expected = ((row + bias - column).abs() / (row + bias + column)).mean()
     assert float(imbalance(model, names)["0.weight"]) == pytest.approx(float(expected), rel=1e-12)
+    (model(x).exp().sum()).backward()
+    rows, biases, columns = (
+        p.detach() * p.grad for p in (model[0].weight, model[0].bias, model[2].weight)
+    )
+    # Half of the derivative of ‖row‖² + bias² − ‖column‖² along the gradient.
+    left = rows.sum(1) + biases - columns.sum(0)
+    assert left.abs().max() < 1e-13 * rows.abs().sum()
     balanced = copy.deepcopy(model)
     nw.balance(balanced, report)
     assert float(imbalance(balanced, names)["2.weight"]) < 1e-6
