@@ -177,6 +177,9 @@ def supervised(
         validation: what settings are chosen by (default: a tenth of ``train``).
         name: as a reader sees it (default: that of the network's class).
 
+    Returns:
+        A problem, for :func:`normwise.lab.compare` and recipes.
+
     Raises:
         UsageError: for a value that is not allowed.
     """
