@@ -52,15 +52,23 @@ class WeightQuantity(ABC):
 
     @abstractmethod
     def __call__(self, model: nn.Module, names: Iterable[str]) -> Mapping[str, Tensor]:
-        """The value of each parameter that it is of, a scalar tensor on any device.
+        """The value of each parameter that it is of.
 
         Args:
             model: the model, between two steps; to be left as it is.
             names: of the parameters that are watched.
+
+        Returns:
+            Scalars on any device, by the names of parameters.
         """
 
     def after_step(self, model: nn.Module, names: Iterable[str]) -> None:  # noqa: B027
-        """Look at every step, for what needs a memory (default: do nothing)."""
+        """Look at every step, for what needs a memory (default: do nothing).
+
+        Args:
+            model: the model.
+            names: of the parameters that are watched.
+        """
 
 
 def acting_weight(model: nn.Module, name: str) -> Tensor:
@@ -113,6 +121,9 @@ def spectral(when: Trigger | None = None) -> tuple[OfEach, ...]:
 
     Args:
         when: see :class:`WeightQuantity`.
+
+    Returns:
+        A quantity for each.
     """
     return tuple(OfEach(name, function, when) for name, function in SPECTRAL.items())
 
@@ -175,7 +186,12 @@ class OscillationRate(WeightQuantity):
         self._rates: dict[str, Tensor] = {}
 
     def after_step(self, model: nn.Module, names: Iterable[str]) -> None:
-        """Take the levels of every weight under :class:`normwise.reparam.StatsQ`."""
+        """Take the levels of every weight under :class:`normwise.reparam.StatsQ`.
+
+        Args:
+            model: the model.
+            names: of the parameters that are watched.
+        """
         for name in names:
             quantizer = _quantizer(model, name)
             if quantizer is not None:
