@@ -265,7 +265,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _compare_own(arguments: argparse.Namespace) -> int:
     from normwise.figures.tables import show, stdout
-    from normwise.lab.cli import Lines
+    from normwise.lab.cli import ProgressLines
     from normwise.lab.contest import OPTIMIZERS, Contest
     from normwise.lab.digits import default_folder
     from normwise.lab.imports import place
@@ -296,7 +296,7 @@ def _compare_own(arguments: argparse.Namespace) -> int:
         result = contest.run(
             folder,
             jobs=arguments.jobs or 1,
-            observe=Lines(contest.trainings, arguments.quiet),
+            observe=ProgressLines(contest.trainings, arguments.quiet),
         )
     except KeyboardInterrupt:
         return _complain(f"interrupted; the same with --out {folder} goes on", 130)

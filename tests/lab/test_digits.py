@@ -85,6 +85,13 @@ def test_the_commands_compare_and_paper_run_give_the_same_metrics(tmp_path, caps
     assert cli.main([*run, *shared, "--out", str(tmp_path / "b")]) == 0
     (same,) = json.loads(capsys.readouterr().out)
     assert same["values"]["0"] == 100 * row["numbers"]["test_accuracy"]["values"][0]
+    lines = [
+        (
+            tmp_path / out / "digits-paper" / "digits" / "adamp" / "seed-0" / "metrics.jsonl"
+        ).read_text()
+        for out in (f"a/{CELLS}", "b")
+    ]
+    assert lines[0] == lines[1]
 
 
 def test_a_comparison_can_be_reported_as_any_run(outcome):

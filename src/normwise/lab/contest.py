@@ -18,21 +18,20 @@ from torch.optim import Optimizer
 
 from normwise.figures.tables import Table
 from normwise.geometry import View
-from normwise.lab.contenders import Contender, parse
 from normwise.lab.data.files import data_root
 from normwise.lab.digits import default_folder
 from normwise.lab.errors import UsageError
 from normwise.lab.imports import place
 from normwise.lab.methods import Inspected, Method, Setting
-from normwise.lab.recipes import Cell, Recipe, Training, read
+from normwise.lab.optimizers import OptimizerSpec, parse
+from normwise.lab.recipes import Recipe, RecipeCell, Training, read
 from normwise.lab.recipes.schema import MOST_SEEDS
 from normwise.lab.running.cell import check_device
 from normwise.lab.running.events import Observer, ignore
 from normwise.lab.running.executors import check_trust, run_cells
 from normwise.lab.running.invariant import invariant_views
 from normwise.lab.running.prepare import make_optimizer
-from normwise.lab.running.results import RECIPE, Done, read_cells, tables
-from normwise.lab.running.results import Table as Numbers
+from normwise.lab.running.results import RECIPE, Done, ResultTable, read_cells, tables
 from normwise.lab.store import write_atomically
 from normwise.lab.tasks.kinds import is_own, kind
 from normwise.lab.tasks.own import give, metrics_of
@@ -66,7 +65,7 @@ class Result:
     folder: Path
     headline: str
     summary: dict[str, Any]
-    tables: list[Numbers]
+    tables: list[ResultTable]
     table: Table
 
     @property
@@ -159,7 +158,7 @@ class Contest:
 
     Args:
         task: ``MODULE:FACTORY``, or the name of an object that was given.
-        optimizers: names as :func:`normwise.lab.contenders.parse` reads them.
+        optimizers: names as :func:`normwise.lab.optimizers.parse` reads them.
         lrs, weight_decays: to choose from (default: one that is usual).
         lrs_gradient, lrs_other: the same for methods whose steps are as long as the gradient, and
             for all others (default: ``lrs``).
@@ -187,18 +186,18 @@ class Contest:
             raise UsageError("no optimizer given")
         if type(self.seeds) is not int or not 1 <= self.seeds <= MOST_SEEDS:
             raise UsageError(f"{self.seeds} seeds are not allowed: must be from 1 to {MOST_SEEDS}")
-        named = [self.task, *(c.code or "" for c in self._contenders)]
+        named = [self.task, *(c.code or "" for c in self._specs)]
         modules = {name.partition(":")[0] for name in named if is_code(name)}
         object.__setattr__(self, "trust", frozenset(modules))
         check_device(self.device)
         _ = self.methods
 
     @cached_property
-    def _contenders(self) -> tuple[Contender, ...]:
+    def _specs(self) -> tuple[OptimizerSpec, ...]:
         found = tuple(parse(text) for text in self.optimizers)
-        for contender in found:
-            if found.count(contender) > 1:
-                raise UsageError(f"optimizer {str(contender)!r} is listed twice; list each once")
+        for spec in found:
+            if found.count(spec) > 1:
+                raise UsageError(f"optimizer {str(spec)!r} is listed twice; list each once")
         return found
 
     @cached_property
@@ -265,30 +264,28 @@ class Contest:
         """The optimizers, by the names of their folders."""
         _ = self.inspected
         found: dict[str, Method] = {}
-        for contender in self._contenders:
-            rule = describe(self._made(contender))[0]
-            name = re.sub(r"[^\w.+-]+", "-", str(contender)).strip("-.")
-            found[name] = Method(
-                name, _label(contender), contender, rule, self._settings(contender, rule)
-            )
+        for spec in self._specs:
+            rule = describe(self._made(spec))[0]
+            name = re.sub(r"[^\w.+-]+", "-", str(spec)).strip("-.")
+            found[name] = Method(name, _label(spec), spec, rule, self._settings(spec, rule))
         return found
 
-    def _made(self, contender: Contender) -> Optimizer:
+    def _made(self, spec: OptimizerSpec) -> Optimizer:
         """The optimizer on the network, only to be described."""
         problem = self._problem
-        training = Training(1, 1, str(contender), lr=1e-3)
+        training = Training(1, 1, str(spec), lr=1e-3)
         views, _ = self._views
         params = dict(problem.model.named_parameters())
         with trusting(self.trust):
             by_parameter: dict[Tensor, View] = {params[name]: view for name, view in views.items()}
             return make_optimizer(problem.model, training, by_parameter)
 
-    def _settings(self, contender: Contender, rule: UpdateRule) -> tuple[Setting, ...]:
+    def _settings(self, spec: OptimizerSpec, rule: UpdateRule) -> tuple[Setting, ...]:
         gradient = rule.update is Update.GRADIENT
         own = self.lrs_gradient if gradient else self.lrs_other
         lrs = own or self.lrs or ((0.1,) if gradient else (1e-3,))
         usual = 1e-2 if rule.coupling is Coupling.DECOUPLED and not gradient else 1e-4
-        if "sphere" in contender.wrappers or rule.coupling is Coupling.NONE:
+        if "sphere" in spec.wrappers or rule.coupling is Coupling.NONE:
             usual = 0.0
         found = [Setting(*pair) for pair in product(lrs, self.weight_decays or (usual,))]
         return tuple(dict.fromkeys(found))
@@ -338,12 +335,12 @@ class Contest:
         return self.inspected.metrics[0]
 
     def _written(self, method: Method, setting: Setting) -> dict[str, Any]:
-        contender = method.contender
-        inner = _BASELINES.get(contender.name, "") if not contender.wrappers else contender.name
+        spec = method.spec
+        inner = _BASELINES.get(spec.name, "") if not spec.wrappers else spec.name
         baseline = re.sub(r"[^\w.+-]+", "-", inner).strip("-.")
         written: dict[str, Any] = {
             "label": method.label,
-            "settings": {"optimizer": str(contender), **_written(setting)},
+            "settings": {"optimizer": str(spec), **_written(setting)},
         }
         return {**written, "baseline": baseline} if baseline in self.methods else written
 
@@ -375,7 +372,7 @@ class Contest:
         folder = folder or default_folder()
         _take(folder, self._identity(), is_code(self.task))
 
-        def trained(recipe: Recipe, cells: Sequence[Cell], text: str) -> list[Done]:
+        def trained(recipe: Recipe, cells: Sequence[RecipeCell], text: str) -> list[Done]:
             check_trust(cells, tuple(self.trust))
             scale = cells[0].scale
             home = folder / "cells" / f"{recipe.id}-{scale}"
@@ -414,7 +411,7 @@ class Contest:
     def _identity(self) -> dict[str, Any]:
         shared = {"seeds": self.seeds, "device": self.device, **self.defaults}
         methods = {
-            name: {"optimizer": str(m.contender), "settings": [_written(s) for s in m.settings]}
+            name: {"optimizer": str(m.spec), "settings": [_written(s) for s in m.settings]}
             for name, m in self.methods.items()
         }
         return {"schema": 1, "task": self.task, "settings": shared, "methods": methods}
@@ -443,7 +440,7 @@ class Contest:
         folder: Path,
         chosen: dict[str, Setting],
         swept: Sequence[Done],
-        made: list[Numbers],
+        made: list[ResultTable],
     ) -> Result:
         from normwise.lab.report.own import Answer, render
 
@@ -459,9 +456,9 @@ def _written(setting: Setting) -> dict[str, float]:
     return {"lr": setting.lr, "weight_decay": setting.weight_decay}
 
 
-def _label(contender: Contender) -> str:
-    inner = _LABELS.get(contender.name, contender.name.rpartition(":")[2])
-    return str(Contender(inner, contender.wrappers))
+def _label(spec: OptimizerSpec) -> str:
+    inner = _LABELS.get(spec.name, spec.name.rpartition(":")[2])
+    return str(OptimizerSpec(inner, spec.wrappers))
 
 
 def _take(folder: Path, identity: dict[str, Any], may_go_on: bool) -> None:

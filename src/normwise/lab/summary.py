@@ -13,8 +13,8 @@ from typing import Any
 from scipy.stats import t as student_t
 
 __all__ = [
-    "Finding",
-    "Row",
+    "MethodEnd",
+    "ProjectionFinding",
     "Spread",
     "Verdict",
     "example_half_width",
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 Record = Mapping[str, Any]
-Method = Mapping[str, Any]  # name, label, baseline: an entry of run.json's "methods"
+MethodEntry = Mapping[str, Any]  # name, label, baseline: an entry of run.json's "methods"
 
 # Two norms that differ by less than this factor are called equal in words.
 _SAME_NORM = 1.05
@@ -48,7 +48,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodEnd:
     """The end of one optimizer's runs.
 
     The numbers are those after the last epoch of the finished seeds. Where no seed has finished
@@ -87,12 +87,12 @@ _QUANTITIES = (
 )
 
 
-def rows(records: Sequence[Record], methods: Sequence[Method], epochs: int) -> list[Row]:
+def rows(records: Sequence[Record], methods: Sequence[MethodEntry], epochs: int) -> list[MethodEnd]:
     """One row for each method, in the order given."""
     return [_row(records, method, epochs) for method in methods]
 
 
-def _row(records: Sequence[Record], method: Method, epochs: int) -> Row:
+def _row(records: Sequence[Record], method: MethodEntry, epochs: int) -> MethodEnd:
     name = method["name"]
     own = [r for r in records if r["optimizer"] == name]
     failed = {r["seed"]: r["error"] for r in own if r["status"] == "failed"}
@@ -112,7 +112,7 @@ def _row(records: Sequence[Record], method: Method, epochs: int) -> Row:
 
     started = {r["seed"] for r in own}
     finished = {r["seed"] for r in own if r["status"] == "ok" and r["epoch"] == epochs}
-    return Row(
+    return MethodEnd(
         name=name,
         label=method["label"],
         epoch=epoch,
@@ -174,7 +174,7 @@ def example_half_width(
 
 
 @dataclass(frozen=True)
-class Finding:
+class ProjectionFinding:
     """What the projection changed, between two optimizers that differ in nothing else.
 
     Args:
@@ -252,8 +252,8 @@ def _points(share: float) -> str:
 
 
 def findings(
-    records: Sequence[Record], methods: Sequence[Method], epochs: int, test_examples: int
-) -> list[Finding]:
+    records: Sequence[Record], methods: Sequence[MethodEntry], epochs: int, test_examples: int
+) -> list[ProjectionFinding]:
     """A finding for every pair, with and without the projection, that finished a common seed."""
     end = {
         (r["optimizer"], r["seed"]): r
@@ -277,7 +277,7 @@ def findings(
             [r["test_errors"] for r in mine], [r["test_errors"] for r in theirs], test_examples
         )
         found.append(
-            Finding(
+            ProjectionFinding(
                 projected=labels[name],
                 baseline=labels[baseline],
                 growth=fmean(r["norm_growth"] for r in mine),
@@ -294,7 +294,7 @@ def findings(
     return found
 
 
-def headline(found: Sequence[Finding], table: Sequence[Row]) -> str:
+def headline(found: Sequence[ProjectionFinding], table: Sequence[MethodEnd]) -> str:
     """The comparison in one sentence, as good or bad as the data make it."""
     if not found:
         ends = [
@@ -308,7 +308,7 @@ def headline(found: Sequence[Finding], table: Sequence[Row]) -> str:
     return f"{_norm_clause(found)}; {_accuracy_clause(found)}"
 
 
-def _norm_clause(found: Sequence[Finding]) -> str:
+def _norm_clause(found: Sequence[ProjectionFinding]) -> str:
     kept = [f for f in found if f.norms_kept_smaller is True]
     grown = [f for f in found if f.norms_kept_smaller is False]
     same = [f for f in found if f.norms_kept_smaller is None]
@@ -330,7 +330,7 @@ def _norm_clause(found: Sequence[Finding]) -> str:
     return text[0].upper() + text[1:]
 
 
-def _accuracy_clause(found: Sequence[Finding]) -> str:
+def _accuracy_clause(found: Sequence[ProjectionFinding]) -> str:
     said: dict[Verdict, list[str]] = {}
     for f in found:
         said.setdefault(f.verdict, []).append(f.projected)
@@ -354,7 +354,7 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def summarize(
-    records: Sequence[Record], methods: Sequence[Method], epochs: int, test_examples: int
+    records: Sequence[Record], methods: Sequence[MethodEntry], epochs: int, test_examples: int
 ) -> dict[str, Any]:
     """What ``summary.json`` holds beside the run's identity: rows, findings and the headline."""
     table = rows(records, methods, epochs)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from normwise.lab.data.images import Labelled
 from normwise.lab.errors import UsageError
-from normwise.lab.recipes import Cell, find, read
+from normwise.lab.recipes import RecipeCell, find, read
 from normwise.lab.running.cell import run_cell
 from normwise.lab.running.executors import run_cells
 from normwise.lab.running.trainer import CHECKPOINT
@@ -28,7 +28,7 @@ DIGITS = {"data": "digits", "network": "resnet8", "width": 4, "shrink": 1, "augm
 QUICK = {"batch_size": 16, "autocast": "none", "evaluate_every": 1}
 
 
-def cells(name: str, epochs: int = 2, **options: Any) -> dict[str, Cell]:
+def cells(name: str, epochs: int = 2, **options: Any) -> dict[str, RecipeCell]:
     """The first seed of a recipe on digits, trainings shortened."""
     made = {}
     for cell in find(name).cells("small", seeds=1):
@@ -42,7 +42,7 @@ def cells(name: str, epochs: int = 2, **options: Any) -> dict[str, Cell]:
     return made
 
 
-def weights(out: Path, cell: Cell) -> dict[str, torch.Tensor]:
+def weights(out: Path, cell: RecipeCell) -> dict[str, torch.Tensor]:
     state = torch.load(out / cell.folder / CHECKPOINT, weights_only=True)
     model: dict[str, torch.Tensor] = state["model"]
     return model
@@ -64,7 +64,7 @@ def test_class_i_keeps_n_times_the_factor_to_the_minus_i_over_k_minus_one() -> N
 
 
 @pytest.fixture(scope="module")
-def long_tail(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Cell], Any]:
+def long_tail(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, RecipeCell], Any]:
     """Every method of the long tails' recipe, trained."""
     out = tmp_path_factory.mktemp("long-tail")
     made = cells("long-tail", 1, imbalance=10.0, rare=30)
@@ -75,7 +75,7 @@ def long_tail(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 
 def test_what_starts_from_a_training_begins_with_its_weights(
-    long_tail: tuple[Path, dict[str, Cell], Any],
+    long_tail: tuple[Path, dict[str, RecipeCell], Any],
 ) -> None:
     out, made, results = long_tail
     assert all(r["status"] == "ok" for r in results.values())
@@ -91,7 +91,7 @@ def test_what_starts_from_a_training_begins_with_its_weights(
 
 
 def test_accuracy_of_all_is_that_of_the_groups_weighed_by_their_sizes(
-    long_tail: tuple[Path, dict[str, Cell], Any],
+    long_tail: tuple[Path, dict[str, RecipeCell], Any],
 ) -> None:
     _, made, results = long_tail
     problem = kind("long_tail").build(made["ce"].options, ROOT, torch.device("cpu"))
@@ -154,7 +154,7 @@ def test_a_schedule_of_several_cycles_is_the_schedule_of_each() -> None:
 # Classes that come in groups
 
 
-def incremental(**options: Any) -> dict[str, Cell]:
+def incremental(**options: Any) -> dict[str, RecipeCell]:
     chosen = {"group_epochs": 1, "group_examples": 40, "memory": 32, **options}
     return cells("class-incremental", epochs=5, **chosen)
 

@@ -11,17 +11,27 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from normwise.lab.checks import within
-from normwise.lab.contenders import parse as parse_contender
 from normwise.lab.errors import UsageError, nearest
+from normwise.lab.optimizers import parse as parse_optimizer
 from normwise.lab.tasks.kinds import kind
 
-__all__ = ["SCHEMA", "Cell", "Method", "Paper", "Recipe", "Scale", "Training", "parse"]
+__all__ = [
+    "SCHEMA",
+    "Paper",
+    "Recipe",
+    "RecipeCell",
+    "RecipeMethod",
+    "RecipeScale",
+    "Training",
+    "parse",
+]
 
 SCHEMA = 1
 MOST_SEEDS = 10_000
 SCHEDULES = ("constant", "steps", "cosine")
 NORMALIZATIONS = ("none", "WN", "CWN", "WS")
-COUPLINGS = ("own", "l2", "decoupled", "schedule")
+COUPLINGS = ("own", "l2", "decoupled", "schedule", "translated")
+DECAYED = ("weights", "no-depthwise", "no-biases", "invariant", "all")
 
 
 @dataclass(frozen=True)
@@ -37,10 +47,13 @@ class Training:
         weight_decay: L2 in sgd and adam, decoupled in the others (default: 0).
         coupling: ``own`` is the optimizer's; ``l2``; ``decoupled``, λ times the learning rate;
             ``schedule``, decoupled and λ times the share of ``lr`` that the schedule leaves, as in
-            SGDW and AdamW of arXiv 1711.05101 (default: own).
+            SGDW and AdamW of arXiv 1711.05101; ``translated``, no decay, but learning rates under
+            which sgd takes scale-invariant weights the same way (arXiv 1911.05920, Theorem 1)
+            (default: own).
         decay_window: from and to which share of the steps weights decay (default: 0 and 1).
         decay_on: ``weights`` of two or more dimensions, those ``no-depthwise`` convolution has,
-            all parameters but ``no-biases``, or ``all`` (default: weights).
+            all parameters but ``no-biases``, ``invariant`` ones alone, or ``all`` (default:
+            weights).
         momentum: of sgd and sgdp (default: 0.9).
         nesterov: of sgd, sgdp and adamp (default: no).
         betas: of adam, adamw and adamp (default: 0.9 and 0.999).
@@ -102,12 +115,12 @@ class Training:
     autocast: str = "none"
 
     def __post_init__(self) -> None:
-        parse_contender(self.optimizer)
+        parse_optimizer(self.optimizer)
         for name, allowed in (
             ("schedule", SCHEDULES),
             ("normalization", NORMALIZATIONS),
             ("coupling", COUPLINGS),
-            ("decay_on", ("weights", "no-depthwise", "no-biases", "all")),
+            ("decay_on", DECAYED),
             ("autocast", ("none", "bfloat16")),
             ("awp_view", ("layer", "slices")),
         ):
@@ -156,6 +169,12 @@ class Training:
             raise UsageError(
                 f"weight_decay {self.weight_decay} is not allowed: must be below 1 where no "
                 "learning rate is multiplied with it"
+            )
+        if self.coupling == "translated" and (
+            self.optimizer != "sgd" or self.nesterov or self.decay_on != "invariant"
+        ):
+            raise UsageError(
+                "coupling translated needs optimizer sgd without nesterov, and decay_on invariant"
             )
         window = self.decay_window
         if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
@@ -206,7 +225,7 @@ class Paper:
 
 
 @dataclass(frozen=True)
-class Method:
+class RecipeMethod:
     """One column of a table.
 
     Args:
@@ -224,7 +243,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Scale:
+class RecipeScale:
     """A size of the experiment.
 
     Args:
@@ -248,7 +267,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Cell:
+class RecipeCell:
     """One training: a row, a method and a seed of a recipe at a scale.
 
     Args:
@@ -304,8 +323,8 @@ class Recipe:
     question: str
     task: str
     paper: Paper
-    methods: dict[str, Method]
-    scales: dict[str, Scale]
+    methods: dict[str, RecipeMethod]
+    scales: dict[str, RecipeScale]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -323,7 +342,7 @@ class Recipe:
         seeds: int | None = None,
         methods: Iterable[str] = (),
         rows: Iterable[str] = (),
-    ) -> list[Cell]:
+    ) -> list[RecipeCell]:
         """The trainings, whole seeds first; later settings overrule earlier ones.
 
         Args:
@@ -349,7 +368,7 @@ class Recipe:
             for method in (list(methods) or self.methods)
         ]
 
-    def _cell(self, scale: str, row: str, method: str, seed: int) -> Cell:
+    def _cell(self, scale: str, row: str, method: str, seed: int) -> RecipeCell:
         size = self.scales[scale]
         settings = {
             **self.settings,
@@ -373,7 +392,7 @@ class Recipe:
         except UsageError as error:
             raise UsageError(_placed(where, str(error))) from None
         start = self.methods[method].start
-        return Cell(self.id, scale, row, method, seed, self.task, training, rest, start)
+        return RecipeCell(self.id, scale, row, method, seed, self.task, training, rest, start)
 
 
 def _placed(where: str, text: str) -> str:

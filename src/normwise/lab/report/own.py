@@ -15,8 +15,7 @@ from normwise.lab.methods import Inspected, Method, Setting
 from normwise.lab.report.curves import QUANTITIES, listed
 from normwise.lab.report.pages import page
 from normwise.lab.report.runs import chart, quantities
-from normwise.lab.running.results import Done, Entry, finished, paired
-from normwise.lab.running.results import Table as Numbers
+from normwise.lab.running.results import Done, Entry, ResultTable, finished, paired
 from normwise.updates import Coupling, UpdateRule
 
 __all__ = ["Answer", "render"]
@@ -44,7 +43,7 @@ class Answer:
     methods: Mapping[str, Method]
     chosen: Mapping[str, Setting]
     swept: Sequence[Done]
-    tables: Sequence[Numbers]
+    tables: Sequence[ResultTable]
 
     @cached_property
     def ranked(self) -> list[Entry]:
@@ -337,7 +336,7 @@ class Answer:
         )
 
 
-def _spread(entry: Entry, table: Numbers) -> Cell:
+def _spread(entry: Entry, table: ResultTable) -> Cell:
     spread, digits = entry.spread, table.metric.digits
     if spread is None:
         return Cell("–")
@@ -379,16 +378,16 @@ _CLASSES = {
 
 
 def _code(method: Method, setting: Setting, inspected: Inspected) -> str:
-    contender = method.contender
+    spec = method.spec
     imports = ["import torch", "import normwise"]
-    if contender.code is not None:
-        module, _, factory = contender.code.partition(":")
+    if spec.code is not None:
+        module, _, factory = spec.code.partition(":")
         imports.append(f"from {module} import {factory}")
         maker, more = factory, ""
-    elif contender.name in _CLASSES:
-        maker, more = _CLASSES[contender.name]
+    elif spec.name in _CLASSES:
+        maker, more = _CLASSES[spec.name]
     else:
-        maker, more = f"torch.optim.{contender.name.removeprefix('torch:')}", ""
+        maker, more = f"torch.optim.{spec.name.removeprefix('torch:')}", ""
     lines = [
         *imports,
         "",
@@ -408,12 +407,12 @@ def _code(method: Method, setting: Setting, inspected: Inspected) -> str:
         if len(inspected.invariant) > _SHOWN:
             lines.append(f"    # … {len(inspected.invariant)} in all: normwise.analyze(model, x)")
         lines.append("}")
-    if contender.wrappers:
+    if spec.wrappers:
         lines += [
             "",
             "params = dict(model.named_parameters())",
             "invariant = {params[name]: view for name, view in views.items()}",
-            *(f"optimizer = normwise.{w}(optimizer, invariant)" for w in contender.wrappers[::-1]),
+            *(f"optimizer = normwise.{w}(optimizer, invariant)" for w in spec.wrappers[::-1]),
         ]
     return "\n".join(lines) + "\n"
 

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.lab.contenders import parse as parse_contender
 from normwise.lab.environment import environment
 from normwise.lab.errors import Damaged, UsageError
+from normwise.lab.optimizers import parse as parse_optimizer
 from normwise.lab.parallel import ALONE, Processes
-from normwise.lab.recipes.schema import Cell
+from normwise.lab.recipes.schema import RecipeCell
 from normwise.lab.running.events import Measured, Observer, Progress, Started, ignore
 from normwise.lab.running.trainer import CHECKPOINT, Diverged, Trainer, digest
 from normwise.lab.store import (
@@ -54,7 +54,7 @@ class DiskFull(UsageError):
     """There is no room to write; what had been written before is whole."""
 
 
-def config_of(cell: Cell, device: str, processes: Processes = ALONE) -> dict[str, Any]:
+def config_of(cell: RecipeCell, device: str, processes: Processes = ALONE) -> dict[str, Any]:
     """Everything that decides a cell's outcome, as ``config.json`` holds it.
 
     The number of processes is part of it: sums over a batch are rounded in another order. So is the
@@ -71,7 +71,7 @@ def config_of(cell: Cell, device: str, processes: Processes = ALONE) -> dict[str
     names = (
         cell.task,
         getattr(cell.options, "network", ""),
-        parse_contender(cell.training.optimizer).code or "",
+        parse_optimizer(cell.training.optimizer).code or "",
     )
     if sources := {name: source_hash(name) for name in names if is_code(name)}:
         config["source"] = sources
@@ -93,7 +93,7 @@ def check_device(name: str) -> None:
 
 
 def run_cell(
-    cell: Cell,
+    cell: RecipeCell,
     out: Path,
     root: Path,
     *,
@@ -146,12 +146,12 @@ def run_cell(
         result = processes.first(begin)
         if result is None:
             start = None if cell.start_folder is None else out / cell.start_folder
-            run = _Run(cell, folder, processes, checkpoint_seconds, observe)
+            run = _CellStart(cell, folder, processes, checkpoint_seconds, observe)
             result = run.train(root, device, start)
         return result
 
 
-def _check_divisible(cell: Cell, processes: Processes) -> None:
+def _check_divisible(cell: RecipeCell, processes: Processes) -> None:
     if processes.kind is None:
         return
     if not kind(cell.task).divisible:
@@ -167,7 +167,7 @@ def _check_divisible(cell: Cell, processes: Processes) -> None:
         )
 
 
-def _judged(cell: Cell, problem: Problem) -> dict[str, Any]:
+def _judged(cell: RecipeCell, problem: Problem) -> dict[str, Any]:
     """What a problem of the user's is judged by, which nothing but its code says."""
     if not is_own(cell.task):
         return {}
@@ -274,7 +274,7 @@ def _final_weights(folder: Path) -> dict[str, Tensor]:
     return model
 
 
-class _Run:
+class _CellStart:
     """One start of a cell, in a folder that it holds.
 
     Args:
@@ -287,7 +287,7 @@ class _Run:
 
     def __init__(
         self,
-        cell: Cell,
+        cell: RecipeCell,
         folder: Path,
         processes: Processes,
         checkpoint_seconds: float,

@@ -17,7 +17,7 @@ from typing import Any
 
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import ALONE, Processes
-from normwise.lab.recipes.schema import Cell
+from normwise.lab.recipes.schema import RecipeCell
 from normwise.lab.running.cell import CHECKPOINT_SECONDS, check_device, config_of, run_cell
 from normwise.lab.running.events import Event, Finished, Observer, Started, ignore
 from normwise.lab.trust import trusting
@@ -44,7 +44,7 @@ class _Work:
     trust: tuple[str, ...]
     observe: Observer
 
-    def __call__(self, cell: Cell, processes: Processes = ALONE) -> dict[str, Any]:
+    def __call__(self, cell: RecipeCell, processes: Processes = ALONE) -> dict[str, Any]:
         """Run a cell; one that cannot go on from its files is skipped, with the reason."""
         try:
             return run_cell(
@@ -62,7 +62,7 @@ class _Work:
 
 
 def run_cells(
-    cells: Sequence[Cell],
+    cells: Sequence[RecipeCell],
     out: Path,
     root: Path,
     *,
@@ -120,7 +120,7 @@ def run_cells(
 
 
 def _in_turn(
-    cells: Sequence[Cell], work: _Work, observe: Observer, processes: Processes
+    cells: Sequence[RecipeCell], work: _Work, observe: Observer, processes: Processes
 ) -> list[dict[str, Any]]:
     results = []
     for cell in cells:
@@ -129,7 +129,7 @@ def _in_turn(
     return results
 
 
-def check_trust(cells: Sequence[Cell], trust: Sequence[str]) -> None:
+def check_trust(cells: Sequence[RecipeCell], trust: Sequence[str]) -> None:
     """Raise ``UsageError`` if a cell would run code of a module that is not in ``trust``."""
     with trusting(trust):
         for cell in cells:
@@ -174,7 +174,7 @@ def _end_with_parent() -> None:
 
 
 def _in_processes(
-    cells: Sequence[Cell], work: _Work, jobs: int, observe: Observer
+    cells: Sequence[RecipeCell], work: _Work, jobs: int, observe: Observer
 ) -> list[dict[str, Any]]:
     # Fork would copy the state of torch's threads; a fresh process starts like any other run.
     context = get_context("spawn")
@@ -187,7 +187,7 @@ def _in_processes(
     with ProcessPoolExecutor(
         jobs, mp_context=context, initializer=_begin_worker, initargs=(events,)
     ) as pool:
-        futures: dict[Future[dict[str, Any]], Cell] = {
+        futures: dict[Future[dict[str, Any]], RecipeCell] = {
             pool.submit(work, cell): cell for cell in cells
         }
         left = set(futures)
@@ -244,11 +244,11 @@ def _connect_to_ray() -> Any:
     return ray
 
 
-def _run(work: _Work, cell: Cell) -> dict[str, Any]:
+def _run(work: _Work, cell: RecipeCell) -> dict[str, Any]:
     return work(cell)
 
 
-def _on_ray(cells: Sequence[Cell], work: _Work, observe: Observer) -> list[dict[str, Any]]:
+def _on_ray(cells: Sequence[RecipeCell], work: _Work, observe: Observer) -> list[dict[str, Any]]:
     ray = _connect_to_ray()
     gpus = 1 if work.device.startswith("cuda") else 0
     remote = ray.remote(num_cpus=1, num_gpus=gpus)(_run)

@@ -18,7 +18,7 @@ from normwise.lab.summary import Spread, example_half_width, seed_half_width
 from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.problem import Metric
 
-__all__ = ["RECIPE", "Done", "Entry", "Table", "finished", "paired", "read_cells", "tables"]
+__all__ = ["RECIPE", "Done", "Entry", "ResultTable", "finished", "paired", "read_cells", "tables"]
 
 # The recipe as it was run, beside its rows; without it the library's own of that name is taken.
 RECIPE = "recipe.yaml"
@@ -87,7 +87,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Table:
+class ResultTable:
     """A row of a recipe: all its methods, judged by one metric.
 
     Args:
@@ -158,7 +158,7 @@ def _read(path: Path) -> Done:
     return Done(path.parent, config, result, records)
 
 
-def tables(cells: Sequence[Done]) -> list[Table]:
+def tables(cells: Sequence[Done]) -> list[ResultTable]:
     """One table for each recipe, scale, row and metric, in the order in which they appear."""
     groups: dict[tuple[str, str, str], list[Done]] = {}
     for cell in cells:
@@ -175,7 +175,7 @@ def tables(cells: Sequence[Done]) -> list[Table]:
                 for method in recipe.methods
                 if any(cell.config["method"] == method for cell in group)
             ]
-            made.append(Table(recipe, scale, row, metric, tuple(entries), tuple(group)))
+            made.append(ResultTable(recipe, scale, row, metric, tuple(entries), tuple(group)))
     return made
 
 

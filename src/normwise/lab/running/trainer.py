@@ -26,9 +26,14 @@ from torch import Tensor, nn
 from normwise.geometry import View, norms
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import Processes, whole
-from normwise.lab.recipes.schema import Cell
+from normwise.lab.recipes.schema import RecipeCell
 from normwise.lab.running.invariant import invariant_views
-from normwise.lab.running.prepare import decay_within_window, make_optimizer, normalize_weights
+from normwise.lab.running.prepare import (
+    decay_within_window,
+    decayed_lrs,
+    make_optimizer,
+    normalize_weights,
+)
 from normwise.lab.store import METRICS, append, named, read_sealed, seal, write_atomically
 from normwise.lab.tasks.kinds import kind
 from normwise.monitor import Measurement, Monitor, Trigger
@@ -99,7 +104,7 @@ class Trainer:
 
     def __init__(
         self,
-        cell: Cell,
+        cell: RecipeCell,
         folder: Path,
         root: Path,
         device: torch.device,
@@ -128,9 +133,10 @@ class Trainer:
         self.optimizer = make_optimizer(self.problem.model, self.training, dict(self._invariant))
         decay_within_window(self.optimizer, self.training, self.total_steps)
         self._awp = self._perturbation()
+        self._decayed_lrs = decayed_lrs(self.training, self.total_steps)
         self.exponent = describe(self.optimizer)[0].update.exponent
         self.monitor = self._watch(model) if self.views and processes.kind != "fsdp" else None
-        self._start_norm = self._norm()
+        self._start_norm = self._norms()[0]
         self.epoch, self.step, self.written = 0, 0, 0
         self._metrics = hashlib.sha256()
         self._total = torch.zeros((), dtype=torch.float64, device=device)
@@ -209,6 +215,7 @@ class Trainer:
         factor = self.training.factor(number, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.lr * factor
+        self.optimizer.param_groups[0]["lr"] = self._decayed_lrs[number]
         # Dropout, and whatever else draws from the global generator: each process for its part.
         rank = self.processes.rank
         torch.manual_seed(_seed("layers", self.cell.seed, number, *([rank] if rank else [])))
@@ -250,11 +257,11 @@ class Trainer:
         """What is known after an epoch; epoch 0 is before the first step."""
         if self.monitor is not None:
             self.monitor.fetch()
-        norm, start = self._norm(), self._start_norm
+        (norm, smallest), start = self._norms(), self._start_norm
         if norm is not None and not 0 < norm < math.inf:
             raise Diverged(f"the norm of the weights became {norm} in epoch {self.epoch}")
-        factor = self.training.factor(max(self.done - 1, 0), max(self.total_steps, 1))
-        lr = self.training.lr * factor
+        lrs = self._decayed_lrs or [self.training.lr]
+        lr = lrs[max(self.done - 1, 0)]
         angle, count = self._angles
         of_norms = None if norm is None or start is None else (start / norm) ** self.exponent
         return {
@@ -263,6 +270,7 @@ class Trainer:
             "lr": lr,
             "train_loss": None if self.epoch == 0 else float(self._total) / self.steps,
             "norm": norm,
+            "smallest_norm": smallest,
             "norm_growth": None if norm is None or start is None else norm / start,
             "effective_lr": None if norm is None else lr / norm**self.exponent,
             "relative_effective_lr": of_norms,
@@ -271,16 +279,20 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def _norm(self) -> float | None:
-        """The geometric mean of the norms of all scale-invariant slices, each counting once.
+    def _norms(self) -> tuple[float | None, float | None]:
+        """Of the norms of all scale-invariant slices the geometric mean, and the smallest.
 
-        With it, the growth of the mean is the mean of the growths, and so for any power of a norm.
-        A slice of zeros is left out. None where nothing is scale-invariant.
+        Each slice counts once. With the geometric mean, the growth of the mean is the mean of the
+        growths, and so for any power of a norm. A slice of zeros is left out. None where nothing is
+        scale-invariant.
         """
         if not self._invariant:
-            return None
-        every = torch.cat([norms(whole(p), view) for p, view in self._invariant])
-        return float(every[every != 0].double().log().mean().exp())
+            return None, None
+        every = torch.cat([norms(whole(p), view) for p, view in self._invariant]).double()
+        every = every[every != 0]
+        if not len(every):
+            return 0.0, 0.0
+        return float(every.log().mean().exp()), float(every.min())
 
     def start_epoch(self) -> None:
         """Forget the sums over the last epoch."""

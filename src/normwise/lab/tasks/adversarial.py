@@ -12,11 +12,10 @@ from torch.nn import functional as F
 
 from normwise.lab.checks import within
 from normwise.lab.errors import UsageError, nearest
-from normwise.lab.tasks import classification
-from normwise.lab.tasks.classification import Classification
+from normwise.lab.tasks.classification import Classification, ClassificationOptions
 from normwise.lab.tasks.problem import Evaluation, Metric
 
-__all__ = ["Adversarial", "Options", "attack"]
+__all__ = ["Adversarial", "AdversarialOptions", "attack"]
 
 METRICS = (
     Metric("attacked_accuracy", "test accuracy under attack", "%", 100.0),
@@ -28,7 +27,7 @@ _PART = 500
 
 
 @dataclass(frozen=True)
-class Options(classification.Options):
+class AdversarialOptions(ClassificationOptions):
     """What a recipe may set, beside the settings of classification.
 
     Args:
@@ -124,15 +123,15 @@ class _OnPixels(nn.Module):
 class Adversarial(Classification):
     """Cross-entropy of attacked images; tested on attacked and on clean ones."""
 
-    options: Options
+    options: AdversarialOptions
 
-    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+    def __init__(self, options: AdversarialOptions, root: Path, device: torch.device) -> None:
         super().__init__(options, root, device)
         if not self.data.pixels:
             raise UsageError(
                 f"data {options.data!r} is not allowed: an attack needs pixels between 0 and 255"
             )
-        self.model = _OnPixels(self.model, self.mean, self.std)
+        self.model = _OnPixels(self.model, torch.as_tensor(self.mean), torch.as_tensor(self.std))
         accuracy = self.baseline["accuracy"]
         self.baseline = {"attacked_accuracy": accuracy, "accuracy": accuracy, "attacked_gap": 0.0}
 

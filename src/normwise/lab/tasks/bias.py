@@ -15,7 +15,7 @@ from normwise.lab.errors import UsageError
 from normwise.lab.tasks.classification import load, subset
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
-__all__ = ["COLOURS", "Bias", "Options", "coloured", "colours", "hsic"]
+__all__ = ["COLOURS", "Bias", "BiasOptions", "coloured", "colours", "hsic"]
 
 METRICS = (
     Metric("unbiased_accuracy", "unbiased test accuracy", "%", 100.0),
@@ -38,7 +38,7 @@ COLOURS = (
 
 
 @dataclass(frozen=True)
-class Options:
+class BiasOptions:
     """What a recipe may set.
 
     Args:
@@ -170,7 +170,7 @@ class Bias(Problem):
     divisible = False  # HSIC is of the whole batch
     model: nn.ModuleDict
 
-    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+    def __init__(self, options: BiasOptions, root: Path, device: torch.device) -> None:
         data = load("mnist", root)
         self.options = options
         # The same colours for every seed, so that the seeds share their data.

@@ -14,11 +14,10 @@ from torch.nn import functional as F
 from normwise.balancing import align_rows
 from normwise.lab.checks import within
 from normwise.lab.errors import UsageError
-from normwise.lab.tasks import classification
-from normwise.lab.tasks.classification import Classification
+from normwise.lab.tasks.classification import Classification, ClassificationOptions
 from normwise.lab.tasks.problem import Evaluation, Metric
 
-__all__ = ["Incremental", "Options", "distillation"]
+__all__ = ["Incremental", "IncrementalOptions", "distillation"]
 
 METRICS = (
     Metric("accuracy", "test accuracy after the last group", "%", 100.0),
@@ -29,7 +28,7 @@ METRICS = (
 
 
 @dataclass(frozen=True)
-class Options(classification.Options):
+class IncrementalOptions(ClassificationOptions):
     """What a recipe may set, beside the settings of classification.
 
     The recipe's ``epochs`` must be ``groups`` times ``group_epochs``, and its ``cycles`` be
@@ -106,10 +105,10 @@ class Incremental(Classification):
     """
 
     divisible: ClassVar[bool] = False
-    options: Options
+    options: IncrementalOptions
     model: _WithTeacher
 
-    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+    def __init__(self, options: IncrementalOptions, root: Path, device: torch.device) -> None:
         super().__init__(options, root, device)
         if self.classes % options.groups:
             raise UsageError(

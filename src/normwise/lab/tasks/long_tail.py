@@ -16,11 +16,10 @@ from normwise.balancing import MaxNorm, align_rows, class_balanced_weights, tau_
 from normwise.lab.checks import within
 from normwise.lab.data.images import Labelled
 from normwise.lab.errors import UsageError, nearest
-from normwise.lab.tasks import classification
-from normwise.lab.tasks.classification import Classification
+from normwise.lab.tasks.classification import Classification, ClassificationOptions, load
 from normwise.lab.tasks.problem import Evaluation, Metric
 
-__all__ = ["LongTail", "Options", "long_tailed"]
+__all__ = ["LongTail", "LongTailOptions", "long_tailed"]
 
 METRICS = (
     Metric("accuracy", "test accuracy", "%", 100.0),
@@ -32,7 +31,7 @@ RESCALINGS = ("none", "tau", "align")
 
 
 @dataclass(frozen=True)
-class Options(classification.Options):
+class LongTailOptions(ClassificationOptions):
     """What a recipe may set, beside the settings of classification.
 
     Args:
@@ -100,9 +99,9 @@ class LongTail(Classification):
     """
 
     divisible: ClassVar[bool] = False
-    options: Options
+    options: LongTailOptions
 
-    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+    def __init__(self, options: LongTailOptions, root: Path, device: torch.device) -> None:
         super().__init__(options, root, device)
         self.counts = torch.bincount(self.data.train_labels, minlength=self.classes)
         self.radii: MaxNorm | None = None
@@ -121,7 +120,7 @@ class LongTail(Classification):
     @staticmethod
     def labelled(options: Any, root: Path) -> Labelled:
         """The data set, made long-tailed."""
-        return long_tailed(classification.load(options.data, root), options.imbalance)
+        return long_tailed(load(options.data, root), options.imbalance)
 
     @property
     def classifier(self) -> nn.Linear:

@@ -16,7 +16,7 @@ from normwise.lab.tasks.problem import Metric, Problem
 from normwise.lab.tasks.supervised import Supervised
 from normwise.lab.trust import GIVEN, check_trusted
 
-__all__ = ["Options", "build", "give", "metrics_of"]
+__all__ = ["OwnOptions", "build", "give", "metrics_of"]
 
 # Problems that have no module that another process could find them in.
 _given: dict[str, Any] = {}
@@ -25,7 +25,7 @@ _made: dict[tuple[str, int], Supervised] = {}
 
 
 @dataclass(frozen=True)
-class Options:
+class OwnOptions:
     """What a recipe may set.
 
     Args:
@@ -54,7 +54,7 @@ def give(name: str, problem: Any) -> str:
     return task
 
 
-def build(task: str, options: Options, root: Path, device: torch.device) -> Problem:
+def build(task: str, options: OwnOptions, root: Path, device: torch.device) -> Problem:
     """The problem with a network that is drawn from torch's global generator.
 
     Raises:
@@ -111,7 +111,7 @@ def _call(task: str, factory: Callable[[], Any]) -> Any:
         raise UsageError(f"{task!r} raised {type(error).__name__}: {lines[0]}") from error
 
 
-def _other(task: str, made: Any, found: Any, options: Options) -> Problem:
+def _other(task: str, made: Any, found: Any, options: OwnOptions) -> Problem:
     """A problem of a class of the user's own, whose network its factory draws."""
     if not isinstance(made, Problem):
         raise UsageError(

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normwise.lab.checks import within
-from normwise.lab.tasks import classification
-from normwise.lab.tasks.classification import Classification
+from normwise.lab.tasks.classification import Classification, ClassificationOptions
 from normwise.lab.tasks.problem import Evaluation, Metric
 from normwise.perturb import loss_stabilization
 
-__all__ = ["Options", "Stabilization"]
+__all__ = ["LossStabilization", "LossStabilizationOptions"]
 
 METRICS = (
     Metric("settled_loss", "training loss of the copy", "nats", higher_is_better=False, digits=3),
@@ -33,7 +32,7 @@ def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Options(classification.Options):
+class LossStabilizationOptions(ClassificationOptions):
     """What a recipe may set, beside the settings of classification.
 
     Args:
@@ -53,7 +52,7 @@ class Options(classification.Options):
         within(self, "probe_lr", 0, above=True)
 
 
-class Stabilization(Classification):
+class LossStabilization(Classification):
     """Cross-entropy; tested as it is, and after a copy was trained on at a small rate, undecayed.
 
     Both losses are those of the whole training set without augmentation, in evaluation mode. The
@@ -61,9 +60,9 @@ class Stabilization(Classification):
     """
 
     divisible: ClassVar[bool] = False
-    options: Options
+    options: LossStabilizationOptions
 
-    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+    def __init__(self, options: LossStabilizationOptions, root: Path, device: torch.device) -> None:
         super().__init__(options, root, device)
         labels = self.data.train_labels
         shares = torch.bincount(labels, minlength=self.classes).double() / len(labels)

@@ -18,7 +18,7 @@ from normwise.lab.errors import UsageError, nearest
 from normwise.lab.imports import attribute
 from normwise.lab.trust import check_trusted
 
-__all__ = ["KNOWN", "Contender", "parse"]
+__all__ = ["KNOWN", "OptimizerSpec", "parse"]
 
 # What a recipe calls by a name alone; normwise.lab.running.prepare makes them.
 KNOWN = ("sgd", "sgdp", "adam", "adamw", "adamp")
@@ -32,7 +32,7 @@ Views = Mapping[Tensor, View]
 
 
 @dataclass(frozen=True)
-class Contender:
+class OptimizerSpec:
     """An optimizer that is compared.
 
     Args:
@@ -101,8 +101,8 @@ class Contender:
         return kind(groups, lr=lr, **options)
 
 
-def parse(text: str) -> Contender:
-    """A contender by its name; nothing is imported but for torch's own.
+def parse(text: str) -> OptimizerSpec:
+    """An optimizer by its name; nothing is imported but for torch's own.
 
     Args:
         text: such as ``sgdp``, ``torch:NAdam``, ``mine.py:make_optimizer`` or
@@ -118,18 +118,18 @@ def parse(text: str) -> Contender:
             raise UsageError(f"unknown wrapper {name!r}: {nearest(name, WRAPPERS)}")
         _wrapper(name)
         inner = parse(wrapper[2])
-        return Contender(inner.name, (name, *inner.wrappers))
+        return OptimizerSpec(inner.name, (name, *inner.wrappers))
     name = text.strip()
     if name.lower() in KNOWN:
-        return Contender(name.lower())
+        return OptimizerSpec(name.lower())
     if name.startswith("torch:"):
         _torch_class(name)
-        return Contender(name)
+        return OptimizerSpec(name)
     module, colon, factory = name.partition(":")
     if colon:
         module = module.removesuffix(".py").replace("/", ".") if module.endswith(".py") else module
         if _PLACE.fullmatch(f"{module}:{factory}"):
-            return Contender(f"{module}:{factory}")
+            return OptimizerSpec(f"{module}:{factory}")
     hint = nearest(name, KNOWN).removesuffix(")")
     raise UsageError(
         f"unknown optimizer {name!r}: {hint}, torch:CLASS, MODULE:FACTORY, tangential(…))"
