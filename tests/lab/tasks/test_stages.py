@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from normwise.lab.data.images import Labelled
 from normwise.lab.errors import UsageError
 from normwise.lab.recipes import RecipeCell, find, read
+from normwise.lab.report.runs import picture
 from normwise.lab.running.cell import run_cell
 from normwise.lab.running.executors import run_cells
+from normwise.lab.running.results import read_cells, tables
 from normwise.lab.running.trainer import CHECKPOINT
 from normwise.lab.tasks.incremental import Incremental, distillation
 from normwise.lab.tasks.kinds import kind
@@ -102,6 +104,16 @@ def test_accuracy_of_all_is_that_of_the_groups_weighed_by_their_sizes(
         assert mean == pytest.approx(result["metrics"]["accuracy"])
     # An untrained rescaling of rows changes what is predicted and nothing else.
     assert results["decay-tau-1"]["metrics"] != results["decay"]["metrics"]
+
+
+def test_every_metric_of_a_row_can_be_drawn(
+    long_tail: tuple[Path, dict[str, RecipeCell], Any],
+) -> None:
+    out, made, _ = long_tail
+    found = tables(read_cells([out]))
+    charts = picture(found, ["medium", "few"]).charts
+    assert [len(c.lines) for c in charts] == 2 * [len(made)]
+    assert charts[0].title != charts[1].title
 
 
 def test_a_method_is_refused_before_the_one_that_it_starts_from(tmp_path: Path) -> None:
