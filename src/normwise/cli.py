@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 from normwise import __version__
 from normwise.balancing.cli import add_balance_parser
+from normwise.checkpoint import CheckpointReport
+from normwise.checkpoint.cli import add_checkpoint_parser
 from normwise.invariance.cli import add_inspect_parser
 from normwise.lab.arguments import numbers, positives, seeds, whole
 from normwise.lab.cli import add_lab_parsers
@@ -196,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     add_inspect_parser(commands)
     add_balance_parser(commands)
     add_plan_parser(commands)
+    add_checkpoint_parser(commands, _checkpoint_page)
     add_lab_parsers(commands)
 
     toy = commands.add_parser(
@@ -316,6 +319,13 @@ def _compare_own(arguments: argparse.Namespace) -> int:
     for text in result.failures:
         _complain(text, 1)
     return 1 if result.failures else 0
+
+
+def _checkpoint_page(report: CheckpointReport) -> str:
+    require_lab()
+    from normwise.lab.report.checkpoint import checkpoint_page
+
+    return checkpoint_page(report)
 
 
 def _listed(text: str) -> tuple[str, ...]:
