@@ -278,7 +278,8 @@ def pretrained(folder, texts=32, tokens=24):
     few = {key: value[:2] for key, value in batch.items()}
     report = nw.analyze(model, few)
     rescaled = scaled(model, report, 0)
-    balanced, equalized, searched = (copy.deepcopy(rescaled) for _ in range(3))
+    balanced, equalized = copy.deepcopy(rescaled), copy.deepcopy(rescaled)
+    searched = copy.deepcopy(model)  # the weights that it is made for
     nw.balance(balanced, report, batch=few, tolerance=1e-6)
     nw.equalize(equalized, report, batch=few)
     nw.equalize(searched, report, few, rule="awq", alpha="search", bits=4)
@@ -289,7 +290,7 @@ def pretrained(folder, texts=32, tokens=24):
         "scaled at random": rescaled,
         "balance": balanced,
         "equalize": equalized,
-        "AWQ's scale, α searched": searched,
+        "as trained, AWQ's scale": searched,
     }
     result = {"texts": texts, "tokens": tokens, "trades": len(report.symmetries), "rounded": {}}
     for name, candidate in candidates.items():

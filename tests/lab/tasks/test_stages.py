@@ -250,7 +250,7 @@ def test_awp_steps_are_taken_at_perturbed_weights_of_the_same_attacked_images(
     monkeypatch.setattr(Adversarial, "labelled", staticmethod(lambda options, root: data))
     monkeypatch.setattr(Adversarial, "loss", noted)
     monkeypatch.setattr(Adversarial, "prepared", counted)
-    (cell,) = find("awp-slices").cells("small", 1, ["slices-0.1"])
+    (cell,) = find("awp-slices").cells("small", 1, ["slices-0.01"])
     own = replace(cell.options, train_examples=32, test_examples=8, shrink=1, width=4)
     cell = replace(
         cell, options=own, training=replace(cell.training, epochs=1, batch_size=16, autocast="none")
@@ -261,7 +261,7 @@ def test_awp_steps_are_taken_at_perturbed_weights_of_the_same_attacked_images(
     for (x, w), (again, moved) in (steps[:2], steps[2:]):
         assert torch.equal(x, again)
         shift = (moved - w).flatten(1).norm(dim=1) / w.flatten(1).norm(dim=1)
-        torch.testing.assert_close(shift, torch.full_like(shift, 0.1))
+        torch.testing.assert_close(shift, torch.full_like(shift, 0.01), rtol=1e-3, atol=0)
 
 
 def test_the_probe_leaves_the_run_as_it_would_have_been(tmp_path: Path) -> None:
