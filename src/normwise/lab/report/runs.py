@@ -79,7 +79,8 @@ def picture(tables: Sequence[ResultTable], names: Sequence[str] = ()) -> Figure:
     _, drawn = _labels_and_marks(tables)
     firsts, charts = _firsts(tables), []
     for table in firsts:
-        known = {q.key: q for q in (*quantities(table.metric), *_OTHERS)}
+        judged = [quantities(t.metric)[0] for t in tables if _place(t) == _place(table)]
+        known = {q.key: q for q in (*quantities(table.metric), *judged, *_OTHERS)}
         for name in names:
             if name not in known:
                 raise UsageError(f"unknown curve {name!r}: {nearest(name, known)}")
@@ -126,7 +127,7 @@ def _sections(tables: Sequence[ResultTable], drawn: Marks) -> list[dict[str, Any
     sections = []
     shown = set()
     for table in tables:
-        place = (table.recipe.id, table.scale, table.row)
+        place = _place(table)
         drawings = quantities(table.metric)[: 1 if place in shown else None]
         charts = [chart(table, quantity, drawn) for quantity in drawings]
         shown.add(place)
@@ -205,8 +206,13 @@ def _firsts(tables: Sequence[ResultTable]) -> list[ResultTable]:
     """Of each row of a recipe the table of its first metric."""
     firsts: dict[tuple[str, str, str], ResultTable] = {}
     for table in tables:
-        firsts.setdefault((table.recipe.id, table.scale, table.row), table)
+        firsts.setdefault(_place(table), table)
     return list(firsts.values())
+
+
+def _place(table: ResultTable) -> tuple[str, str, str]:
+    """What the tables of one row's metrics have in common."""
+    return table.recipe.id, table.scale, table.row
 
 
 def _subtitle(tables: Sequence[ResultTable]) -> str:

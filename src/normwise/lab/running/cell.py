@@ -7,6 +7,7 @@ batch; the first of them alone reads and writes the folder, but for the checkpoi
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from normwise.lab.environment import environment
 from normwise.lab.errors import Damaged, UsageError
@@ -27,10 +29,11 @@ from normwise.lab.optimizers import parse as parse_optimizer
 from normwise.lab.parallel import ALONE, Processes
 from normwise.lab.recipes.schema import RecipeCell
 from normwise.lab.running.events import Measured, Observer, Progress, Started, ignore
-from normwise.lab.running.trainer import Diverged, Trainer, digest
+from normwise.lab.running.trainer import CHECKPOINT, Diverged, Trainer, digest
 from normwise.lab.store import (
     locked,
     named,
+    read_sealed,
     read_sealed_json,
     seal_json,
     write_atomically,
@@ -61,6 +64,8 @@ def config_of(cell: RecipeCell, device: str, processes: Processes = ALONE) -> di
         UsageError: if it would run code that is not trusted.
     """
     config = {"schema": SCHEMA, **asdict(cell), "device": device}
+    if cell.start is None:
+        del config["start"]
     if processes.kind is not None:
         config["parallel"] = {"kind": processes.kind, "processes": processes.size}
     names = (
@@ -140,9 +145,9 @@ def run_cell(
 
         result = processes.first(begin)
         if result is None:
-            result = _CellStart(cell, folder, processes, checkpoint_seconds, observe).train(
-                root, device
-            )
+            start = None if cell.start_folder is None else out / cell.start_folder
+            run = _CellStart(cell, folder, processes, checkpoint_seconds, observe)
+            result = run.train(root, device, start)
         return result
 
 
@@ -248,6 +253,27 @@ def _same_config(folder: Path, config: dict[str, Any]) -> None:
     )
 
 
+def _final_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights and buffers that a finished training ended with."""
+    if not (folder / RESULT).exists():
+        raise UsageError(
+            f"{folder} is not finished, and this method starts from it: train that method first"
+        )
+    if read_sealed_json(folder / RESULT)["status"] != "ok":
+        raise UsageError(f"{folder} diverged, and this method starts from it")
+    path = folder / CHECKPOINT
+    try:
+        content = io.BytesIO(read_sealed(path))
+        model: dict[str, Tensor] = torch.load(content, map_location="cpu", weights_only=True)[
+            "model"
+        ]
+    except UsageError:
+        raise
+    except Exception as error:
+        raise Damaged(path, f"{type(error).__name__}: {error}".splitlines()[0]) from None
+    return model
+
+
 class _CellStart:
     """One start of a cell, in a folder that it holds.
 
@@ -273,13 +299,20 @@ class _CellStart:
         self.wrong: list[int] | None = None
         self.metrics: dict[str, float] = {}
 
-    def train(self, root: Path, device: str) -> dict[str, Any]:
-        """The training to its end; what is written as the result."""
+    def train(self, root: Path, device: str, start: Path | None) -> dict[str, Any]:
+        """The training to its end; what is written as the result.
+
+        Args:
+            root: where the data sets are.
+            device: where to compute.
+            start: the folder of the finished training whose weights it begins with, if any.
+        """
+        weights = None if start is None else _final_weights(start)
         self.processes.first(lambda: self._note_start(device))
         with torch.random.fork_rng():
             try:
                 trainer = Trainer(
-                    self.cell, self.folder, root, torch.device(device), self.processes
+                    self.cell, self.folder, root, torch.device(device), self.processes, weights
                 )
                 try:
                     ending = self._ending(trainer)

@@ -104,12 +104,24 @@ def run_cells(
     if executor == "local":
         check_device(device)
     check_trust(cells, trust)
+    # Those that start from another training come when all others are finished.
+    waves = [[c for c in cells if (c.start is None) == first] for first in (True, False)]
     where = out.absolute(), root.absolute(), device, checkpoint_seconds, tuple(trust)
-    if executor == "ray":
-        return _on_ray(cells, _Work(*where, ignore), observe)
-    if jobs > 1:
-        return _in_processes(cells, _Work(*where, _relay), jobs, observe)
-    work = _Work(*where, observe)
+    results: dict[str, dict[str, Any]] = {}
+    for wave in filter(None, waves):
+        if executor == "ray":
+            made = _on_ray(wave, _Work(*where, ignore), observe)
+        elif jobs > 1:
+            made = _in_processes(wave, _Work(*where, _relay), jobs, observe)
+        else:
+            made = _in_turn(wave, _Work(*where, observe), observe, processes)
+        results |= {cell.folder: result for cell, result in zip(wave, made, strict=True)}
+    return [results[cell.folder] for cell in cells]
+
+
+def _in_turn(
+    cells: Sequence[RecipeCell], work: _Work, observe: Observer, processes: Processes
+) -> list[dict[str, Any]]:
     results = []
     for cell in cells:
         results.append(work(cell, processes))

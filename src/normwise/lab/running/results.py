@@ -178,7 +178,10 @@ def _metrics(recipe: Recipe, group: Sequence[Done]) -> tuple[Metric, ...]:
     """What a row is judged by: the task says it, or, of the user's own, the first result."""
     results = [cell.result for cell in group if cell.result is not None]
     said = next((r["judged_by"] for r in results if "judged_by" in r), ())
-    return kind(recipe.task).metrics or tuple(Metric(**fields) for fields in said)
+    metrics = kind(recipe.task).metrics or tuple(Metric(**fields) for fields in said)
+    # A run of an older version lacks what the task has been judged by since.
+    done = [r["metrics"] for r in results if r["status"] == "ok"]
+    return tuple(m for m in metrics if all(m.name in held for held in done))
 
 
 def finished(group: Sequence[Done], method: str) -> dict[int, dict[str, Any]]:

@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normwise.geometry import norms
+from normwise.geometry import View, norms
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import Processes, whole
 from normwise.lab.recipes.schema import RecipeCell
@@ -36,6 +37,7 @@ from normwise.lab.running.prepare import (
 from normwise.lab.store import METRICS, append, named, read_sealed, seal, write_atomically
 from normwise.lab.tasks.kinds import kind
 from normwise.monitor import Measurement, Monitor, Trigger
+from normwise.perturb import AWP
 from normwise.updates import describe
 
 __all__ = ["CHECKPOINT", "Diverged", "Trainer", "digest"]
@@ -91,6 +93,7 @@ class Trainer:
         root: where the data sets are.
         device: where to compute.
         processes: those that train it together.
+        start: weights and buffers to begin with (default: drawn ones).
 
     Attributes:
         steps: of an epoch.
@@ -100,13 +103,21 @@ class Trainer:
     """
 
     def __init__(
-        self, cell: RecipeCell, folder: Path, root: Path, device: torch.device, processes: Processes
+        self,
+        cell: RecipeCell,
+        folder: Path,
+        root: Path,
+        device: torch.device,
+        processes: Processes,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.cell, self.folder, self.training = cell, folder, cell.training
         self.processes, self.device = processes, device
         torch.manual_seed(_seed("start", cell.seed))
         self.problem = kind(cell.task).build(cell.options, root, device)
         normalize_weights(self.problem.model, self.training)
+        if start is not None:
+            self.problem.start_from(start)
         if self.training.batch_size > self.problem.examples:
             raise UsageError(
                 f"batch_size {self.training.batch_size} is not allowed: there are "
@@ -121,6 +132,7 @@ class Trainer:
         self._invariant = [(params[name], view) for name, view in self.views.items()]
         self.optimizer = make_optimizer(self.problem.model, self.training, dict(self._invariant))
         decay_within_window(self.optimizer, self.training, self.total_steps)
+        self._awp = self._perturbation()
         self._decayed_lrs = decayed_lrs(self.training, self.total_steps)
         self.exponent = describe(self.optimizer)[0].update.exponent
         self.monitor = self._watch(model) if self.views and processes.kind != "fsdp" else None
@@ -145,6 +157,26 @@ class Trainer:
     def loss(self) -> float:
         """The mean training loss of the epoch so far; this waits for the device."""
         return float(self._total) / max(self.step, 1)
+
+    def _perturbation(self) -> AWP | None:
+        """What perturbs the weights for each step; none where γ is 0."""
+        gamma = self.training.awp_gamma
+        if gamma == 0:
+            return None
+        slices = self.training.awp_view == "slices"
+        views = dict(self._invariant) if slices else View.layer()
+        return AWP(self.problem.model, self.optimizer, gamma=gamma, views=views)
+
+    def _perturbed(self, batch: Any) -> AbstractContextManager[None]:
+        """Inside, the weights are those at which the step is taken."""
+        if self._awp is None:
+            return nullcontext()
+        return self._awp.perturbed(lambda: self._loss(batch))
+
+    def _loss(self, batch: Any) -> Tensor:
+        low = self.training.autocast == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
+            return self.problem.loss(batch)
 
     def _watch(self, model: nn.Module) -> Monitor:
         every = max(_MEASURE_EVERY, math.ceil(self.total_steps / _MEASURED))
@@ -190,16 +222,18 @@ class Trainer:
         batch = self.processes.share(next(batches))
         made = time.perf_counter()
         self.problem.model.train()
-        self.optimizer.zero_grad()
         low = self.training.autocast == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
-            loss = self.problem.loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
-        if self.training.clip is not None:
-            nn.utils.clip_grad_norm_(self.problem.model.parameters(), self.training.clip)
-        descent = time.perf_counter()
-        self.optimizer.step()
-        descended = time.perf_counter()
+            batch = self.problem.prepared(batch)
+        with self._perturbed(batch):
+            self.optimizer.zero_grad()
+            loss = self._loss(batch)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+            if self.training.clip is not None:
+                nn.utils.clip_grad_norm_(self.problem.model.parameters(), self.training.clip)
+            descent = time.perf_counter()
+            self.optimizer.step()
+            descended = time.perf_counter()
         self._total += self.processes.mean(loss.detach())
         self.step += 1
         if self.step % _CHECK_EVERY == 0 or self.step == self.steps:
@@ -215,7 +249,8 @@ class Trainer:
             )
 
     def end_epoch(self) -> None:
-        """Count the epoch as finished."""
+        """Count the epoch as finished; the task may change its model now."""
+        self.problem.end_epoch()
         self.epoch, self.step = self.epoch + 1, 0
 
     def line(self, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -225,7 +260,8 @@ class Trainer:
         (norm, smallest), start = self._norms(), self._start_norm
         if norm is not None and not 0 < norm < math.inf:
             raise Diverged(f"the norm of the weights became {norm} in epoch {self.epoch}")
-        lr = self._decayed_lrs[max(self.done - 1, 0)]
+        lrs = self._decayed_lrs or [self.training.lr]
+        lr = lrs[max(self.done - 1, 0)]
         angle, count = self._angles
         of_norms = None if norm is None or start is None else (start / norm) ** self.exponent
         return {

@@ -44,6 +44,8 @@ class ClassificationOptions:
         label_smoothing: share of each target that is spread over all classes (default: 0).
         train_examples: how many are used, drawn once and for all (default: all).
         test_examples: the same for testing (default: all).
+        label_noise: share of the training labels that are drawn anew from all classes, once and for
+            all (default: 0).
         image_size: pixels a side, of folders (default: 224).
         shrink: side of the squares of pixels that are averaged, a divisor of the images' (default:
             1).
@@ -56,6 +58,7 @@ class ClassificationOptions:
     label_smoothing: float = 0.0
     train_examples: int | None = None
     test_examples: int | None = None
+    label_noise: float = 0.0
     image_size: int = 224
     shrink: int = 1
 
@@ -63,6 +66,7 @@ class ClassificationOptions:
         for name in ("shrink", "width", "image_size", "train_examples", "test_examples"):
             within(self, name, 1)
         within(self, "label_smoothing", 0, 1)
+        within(self, "label_noise", 0, 1)
         known = [*GEOMETRIC, *MIXING]
         for name in self.augment:
             if name not in known:
@@ -136,7 +140,11 @@ class Classification(Problem):
 
     def __init__(self, options: ClassificationOptions, root: Path, device: torch.device) -> None:
         self.options = options
-        self.data, name, self.classes = _source(options, root, device)
+        self.data, name, self.classes = _source(options, root, device, self.labelled)
+        if options.label_noise:
+            self.data.train_labels = _noisy(
+                self.data.train_labels, options.label_noise, self.classes
+            )
         labels, test_labels = self.data.train_labels, self.data.test_labels
         self.mean, self.std = self.data.mean, self.data.std
         self.examples = len(labels)
@@ -150,6 +158,11 @@ class Classification(Problem):
         }
         commonest = int(torch.bincount(labels).argmax())
         self.baseline = {"accuracy": float((test_labels == commonest).double().mean())}
+
+    @staticmethod
+    def labelled(options: Any, root: Path) -> Labelled:
+        """The data set, by its name."""
+        return load(options.data, root)
 
     def standardized(self, x: Tensor) -> Tensor:
         """Inputs as the network takes them."""
@@ -193,7 +206,10 @@ class Classification(Problem):
 
 
 def _source(
-    options: ClassificationOptions, root: Path, device: torch.device
+    options: ClassificationOptions,
+    root: Path,
+    device: torch.device,
+    labelled: Callable[[ClassificationOptions, Path], Labelled],
 ) -> tuple[ImageSource, str, int]:
     """The images, the name of their set, and the number of classes."""
     counts = options.train_examples, options.test_examples
@@ -203,7 +219,7 @@ def _source(
         test = _files(folder.test, folder.test_labels, counts[1], device)
         decoded = DecodedImages(train, test, options.image_size, options.shrink)
         return decoded, folder.name, len(folder.classes)
-    data = load(options.data, root)
+    data = labelled(options, root)
     x, y = part(data.train, data.train_labels, counts[0], device)
     test_x, test_y = part(data.test, data.test_labels, counts[1], device)
     pixels = x.dtype == torch.uint8
@@ -212,6 +228,14 @@ def _source(
     mean = channels.mean(1).float().view(1, -1, 1, 1)
     std = channels.std(1).clamp(min=1e-6).float().view(1, -1, 1, 1)
     return HeldImages((x, y), (test_x, test_y), mean, std, pixels), data.name, len(data.classes)
+
+
+def _noisy(labels: Tensor, share: float, classes: int) -> Tensor:
+    """Labels of which each is, with this probability, drawn anew; always the same ones."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = torch.randint(classes, labels.shape, generator=draw)
+    replaced = torch.rand(labels.shape, generator=draw) < share
+    return torch.where(replaced.to(labels.device), drawn.to(labels.device), labels)
 
 
 def part(

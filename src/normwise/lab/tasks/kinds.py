@@ -22,6 +22,9 @@ __all__ = ["KINDS", "Kind", "is_own", "kind"]
 KINDS = {
     "classification": ("classification", "Classification"),
     "adversarial": ("adversarial", "Adversarial"),
+    "long_tail": ("long_tail", "LongTail"),
+    "incremental": ("incremental", "Incremental"),
+    "stabilization": ("stabilization", "LossStabilization"),
     "bias": ("bias", "Bias"),
     "detection": ("detection", "Detection"),
     "retrieval": ("retrieval", "Retrieval"),
