@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from normwise.lab.contenders import parse as parse_contender
+from normwise.lab.data.own import fingerprint
 from normwise.lab.environment import environment
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import ALONE, Processes
@@ -68,7 +69,10 @@ def config_of(cell: Cell, device: str, processes: Processes = ALONE) -> dict[str
         getattr(cell.options, "network", ""),
         parse_contender(cell.training.optimizer).code or "",
     )
-    if sources := {name: source_hash(name) for name in names if is_code(name)}:
+    sources = {name: source_hash(name) for name in names if is_code(name)}
+    if data := getattr(cell.options, "data", "") if is_own(cell.task) else "":
+        sources[data] = fingerprint(data)
+    if sources:
         config["source"] = sources
     # As it will be read back: tuples become lists.
     return dict(json.loads(json.dumps(config)))
