@@ -33,14 +33,14 @@ class Method:
         name: of its folder.
         label: as a reader sees it.
         contender: what it is.
-        rule: what its steps do to the weights of two or more dimensions.
+        rules: what its steps do, one for each group of parameters that it steps otherwise.
         settings: those that it may choose from.
     """
 
     name: str
     label: str
     contender: Contender
-    rule: UpdateRule
+    rules: tuple[UpdateRule, ...]
     settings: tuple[Setting, ...]
 
 

@@ -233,7 +233,7 @@ class Answer:
         return {
             "name": name,
             "label": self.methods[name].label,
-            "does": _rule(self.methods[name].rule),
+            "does": _does(self.methods[name]),
             "lr": self.chosen[name].lr,
             "weight_decay": self.chosen[name].weight_decay,
             "values": values,
@@ -349,6 +349,13 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f}%" if 0.01 <= share <= 0.99 or share == 1 else f"{100 * share:.2g}%"
 
 
+def _does(method: Method) -> str:
+    """What a method does to each kind of weights that it steps otherwise."""
+    said = list(dict.fromkeys(f"{rule.name}: {_rule(rule)}" for rule in method.rules))
+    decays = "+".join(map(str, method.contender.decays))
+    return " | ".join(said) + (f" | when and how weights decay: {decays}" if decays else "")
+
+
 def _rule(rule: UpdateRule) -> str:
     """What :func:`normwise.describe` says of an optimizer, in words."""
     parts = [f"update {rule.update.value}"]
@@ -462,7 +469,7 @@ def render(answer: Answer, identity: Mapping[str, Any]) -> str:
             for name, m in answer.methods.items()
         ],
         charts=[c for c in charts if not c.empty],
-        rules=[(m.label, _rule(m.rule)) for m in answer.methods.values()],
+        rules=[(m.label, _does(m)) for m in answer.methods.values()],
         invariant=[
             (name, f"{view}, {size} numbers")
             for name, (view, size) in answer.inspected.invariant.items()

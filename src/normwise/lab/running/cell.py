@@ -40,7 +40,16 @@ from normwise.lab.tasks.kinds import is_own, kind
 from normwise.lab.tasks.problem import Problem
 from normwise.lab.trust import is_code, source_hash, trusting
 
-__all__ = ["CONFIG", "RESULT", "DiskFull", "check_device", "config_of", "now", "run_cell"]
+__all__ = [
+    "CONFIG",
+    "RESULT",
+    "DiskFull",
+    "check_device",
+    "config_of",
+    "now",
+    "one_thread",
+    "run_cell",
+]
 
 SCHEMA = 2
 CONFIG, RESULT = "config.json", "result.json"
@@ -129,7 +138,7 @@ def run_cell(
     folder = out / cell.folder
     with ExitStack() as held:
         held.enter_context(trusting(trust))
-        held.enter_context(_one_thread())
+        held.enter_context(one_thread())
         held.enter_context(_room_in(folder))
         config = config_of(cell, device, processes)
 
@@ -157,6 +166,11 @@ def _check_divisible(cell: Cell, processes: Processes) -> None:
             "of a batch's parts; train it in one process"
         )
     training = cell.training
+    if decays := parse_contender(training.optimizer).decays:
+        raise UsageError(
+            f"the decay {'+'.join(map(str, decays))} is not allowed with --parallel; train it in "
+            "one process"
+        )
     if training.coupling != "own" or training.decay_window != (0.0, 1.0):
         raise UsageError(
             f"coupling {training.coupling!r} and decay_window {list(training.decay_window)} are "
@@ -187,8 +201,8 @@ def _room_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread: small networks gain nothing from more, and sums keep their order."""
+def one_thread() -> Iterator[None]:
+    """Inside, one thread computes: small networks gain nothing from more, and sums keep order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -351,7 +365,8 @@ class _Run:
                     left = (now - begin) / (trainer.done - first)
                     left *= trainer.total_steps - trainer.done
                     share = trainer.done / trainer.total_steps
-                    self.observe(Progress(self.cell, share, trainer.loss, left))
+                    growth = trainer.growth if self.processes.kind is None else None
+                    self.observe(Progress(self.cell, share, trainer.loss, growth, left))
                 if trainer.step < trainer.steps and self._due(saved):
                     trainer.save()
                     saved = time.monotonic()

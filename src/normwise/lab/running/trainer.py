@@ -101,6 +101,11 @@ class Trainer:
         self.processes, self.device = processes, device
         torch.manual_seed(_seed("start", cell.seed))
         self.problem = kind(cell.task).build(cell.options, root, device)
+        if processes.kind is not None and not self.problem.divisible:
+            raise UsageError(
+                f"task {cell.task!r} is not allowed with --parallel: its loss is not the mean of "
+                "those of a batch's parts; train it in one process"
+            )
         normalize_weights(self.problem.model, self.training)
         if self.training.batch_size > self.problem.examples:
             raise UsageError(
@@ -109,12 +114,15 @@ class Trainer:
             )
         self.steps = len(self._batches(1))
         with torch.random.fork_rng():
-            self.views, self.not_analyzed = invariant_views(self.problem, self.training.batch_size)
+            analyzed = invariant_views(self.problem, self.training.batch_size)
+        self.views, self.not_analyzed, _ = analyzed
         model = self.problem.model
         self.problem.model = processes.distribute(model)
         params = dict(model.named_parameters())
         self._invariant = [(params[name], view) for name, view in self.views.items()]
-        self.optimizer = make_optimizer(self.problem.model, self.training, dict(self._invariant))
+        self.optimizer = make_optimizer(
+            self.problem.model, self.training, dict(self._invariant), analyzed.report
+        )
         decay_within_window(self.optimizer, self.training, self.total_steps)
         self.exponent = describe(self.optimizer)[0].update.exponent
         self.monitor = self._watch(model) if self.views and processes.kind != "fsdp" else None
@@ -139,6 +147,12 @@ class Trainer:
     def loss(self) -> float:
         """The mean training loss of the epoch so far; this waits for the device."""
         return float(self._total) / max(self.step, 1)
+
+    @property
+    def growth(self) -> float | None:
+        """The norm of the scale-invariant weights over that at the start, as in the metrics."""
+        norm, start = self._norm(), self._start_norm
+        return None if norm is None or start is None else norm / start
 
     def _watch(self, model: nn.Module) -> Monitor:
         every = max(_MEASURE_EVERY, math.ceil(self.total_steps / _MEASURED))
