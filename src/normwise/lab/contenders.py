@@ -21,7 +21,7 @@ from normwise.lab.errors import UsageError, nearest
 from normwise.lab.imports import attribute
 from normwise.lab.trust import check_trusted
 
-__all__ = ["KNOWN", "POLICIES", "Contender", "Decay", "parse", "split"]
+__all__ = ["KNOWN", "MATRICES_ONLY", "POLICIES", "Contender", "Decay", "parse", "split"]
 
 # What a recipe calls by a name alone; normwise.lab.running.prepare makes them.
 KNOWN = ("sgd", "sgdp", "adam", "adamw", "adamp")
@@ -30,7 +30,7 @@ _PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # torch's optimizers that need something else than one call of step() without arguments.
 _NEED_CLOSURE = ("LBFGS",)
 # Those that step matrices alone: the rest of a network is AdamW's.
-_MATRICES_ONLY = ("torch:Muon",)
+MATRICES_ONLY = ("torch:Muon",)
 
 # What a weight decay means, whatever the optimizer.
 POLICIES: dict[str, Policy] = {
@@ -64,6 +64,11 @@ class Decay:
 
     name: str
     share: float | None = None
+
+    @property
+    def length(self) -> float:
+        """The share of the steps that a schedule takes."""
+        return _SHARES[self.name] if self.share is None else self.share
 
     def __str__(self) -> str:
         return self.name if self.share is None else f"{self.name}({self.share:g})"
@@ -99,11 +104,7 @@ class Contender:
 
     def schedules(self, steps: int) -> list[Schedule]:
         """When weights decay, in a training of so many steps."""
-        return [
-            SCHEDULES[d.name](_SHARES[d.name] if d.share is None else d.share, steps)
-            for d in self.decays
-            if d.name in SCHEDULES
-        ]
+        return [SCHEDULES[d.name](d.length, steps) for d in self.decays if d.name in SCHEDULES]
 
     def make(
         self,
@@ -162,7 +163,7 @@ class Contender:
         kind = _torch_class(self.name)
         takes = inspect.signature(kind).parameters
         decay = max(group["weight_decay"] for group in groups)
-        if self.name in _MATRICES_ONLY:
+        if self.name in MATRICES_ONLY:
             return _by_role(kind, lr, decay, report)
         if decay and "weight_decay" not in takes:
             raise UsageError(f"optimizer {self.name!r} has no weight decay; give --weight-decay 0")

@@ -52,6 +52,8 @@ __all__ = ["OPTIMIZERS", "Contest", "Result", "compare"]
 OPTIMIZERS = ("sgd", "sgdp", "adamw", "adamp")
 FINAL, SWEEP, ROW, RUN, SUMMARY = "paper", "sweep", "own", "run.json", "summary.json"
 HELD_OUT = 0.1
+# Radians per step of weights on spheres, whose learning rate is an angle.
+_ANGLE = 0.01
 _LABELS = {"sgd": "SGD", "sgdp": "SGDP", "adam": "Adam", "adamw": "AdamW", "adamp": "AdamP"}
 _BASELINES = {"sgdp": "sgd", "adamp": "adamw"}
 
@@ -291,9 +293,12 @@ class Contest:
             problem.evaluate()
         views, reason, _ = self._analyzed
         params = dict(problem.model.named_parameters())
+        trained = [p for p in params.values() if p.requires_grad]
         return Inspected(
             network=type(problem.model).__name__,
-            weights=sum(p.numel() for p in params.values() if p.requires_grad),
+            weights=sum(p.numel() for p in trained),
+            tensors=len(trained),
+            normalizations=sum("Norm" in type(m).__name__ for m in problem.model.modules()),
             invariant={name: (str(view), params[name].numel()) for name, view in views.items()},
             not_analyzed=reason,
             metrics=metrics,
@@ -333,6 +338,8 @@ class Contest:
         gradient = rule.update is Update.GRADIENT
         own = self.lrs_gradient if gradient else self.lrs_other
         lrs = own or self.lrs or ((0.1,) if gradient else (1e-3,))
+        if "sphere" in contender.wrappers and not (own or self.lrs):
+            lrs = (_ANGLE,)
         usual = 1e-2 if rule.coupling is Coupling.DECOUPLED and not gradient else 1e-4
         takes_none = rule.coupling is Coupling.NONE and not contender.decays
         if ("sphere" in contender.wrappers and not contender.decays) or takes_none:

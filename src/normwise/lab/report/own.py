@@ -12,6 +12,7 @@ from typing import Any
 from normwise.figures import Axis, Line, Lines, Spacing, marks
 from normwise.figures.tables import Cell, Column, Row, Table
 from normwise.lab.methods import Inspected, Method, Setting
+from normwise.lab.report.code import code
 from normwise.lab.report.curves import QUANTITIES, listed
 from normwise.lab.report.pages import page
 from normwise.lab.report.runs import chart, quantities
@@ -20,8 +21,6 @@ from normwise.lab.running.results import Table as Numbers
 from normwise.updates import Coupling, UpdateRule
 
 __all__ = ["Answer", "render"]
-
-_SHOWN = 12  # names of weights in the code to copy
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,14 @@ class Answer:
             return f"Which weights of {self.name} are scale-invariant could not be found out"
         if not where.invariant:
             return (
-                f"None of the weights of {self.name} are scale-invariant, so norms do nothing to "
-                "their learning rate that a projection could undo"
+                f"No weight of {self.name} is scale-invariant by itself, so norms do nothing to "
+                "its learning rate that a projection could undo"
             )
-        text = f"{_percent(where.share)} of the weights of {self.name} are scale-invariant"
+        names = list(where.invariant)
+        which = listed(names) if len(names) <= 3 else f"{len(names)} of {where.tensors} tensors"
+        text = (
+            f"{_percent(where.share)} of the weights of {self.name} are scale-invariant ({which})"
+        )
         did = self.at_end("relative_effective_lr")
         if not did:
             return text
@@ -165,6 +168,13 @@ class Answer:
             return f"The network could not be analyzed: {where.not_analyzed}."
         if where.invariant:
             return ""
+        if where.normalizations:
+            return (
+                f"The network has {where.normalizations} normalizations, but none absorbs the "
+                "scale of one weight alone, as where blocks add to a stream: expect SGDP and AdamP "
+                "to do what SGD and AdamW do, up to how they decay. `normwise inspect` shows which "
+                "weights share a scale, and normwise.balance puts them in balance."
+            )
         return (
             "Without a normalization behind them, weights are not scale-invariant: their norm is "
             "part of what the network computes. Expect SGDP and AdamP to do what SGD and AdamW do, "
@@ -190,6 +200,14 @@ class Answer:
                 f" The best learning rate lies at the end of its list for {listed(edges)}: a "
                 "wider list may find a better one."
             )
+        ranges = [
+            f"{line.label} from {self.shown(min(line.y))} to {self.shown(max(line.y))}"
+            for line in self.sweep_chart().lines
+            if len(line.y) > 1
+        ]
+        if ranges:
+            metric = self.tables[0].metric.title.replace("test ", "")
+            text += f" Over its list of learning rates, {metric} went under {listed(ranges)}."
         diverged = [
             f"{self.methods[c.config['method']].label} at {c.config['training']['lr']:g}"
             for c in self.swept
@@ -204,7 +222,7 @@ class Answer:
             return ""
         name = self.ranked[0].method
         method, setting = self.methods[name], self.chosen[name]
-        return _code(method, setting, self.inspected)
+        return code(method, setting, self.inspected)
 
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds."""
@@ -374,55 +392,6 @@ def _rule(rule: UpdateRule) -> str:
     said = "no decay" if rule.coupling is Coupling.NONE else f"decay {rule.coupling.value}"
     parts.append(said)
     return "; ".join(parts)
-
-
-_CLASSES = {
-    "sgd": ("torch.optim.SGD", ", momentum=0.9"),
-    "sgdp": ("normwise.SGDP", ", momentum=0.9"),
-    "adam": ("torch.optim.Adam", ""),
-    "adamw": ("torch.optim.AdamW", ""),
-    "adamp": ("normwise.AdamP", ""),
-}
-
-
-def _code(method: Method, setting: Setting, inspected: Inspected) -> str:
-    contender = method.contender
-    imports = ["import torch", "import normwise"]
-    if contender.code is not None:
-        module, _, factory = contender.code.partition(":")
-        imports.append(f"from {module} import {factory}")
-        maker, more = factory, ""
-    elif contender.name in _CLASSES:
-        maker, more = _CLASSES[contender.name]
-    else:
-        maker, more = f"torch.optim.{contender.name.removeprefix('torch:')}", ""
-    lines = [
-        *imports,
-        "",
-        "matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]",
-        "vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]",
-        "groups = [",
-        f'    {{"params": matrices, "weight_decay": {setting.weight_decay!r}}},',
-        '    {"params": vectors, "weight_decay": 0.0},  # biases, gains',
-        "]",
-        f"optimizer = {maker}(groups, lr={setting.lr!r}{more})",
-    ]
-    if inspected.invariant:
-        lines += ["", "# The scale-invariant weights, and the slices whose norms are free:"]
-        shown = list(inspected.invariant.items())[:_SHOWN]
-        lines.append("views = {")
-        lines += [f"    {name!r}: {view!r}," for name, (view, _) in shown]
-        if len(inspected.invariant) > _SHOWN:
-            lines.append(f"    # … {len(inspected.invariant)} in all: normwise.analyze(model, x)")
-        lines.append("}")
-    if contender.wrappers:
-        lines += [
-            "",
-            "params = dict(model.named_parameters())",
-            "invariant = {params[name]: view for name, view in views.items()}",
-            *(f"optimizer = normwise.{w}(optimizer, invariant)" for w in contender.wrappers[::-1]),
-        ]
-    return "\n".join(lines) + "\n"
 
 
 def render(answer: Answer, identity: Mapping[str, Any]) -> str:

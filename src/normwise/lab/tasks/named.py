@@ -195,7 +195,7 @@ def _narrow(name: str, source: Source) -> dict[str, Any]:
 def _fitting(known: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """The fields that the data decide."""
     if source.kind == "folder":
-        given = {"num_labels": source.outputs}
+        given: dict[str, Any] = {"num_labels": source.outputs}
         if "image_size" in known:
             given["image_size"] = source.size
         if isinstance(known.get("patch_size"), int):
@@ -211,6 +211,9 @@ def _fitting(known: Mapping[str, Any], source: Source) -> dict[str, Any]:
                 f"vocab_size={source.inputs}"
             )
         given["vocab_size"] = source.inputs
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if isinstance(known.get(token), int) and known[token] >= source.inputs:
+                given[token] = None
     positions = known.get("max_position_embeddings")
     if positions is not None and positions < source.size:
         given["max_position_embeddings"] = source.size
