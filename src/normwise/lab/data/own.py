@@ -116,10 +116,12 @@ def fingerprint(name: str) -> str:
     kind, rest = _divided(name)
     path = Path(rest.rpartition(":")[0] if kind == "csv" else rest)
     try:
-        state = path.stat()
+        # A folder changes when a file in it comes or goes, and not when one in a folder of it does.
+        places = [path, *(p for depth in ("*/", "*/*/") for p in path.glob(depth))]
+        changed = max(place.stat().st_mtime_ns for place in places)
+        return _digest(str(path.absolute()), path.stat().st_size, changed)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    return _digest(str(path), state.st_size, state.st_mtime_ns)
 
 
 @lru_cache

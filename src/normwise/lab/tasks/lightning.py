@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from normwise.lab.errors import UsageError
 from normwise.lab.imports import reason
 from normwise.lab.tasks.problem import Evaluation, Metric
-from normwise.lab.tasks.supervised import Loss, Supervised, checked_parts, checked_workers
+from normwise.lab.tasks.supervised import (
+    Loss,
+    Supervised,
+    checked_defaults,
+    checked_parts,
+    checked_workers,
+)
 
 __all__ = ["Stepped", "lightning"]
 
@@ -54,7 +60,7 @@ def lightning(
     named = tuple(
         Metric(m, m, higher_is_better=False, digits=4) if isinstance(m, str) else m for m in wanted
     )
-    defaults = {"batch_size": batch_size, "schedule": schedule, "epochs": epochs, "warmup": warmup}
+    defaults = checked_defaults(batch_size, schedule, epochs, warmup)
     problem = Stepped(
         make_module,
         checked_parts(train, test, validation),
@@ -103,10 +109,12 @@ class Stepped(Supervised):
     @staticmethod
     def _log_to(model: nn.Module, log: Callable[..., None]) -> None:
         # On the object, where they come before the class's, which ask for a trainer.
+        def log_dict(named: Mapping[str, Any], *_: Any, **__: Any) -> None:
+            for name, value in named.items():
+                log(name, value)
+
         object.__setattr__(model, "log", log)
-        object.__setattr__(
-            model, "log_dict", lambda named, *_, **__: [log(k, v) for k, v in named.items()]
-        )
+        object.__setattr__(model, "log_dict", log_dict)
 
     def _split(self, batch: Any) -> Any:
         return batch

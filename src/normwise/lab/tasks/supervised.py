@@ -199,11 +199,6 @@ def supervised(
             f"make_model is of type {type(make_model).__name__}; must be a function that makes a "
             "network, so that every method and seed starts from one of its own"
         )
-    for option, value in (("batch_size", batch_size), ("epochs", epochs)):
-        if type(value) is not int or value < 1:
-            raise UsageError(f"{option} {value!r} is not allowed: must be a whole number above 0")
-    if schedule not in _SCHEDULES:
-        raise UsageError(f"unknown schedule {schedule!r}: {nearest(str(schedule), _SCHEDULES)}")
     if isinstance(loss, str):
         how, default = LOSSES[loss], LOSSES[loss].measures
     else:
@@ -216,19 +211,32 @@ def supervised(
     measures = [MEASURES[m] if isinstance(m, str) else m for m in wanted]
     if not measures:
         measures = [Measure(_lower("loss", "test loss"), how.of)]
-    defaults = {"batch_size": batch_size, "schedule": schedule, "epochs": epochs, "warmup": warmup}
     return Supervised(
         make_model,
         checked_parts(train, test, validation),
         how,
         tuple(measures),
-        defaults,
+        checked_defaults(batch_size, schedule, epochs, warmup),
         collate=collate,
         target=target,
         workers=checked_workers(workers),
         name=name,
         facts=facts,
     )
+
+
+def checked_defaults(batch_size: int, schedule: str, epochs: int, warmup: float) -> dict[str, Any]:
+    """The settings of a training, by name.
+
+    Raises:
+        UsageError: for a value that is not allowed.
+    """
+    for option, value in (("batch_size", batch_size), ("epochs", epochs)):
+        if type(value) is not int or value < 1:
+            raise UsageError(f"{option} {value!r} is not allowed: must be a whole number above 0")
+    if schedule not in _SCHEDULES:
+        raise UsageError(f"unknown schedule {schedule!r}: {nearest(str(schedule), _SCHEDULES)}")
+    return {"batch_size": batch_size, "schedule": schedule, "epochs": epochs, "warmup": warmup}
 
 
 def checked_parts(train: Any, test: Any, validation: Any) -> dict[str, Any]:
