@@ -1,4 +1,4 @@
-"""Networks and data by name: tables, folders of images, texts, and what makes a network for them."""
+"""Networks and data by name: tables, folders of images, texts, and networks that fit them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import nn
 from normwise.lab.data.own import Images, Rows, fingerprint, open_data
 from normwise.lab.errors import UsageError
 from normwise.lab.tasks.named import named
-
 
 
 def write_table(path, rows, header="length,colour,note,kept", delimiter=","):

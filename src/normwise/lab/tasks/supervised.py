@@ -310,19 +310,27 @@ class Supervised(Problem):
         self.metrics = tuple(measure.metric for measure in measures)
         self.device = torch.device("cpu")
         self.baseline = {}
-        self._divide(_Part("train", parts["train"]), _Part("test", parts["test"]))
+        # By the share that is held out: workers are started once, whatever the number of networks.
+        self._readings: dict[float, _Reading] = {}
+        self._divide(0.0)
 
-    def _divide(self, train: _Part, test: _Part) -> None:
-        """Learn from one part, and test on the other."""
-        self._train, self._test = train, test
-        self.examples = len(train)
+    def _divide(self, held_out: float) -> None:
+        """Learn from one part of the data, and test on another."""
+        if held_out not in self._readings:
+            train, test = _Part("train", self.parts["train"]), _Part("test", self.parts["test"])
+            if held_out and "validation" in self.parts:
+                test = _Part("validation", self.parts["validation"])
+            elif held_out:
+                train, test = train.divided(held_out)
+            parts = {"train": train, "test": test}
+            self._readings[held_out] = _Reading(parts, self._collate, self._workers)
+        self._reading = self._readings[held_out]
+        self.examples = len(self._reading.parts["train"])
         self.facts = {
             "train_examples": self.examples,
-            "test_examples": len(test),
+            "test_examples": len(self._reading.parts["test"]),
             **self._facts,
         }
-        self._reading = _Reading({"train": train, "test": test}, self._collate)
-        self._ahead: Ahead | None = None
 
     def fresh(self, device: torch.device, held_out: float = 0.0) -> Supervised:
         """The same data, and a network that is drawn now.
@@ -350,15 +358,12 @@ class Supervised(Problem):
             raise UsageError(f"the network ({type(model).__name__}) has no parameters to train")
         new.model, new.device = model.to(device), device
         new._takes = _argument_names(model)
-        if held_out and "validation" in self.parts:
-            new._divide(self._train, _Part("validation", self.parts["validation"]))
-        elif held_out:
-            new._divide(*self._train.divided(held_out))
+        new._divide(held_out)
         return new
 
     def batches(self, size: int, draw: Generator) -> Tensor:
         """The examples of each step; those of an iterable dataset stay in their order."""
-        if not self._train.iterable:
+        if not self._reading.parts["train"].iterable:
             return super().batches(size, draw)
         steps = self.examples // size
         return torch.arange(steps * size).view(steps, size)
@@ -373,7 +378,7 @@ class Supervised(Problem):
 
     def _tests(self) -> Iterator[tuple[list[int], Any]]:
         """The numbers of the test examples, and their batches."""
-        size, count = self.defaults["batch_size"], len(self._test)
+        size, count = self.defaults["batch_size"], len(self._reading.parts["test"])
         numbers = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
         draws = (Generator().manual_seed(some[0]) for some in numbers)
         return zip(numbers, self._batches("test", numbers, draws), strict=True)
@@ -386,12 +391,7 @@ class Supervised(Problem):
             (part, some, int(torch.randint(2**31, (), generator=draw)))
             for some, draw in zip(numbers, draws, strict=True)
         )
-        if self._workers and not self._reading.parts[part].iterable:
-            if self._ahead is None:
-                self._ahead = Ahead(self._reading, self._workers)
-            made = self._ahead.run(jobs)
-        else:
-            made = self._reading.in_turn(jobs)
+        made = self._reading.run(part, jobs)
         try:
             for batch in made:
                 yield self._split(_moved(batch, self.device))
@@ -573,10 +573,25 @@ class _Reading(Dataset[Any]):
     Args:
         parts: by name.
         collate: makes a batch of examples.
+        workers: how many other processes there are to be.
     """
 
-    def __init__(self, parts: dict[str, _Part], collate: Callable[[list[Any]], Any]) -> None:
-        self.parts, self.collate = parts, collate
+    def __init__(
+        self, parts: dict[str, _Part], collate: Callable[[list[Any]], Any], workers: int
+    ) -> None:
+        self.parts, self.collate, self.workers = parts, collate, workers
+        self._ahead: Ahead | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ahead": None}
+
+    def run(self, part: str, jobs: Iterable[tuple[str, list[int], int]]) -> Iterator[Any]:
+        """What comes of jobs on one part, in order; that of workers ends an earlier run."""
+        if not self.workers or self.parts[part].iterable:
+            return self.in_turn(jobs)
+        if self._ahead is None:
+            self._ahead = Ahead(self, self.workers)
+        return self._ahead.run(jobs)
 
     def __getitem__(self, job: tuple[str, list[int], int]) -> Any:
         try:
