@@ -107,7 +107,7 @@ def command(*words, **more):
 
 @pytest.mark.slow
 def test_the_same_numbers_with_two_jobs_and_killed_three_times(module, tmp_path, capsys):
-    words = ["compare", f"{module}.py:problem", *QUICK, "--lr", "0.01,0.1", "--epochs", "60"]
+    words = ["compare", f"{module}.py:problem", *QUICK, "--lr", "0.01,0.1", "--epochs", "30"]
     assert cli.main([*words, "--out", "a"]) == 0
     first = values(json.loads(capsys.readouterr().out))
     assert cli.main([*words, "--out", "b", "--jobs", "2"]) == 0
