@@ -106,7 +106,7 @@ def main() -> None:
         )
         results = json.loads(out.read_text())
     first = next(iter(results.values()))
-    print(f"{arguments.model}, FSDP2 over {arguments.processes} processes, ms a step")
+    print(f"{arguments.model}, FSDP2 over {arguments.processes} processes, ms per step")
     print(f"{'':22}{'median':>8}{'quartiles':>16}{'least':>8}{'ratio':>7}{'collectives':>13}")
     for name, r in results.items():
         quartiles = f"{1e3 * r['low']:.1f}–{1e3 * r['high']:.1f}"

@@ -302,7 +302,8 @@ def show_lines(results: list[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "µs a step", "ns a parameter", title="straight lines", title_justify="left")
+    headings = ("", "µs per step", "ns per parameter")
+    table = Table(*headings, title="straight lines", title_justify="left")
     for family, peer in dict.fromkeys((r.family, r.peer) for r in results):
         constant, slope = line([r for r in results if (r.family, r.peer) == (family, peer)])
         table.add_row(f"{family}: {peer}", f"{1e6 * constant:.0f}", f"{1e9 * slope:.3f}")

@@ -21,7 +21,7 @@ from normwise.invariance.cli import add_inspect_parser, settings
 from normwise.lab.arguments import count, duration, numbers, positives, seeds, whole
 from normwise.lab.cli import add_lab_parsers
 from normwise.lab.errors import Unavailable, UsageError, nearest, require_lab
-from normwise.monitor.cli import add_plan_parser
+from normwise.plan.cli import add_plan_parser
 
 __all__ = ["main"]
 

@@ -60,12 +60,24 @@ class View:
 
     @classmethod
     def channel(cls, dim: int = 0) -> View:
-        """One slice for each index along ``dim`` (default: 0)."""
+        """One slice for each index along ``dim`` (default: 0).
+
+        Args:
+            dim: along which channels lie (default: 0).
+        """
         return cls("channel", dim=dim)
 
     @classmethod
     def blocks(cls, count: int, dim: int = 0) -> View:
-        """``count`` slices, each a run of consecutive channels along ``dim`` (default: 0)."""
+        """``count`` slices, each a run of consecutive channels along ``dim`` (default: 0).
+
+        Args:
+            count: how many slices; it divides the number of channels.
+            dim: along which channels lie (default: 0).
+
+        Returns:
+            The view.
+        """
         return cls("blocks", dim=dim, count=count)
 
     @classmethod
@@ -76,6 +88,12 @@ class View:
     @classmethod
     def parse(cls, text: str) -> View:
         """Read the spelling that ``str(view)`` writes, such as ``"channel"`` or ``"blocks(8)"``.
+
+        Args:
+            text: of a view.
+
+        Returns:
+            The view.
 
         Raises:
             ValueError: if ``text`` is not such a spelling.
@@ -98,7 +116,11 @@ class View:
         return f"blocks({self.count}, {self.dim})" if self.dim else f"blocks({self.count})"
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ``ValueError`` if a weight of this ``shape`` cannot be split in this view."""
+        """Raise ``ValueError`` if a weight of this ``shape`` cannot be split in this view.
+
+        Args:
+            shape: of the weight.
+        """
         if self.kind == "layer":
             return
         if self.dim >= len(shape):
@@ -116,6 +138,9 @@ class View:
         for every tensor of one shape, whatever its memory format: a weight in ``channels_last``
         and its contiguous gradient can be multiplied entry by entry. The result has two dimensions
         or more.
+
+        Args:
+            w: a weight that this view fits.
 
         Raises:
             ValueError: if the view does not fit the shape of ``w``.
@@ -158,6 +183,14 @@ def unit(slices: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
     """Directions and norms of slices; the direction of a zero slice is zero.
 
     Arguments and norms are those of :func:`slice_norms`; directions have the shape of ``slices``.
+
+    Args:
+        slices: of any shape.
+        dim: from which dimension on a slice's entries lie (default: 1).
+
+    Returns:
+        Directions of the shape of ``slices``, and norms with every dimension from ``dim`` on of
+        size 1.
     """
     norm = slice_norms(slices, dim)
     return slices / torch.where(norm > 0, norm, 1), norm
@@ -169,7 +202,15 @@ def dot(a: Tensor, b: Tensor, dim: int = 1) -> Tensor:
 
 
 def norms(w: Tensor, view: View) -> Tensor:
-    """The Euclidean norm of each slice of ``w``, shape ``(slices,)``, in float32 or better."""
+    """The Euclidean norm of each slice of ``w``, shape ``(slices,)``, in float32 or better.
+
+    Args:
+        w: a weight.
+        view: whose slices.
+
+    Returns:
+        Shape ``(slices,)``.
+    """
     return slice_norms(view.slices(at_least_float32(w))).flatten()
 
 
@@ -197,7 +238,16 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor, view: View) -> Tensor:
-    """The cosine of each slice of ``a`` and of ``b``, shape ``(slices,)``; 0 for zero slices."""
+    """The cosine of each slice of ``a`` and of ``b``, shape ``(slices,)``; 0 for zero slices.
+
+    Args:
+        a: a tensor.
+        b: another of its shape.
+        view: whose slices.
+
+    Returns:
+        Shape ``(slices,)``, in float32 or better.
+    """
     a, b = at_least_float32(a), at_least_float32(b)
     return dot(unit(view.slices(a))[0], unit(view.slices(b))[0]).flatten()
 
@@ -221,7 +271,16 @@ def radial(u: Tensor, w: Tensor, view: View) -> Tensor:
 
 
 def tangential(u: Tensor, w: Tensor, view: View) -> Tensor:
-    """What is left of ``u`` without its radial part: orthogonal to ``w``, slice by slice."""
+    """What is left of ``u`` without its radial part: orthogonal to ``w``, slice by slice.
+
+    Args:
+        u: an update of ``w``.
+        w: a weight.
+        view: whose slices.
+
+    Returns:
+        A tensor of the shape of ``u``.
+    """
     return at_least_float32(u) - radial(u, w, view)
 
 

@@ -24,7 +24,14 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def is_sharded(t: Any) -> TypeGuard[Any]:
-    """Whether ``t`` is a DTensor; what DTensors need is not imported where there is none."""
+    """Whether ``t`` is a DTensor; what DTensors need is not imported where there is none.
+
+    Args:
+        t: anything.
+
+    Returns:
+        True or False.
+    """
     if type(t) in _PLAIN or not isinstance(t, Tensor):
         return False
     from torch.distributed.tensor import DTensor
@@ -33,7 +40,14 @@ def is_sharded(t: Any) -> TypeGuard[Any]:
 
 
 def local(t: Tensor) -> Tensor:
-    """This rank's shard or replica of a DTensor, an alias; any other tensor itself."""
+    """This rank's shard or replica of a DTensor, an alias; any other tensor itself.
+
+    Args:
+        t: any tensor.
+
+    Returns:
+        A plain tensor.
+    """
     if not is_sharded(t):
         return t
     shard: Tensor = t.to_local()
@@ -84,11 +98,19 @@ class Layout:
         return self.view.count
 
     def by_slice(self, sums: Tensor) -> Tensor:
-        """Sums over channels, shape ``(channels, ...)``, to sums over slices, ``(count, ...)``."""
+        """The sums over slices, shape ``(count, ...)``.
+
+        Args:
+            sums: over channels, shape ``(channels, ...)``.
+        """
         return torch.segment_reduce(sums, "sum", lengths=self._lengths, initial=0, unsafe=True)
 
     def by_channel(self, values: Tensor) -> Tensor:
-        """Values of slices, shape ``(count, ...)``, to ``(channels, ...)``."""
+        """The values of each channel's slice, shape ``(channels, ...)``.
+
+        Args:
+            values: of slices, shape ``(count, ...)``.
+        """
         return values[self.slots]
 
     @functools.cached_property
@@ -98,6 +120,13 @@ class Layout:
 
 def lay_out(p: Any, view: View) -> Layout:
     """Find where the slices of a DTensor in a view of the whole of it live.
+
+    Args:
+        p: a DTensor.
+        view: of the whole of it.
+
+    Returns:
+        Which of the slices this rank has, and with whom it shares them.
 
     Raises:
         ValueError: for a view that does not fit, or a placement that is no shard and no replica.
@@ -126,7 +155,15 @@ def lay_out(p: Any, view: View) -> Layout:
 
 
 def lay_out_channels(p: Any, dim: int = 0) -> Layout:
-    """The channels of the whole of a DTensor, for sums that every rank must have of all of them."""
+    """The channels of the whole of a DTensor, for sums that every rank must have of all of them.
+
+    Args:
+        p: a DTensor.
+        dim: along which channels lie (default: 0).
+
+    Returns:
+        As :func:`lay_out`.
+    """
     groups = tuple(p.device_mesh.get_group(i) for i in sorted(_shards(p)))
     slots = _pieces(p, dim)[1].to(p.device)
     return Layout(View.channel(dim), p.shape, None, groups, dim, p.shape[dim], slots)

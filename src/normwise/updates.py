@@ -139,13 +139,21 @@ class UpdateRule:
         return None if self.view == "auto" else self.view is not None
 
     def with_gate(self, is_open: bool) -> UpdateRule:
-        """This rule where the gate has been seen to hold, or not; itself without a gate."""
+        """This rule where the gate has been seen to hold, or not; itself without a gate.
+
+        Args:
+            is_open: whether it holds.
+        """
         if self.view != "auto":
             return self
         return replace(self, view=View.channel() if is_open else None)
 
     def converted(self, convert: Callable[[Tensor], Number]) -> UpdateRule:
-        """This rule with each tensor in it replaced by what ``convert`` makes of it."""
+        """This rule with each tensor in it replaced by what ``convert`` makes of it.
+
+        Args:
+            convert: from a tensor to a number, such as ``float``.
+        """
 
         def of(value: Any) -> Any:
             return convert(value) if isinstance(value, Tensor) else value
@@ -205,13 +213,22 @@ class Attached(Protocol):
     """Something that acts on weights of an optimizer through its hooks."""
 
     @property
-    def label(self) -> str: ...
+    def label(self) -> str:
+        """What it is, for a person."""
+        ...
 
     @property
-    def params(self) -> Collection[Tensor]: ...
+    def params(self) -> Collection[Tensor]:
+        """The weights that it acts on."""
+        ...
 
     def changed_rule(self, rule: UpdateRule, group: Group) -> UpdateRule:
-        """What becomes of the rule of a group, or a weight, that it acts on."""
+        """What becomes of the rule of a group, or a weight, that it acts on.
+
+        Args:
+            rule: without what is attached.
+            group: the group.
+        """
         ...
 
 
@@ -227,6 +244,9 @@ def attached_to(optimizer: Optimizer) -> list[Attached]:
 
     Args:
         optimizer: any.
+
+    Returns:
+        The list itself.
     """
     return _attached.setdefault(optimizer, [])
 
@@ -260,6 +280,9 @@ def describe(optimizer: Any) -> list[UpdateRule]:
         optimizer: any torch optimizer, a wrapper of one, or a learning-rate scheduler. Of one that
             is not known the rule says so: ``Update.UNKNOWN``, ``Coupling.UNKNOWN``.
 
+    Returns:
+        The rules, in the order of the groups.
+
     Raises:
         TypeError: for what neither is an optimizer nor holds one.
     """
@@ -278,6 +301,9 @@ def rule_of(optimizer: Optimizer, group: Group, p: Tensor | None = None) -> Upda
         group: one of its parameter groups.
         p: one weight of the group, which a wrapper may treat otherwise than the rest (default: the
             group's weights of two dimensions or more).
+
+    Returns:
+        The rule.
     """
     rule = own_rule(optimizer, group, p)
     member = p if p is not None else next(iter(group["params"]), None)
@@ -294,6 +320,9 @@ def own_rule(optimizer: Optimizer, group: Group, p: Tensor | None = None) -> Upd
         optimizer: any.
         group: one of its parameter groups.
         p: as of :func:`rule_of`.
+
+    Returns:
+        The rule.
     """
     describer = _describer_of(type(optimizer))
     if describer is not None:
@@ -335,7 +364,15 @@ def _of_weight(rule: UpdateRule, group: Group, p: Tensor) -> UpdateRule:
 
 
 def unknown_rule(optimizer: Optimizer, group: Group) -> UpdateRule:
-    """The rule of a group of which only the learning rate is known."""
+    """The rule of a group of which only the learning rate is known.
+
+    Args:
+        optimizer: any.
+        group: one of its parameter groups.
+
+    Returns:
+        A rule with ``Update.UNKNOWN``.
+    """
     decays = not is_zero(group.get("weight_decay", 0.0))
     return UpdateRule(
         type(optimizer).__name__,

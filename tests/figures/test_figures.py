@@ -33,7 +33,7 @@ from normwise.figures import (
     save,
 )
 from normwise.figures.layout import LABEL, apart, draw, draw_figure, natural_height
-from normwise.figures.shapes import Group, Text, shortened, text_width, wrapped
+from normwise.figures.shapes import Group, Label, shortened, text_width, wrapped
 
 STEP = Axis("step", Spacing.TIGHT)
 
@@ -83,7 +83,7 @@ def texts(shapes):
     for shape in shapes:
         if isinstance(shape, Group):
             yield from texts(shape.shapes)
-        elif isinstance(shape, Text):
+        elif isinstance(shape, Label):
             yield shape
 
 

@@ -8,13 +8,17 @@ from normwise.figures.tables import Cell, Column, Row, Table, show
 
 TABLE = Table(
     (Column("method", words=True), Column("accuracy", "%"), Column("seeds")),
-    (Row(("SGD", Cell("98.5", "± 0.2"), "3")), Row(("[bold]Mine", Cell("7.0"), "12"))),
+    (
+        Row(("SGD", Cell("98.5", "± 0.2"), "3")),
+        Row(("[bold]Mine", Cell("7.0"), "12")),
+    ),
 )
 
 
 def test_words_stand_on_the_left_and_numbers_on_the_right():
     assert str(TABLE).splitlines() == [
-        "method      accuracy %  seeds",
+        "method        accuracy  seeds",
+        "                     %",
         "─────────────────────────────",
         "SGD         98.5 ± 0.2      3",
         "[bold]Mine         7.0     12",

@@ -24,7 +24,7 @@ def use_triton_on_the_cpu(monkeypatch, log_block):
     if not knobs.runtime.interpret:
         pytest.skip("Triton was imported without TRITON_INTERPRET=1")
     monkeypatch.setitem(kernels._BACKENDS, "cpu", kernels._BACKENDS["cuda"])
-    monkeypatch.setattr(cuda.KernelPlan.__init__, "__defaults__", (log_block,))
+    monkeypatch.setattr(cuda.CUDAPlan.__init__, "__defaults__", (log_block,))
 
     # It cuts float32 off to bfloat16, where devices round to nearest even.
     convert = interpreter._convert_float

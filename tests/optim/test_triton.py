@@ -23,7 +23,7 @@ SHAPES = [(5,), (3, 3), (40, 17), (300, 8), (6, 256), (2, 257), (2, 1200), (3, 4
 @pytest.mark.parametrize("log_block", [6, 8, 12])
 def test_the_chunks_of_a_plan_hold_every_entry_once(view, log_block):
     params = [torch.zeros(s) for s in SHAPES if not isinstance(view, View) or len(s) > 1]
-    plan = cuda.KernelPlan(params, view, "free", log_block)
+    plan = cuda.CUDAPlan(params, view, "free", log_block)
     held = [torch.zeros(p.numel(), dtype=torch.int64) for p in params]
     for tile, chunks in plan.launches:
         for chunk in chunks.tolist():
@@ -46,12 +46,12 @@ def test_the_chunks_of_a_plan_hold_every_entry_once(view, log_block):
 @pytest.mark.parametrize("view", ["auto", View.channel(), None])
 def test_the_number_of_launches_does_not_grow_with_the_model(view):
     few = [torch.zeros(64, n) for n in (9, 64, 576, 1000, 5000)]
-    plans = [cuda.KernelPlan(few * times, view, "free") for times in (1, 40)]
+    plans = [cuda.CUDAPlan(few * times, view, "free") for times in (1, 40)]
     assert len(plans[0].launches) == len(plans[1].launches) <= 5
 
 
 def test_memory_is_of_the_order_of_slices_and_chunks():
-    plan = cuda.KernelPlan([torch.zeros(1000, 4608), torch.zeros(50_000, 768)], "auto", "free")
+    plan = cuda.CUDAPlan([torch.zeros(1000, 4608), torch.zeros(50_000, 768)], "auto", "free")
     tables = (plan.state, plan.tensors, plan.chunks, plan.runs, plan.slices)
     assert sum(t.nbytes for t in tables) < 0.04 * 4 * (1000 * 4608 + 50_000 * 768)
 

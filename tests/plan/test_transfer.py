@@ -29,9 +29,9 @@ def test_groups_without_decay_remember_everything_and_are_named():
         [{"params": [p], "name": "matrices"}, {"params": [q], "name": "gains", "weight_decay": 0}],
         lr=0.01, weight_decay=0.1, view=None,
     )  # fmt: skip
-    table = str(timescales(optimizer))
-    assert "matrices  1,000 steps  693 steps" in table
-    assert "gains     everything" in table
+    rows = [line.split() for line in str(timescales(optimizer)).splitlines()]
+    assert ["matrices", "1,000", "693", "–", "–"] in rows
+    assert ["gains", "everything", "–", "–", "–"] in rows
     with pytest.raises(ValueError, match="Invalid steps: 0"):
         timescales(optimizer, steps=0)
 

@@ -54,7 +54,7 @@ def test_the_rules_are_in_the_report():
         "head.weight": "classifier: the last Linear",
     }
     table = str(report).splitlines()
-    assert len(table) == 11
+    assert len(table) == 12
     assert "view channel(1)" in next(line for line in table if line.startswith("up.weight"))
     assert all(reason in str(report) for reason in report.left_alone.values())
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from normwise.invariance import Report
 from normwise.invariance.replica import Replica
 from normwise.sharding import is_sharded
 
-__all__ = ["apply_", "parameters_of", "set_statistics_", "tracks_statistics", "verified"]
+__all__ = [
+    "after_every",
+    "apply_",
+    "parameters_of",
+    "set_statistics_",
+    "tracks_statistics",
+    "verified",
+]
 
 # The two sides agree to rounding in float64 where a symmetry holds, and in no digit where not.
 _TOLERANCE = 1e-6
@@ -48,6 +58,25 @@ def parameters_of(model: nn.Module, report: Report) -> dict[str, nn.Parameter]:
             )
         found[term.parameter] = p
     return found
+
+
+def after_every(
+    optimizer: Optimizer, every: int, act: Callable[[Optimizer], object]
+) -> RemovableHandle:
+    """Do something after every so many steps of an optimizer.
+
+    Raises:
+        ValueError: if ``every`` is not positive.
+    """
+    if every < 1:
+        raise ValueError(f"Invalid every: {every}; must be 1 or more")
+    steps = itertools.count(1)
+
+    def after_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
+        if next(steps) % every == 0:
+            act(stepped)
+
+    return optimizer.register_step_post_hook(after_step)
 
 
 def apply_(params: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from normwise.balancing.equalizing import equalize
 from normwise.balancing.least_mass import balance, mass
 from normwise.balancing.rounding import rounded
+from normwise.figures.tables import Column, Table
 from normwise.geometry import View, norms
 from normwise.invariance import Report, analyze
-from normwise.invariance.cli import settings
+from normwise.invariance.cli import add_source, check_absent, model_and_batch, with_exit_code
 from normwise.invariance.replica import Replica
-from normwise.invariance.sources import batch_for, load
 
 __all__ = ["add_balance_parser", "run_balance"]
 
@@ -34,9 +33,7 @@ def add_balance_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "balance", help="the same function at other scales", description=_DESCRIPTION
     )
-    parser.add_argument(
-        "source", help="MODULE:FACTORY, hf:MODEL_TYPE, hf:CONFIG.json, timm:NAME, torchvision:NAME"
-    )
+    add_source(parser)
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -45,16 +42,6 @@ def add_balance_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE.safetensors", help="a new file (default: only the table)"
-    )
-    parser.add_argument(
-        "--batch", help="2x3x64x64, tokens:2x16, or MODULE:FACTORY (default: what the model says)"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an argument of the factory or a field of the configuration; may be repeated",
     )
     parser.add_argument(
         "--to",
@@ -68,34 +55,25 @@ def add_balance_parser(subparsers: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def run_balance(args: argparse.Namespace) -> int:
-    """Print the table and write the checkpoint; 0, or 2 for what cannot be balanced."""
-    try:
-        if args.out is not None and args.out.exists():
-            raise ValueError(f"--out {str(args.out)!r} exists; name a file that does not")
-        model, batch = load(args.source, settings(args.set))
-        state = None if args.checkpoint is None else _read(model, args.checkpoint)
-        if args.batch is not None or batch is None:
-            batch = batch_for(model, args.batch, seed=args.seed)
-        report = analyze(model, batch, seed=args.seed, mode=args.mode)
-        before = _measures(model, report, batch, args.mode)
-        if args.to == "least-mass":
-            result = balance(model, report, batch=batch, tolerance=1e-8)
-        else:
-            result = equalize(model, report, batch=batch)
-        after = _measures(model, report, batch, args.mode)
-        width = max(map(len, before))
-        print(f"{'':{width}}  {'before':>10}  {'after':>10}")
-        for name, value in before.items():
-            print(f"{name:{width}}  {value:>10.4g}  {after[name]:>10.4g}")
-        print(f"{'largest difference of outputs':{width}}  {'':>10}  {result.difference:>10.1e}")
-        if args.out is not None:
-            _write(model, args.out, state)
-            print(args.out)
-    except (ValueError, RuntimeError, ImportError, OSError, TypeError) as error:
-        print(f"normwise: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+@with_exit_code
+def run_balance(args: argparse.Namespace) -> None:
+    """Print the table and write the checkpoint."""
+    check_absent("--out", args.out)
+    model, batch = model_and_batch(args.source, args, args.seed)
+    state = None if args.checkpoint is None else _read(model, args.checkpoint)
+    report = analyze(model, batch, seed=args.seed, mode=args.mode)
+    before = _measures(model, report, batch, args.mode)
+    if args.to == "least-mass":
+        result = balance(model, report, batch=batch, tolerance=1e-8)
+    else:
+        result = equalize(model, report, batch=batch)
+    after = _measures(model, report, batch, args.mode)
+    rows = [(name, f"{value:.4g}", f"{after[name]:.4g}") for name, value in before.items()]
+    rows.append(("largest difference of outputs", "", f"{result.difference:.1e}"))
+    print(Table.of(("measure", Column("before"), Column("after")), rows))
+    if args.out is not None:
+        _write(model, args.out, state)
+        print(args.out)
 
 
 def _measures(

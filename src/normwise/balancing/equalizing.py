@@ -67,6 +67,9 @@ def equalize(
         tolerance: sweeps end when no factor changes by a larger share (default: 1e-6).
         max_sweeps: the most (default: 1000).
 
+    Returns:
+        What was done: factors, sweeps and the difference of outputs.
+
     Raises:
         ValueError: for a report of another model, or if the outputs change.
         RuntimeError: if the sweeps do not converge. The model is unchanged in both cases.

@@ -96,6 +96,9 @@ def balance(
         tolerance: sweeps end when no factor changes by a larger share (default: 1e-12).
         max_sweeps: the most (default: 10 000).
 
+    Returns:
+        What was done: the mass before and after, sweeps and the difference of outputs.
+
     Raises:
         ValueError: for a report of another model; if the outputs change; or if ``"unit"`` needs a
             batch, to see which running statistics must follow.

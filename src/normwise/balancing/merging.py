@@ -136,7 +136,7 @@ def learn_gamma(
     Args:
         model: only read, but for its buffers where the loss runs it in training mode.
         report: what :func:`normwise.analyze` found for it.
-        loss: of the model on proxy data; called once a step.
+        loss: of the model on proxy data; called once per step.
         steps: of Adam with betas (0.5, 0.999) (default: 100).
         lr: its learning rate (default: 0.01).
 
@@ -177,7 +177,15 @@ def learn_gamma(
 
 
 def expected_shrink(cosine: float, count: int) -> float:
-    """√((1 + (n − 1)c)/n): the norm of the mean of n vectors of norm 1 and pairwise cosine c."""
+    """√((1 + (n − 1)c)/n): the norm of the mean of n vectors of norm 1 and pairwise cosine c.
+
+    Args:
+        cosine: c, between any two of the vectors.
+        count: n, how many there are.
+
+    Returns:
+        The norm, from 0 to 1.
+    """
     return math.sqrt(max(0.0, (1 + (count - 1) * cosine) / count))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from normwise.balancing.apply import apply_, parameters_of
+from normwise.balancing.apply import after_every, apply_, parameters_of
 from normwise.balancing.sweep import Sweep
 from normwise.invariance import Report
 
@@ -86,20 +86,13 @@ class Balance:
             ValueError: if ``every`` is not positive. A step raises it for a state tensor that is
                 not known, before anything is changed.
         """
-        if every < 1:
-            raise ValueError(f"Invalid every: {every}; must be 1 or more")
-        steps = 0
-
-        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            nonlocal steps
-            steps += 1
-            if steps % every == 0:
-                self.apply_(optimizer)
-
-        return optimizer.register_step_post_hook(after_step)
+        return after_every(optimizer, every, self.apply_)
 
     def apply_(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Balance the weights and the state of an optimizer once.
+
+        Args:
+            optimizer: whose parameters are the model's.
 
         Returns:
             What each parameter was multiplied by, by name, as tensors that broadcast.

@@ -42,7 +42,17 @@ def round_weight(weight: Tensor, bits: int, view: View | str = "channel") -> Ten
 
 
 def rounded(model: nn.Module, report: Report, bits: int, view: View | str = "channel") -> nn.Module:
-    """A copy of a model with every matrix rounded by :func:`round_weight`, vectors as they are."""
+    """A copy of a model with every matrix rounded by :func:`round_weight`, vectors as they are.
+
+    Args:
+        model: any.
+        report: of the model: which of its parameters are matrices.
+        bits: of a number, 2 or more.
+        view: whose slices have a scale of their own (default: ``"channel"``).
+
+    Returns:
+        A deep copy; the model stays as it is.
+    """
     duplicate = copy.deepcopy(model)
     params = dict(duplicate.named_parameters())
     with torch.no_grad():

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from normwise.balancing.apply import after_every
 from normwise.geometry import View, norms
 
 __all__ = [
@@ -69,6 +69,9 @@ def tau_normalize(weight: Tensor, tau: float = 1.0) -> Tensor:
         tau: 0 changes nothing, 1 makes unit rows, more than 1 reverses the order of their norms
             (default: 1).
 
+    Returns:
+        ``weight``.
+
     Source: 1910.09217, equation 7.
     """
     length = norms(weight.detach(), _ROWS)
@@ -84,6 +87,9 @@ def align_rows(weight: Tensor, new: Collection[int] | slice, bias: Tensor | None
         weight: the classifier's weight, changed in place.
         new: the rows of the new classes.
         bias: to be scaled alike, so that logits are multiplied by γ (default: left alone).
+
+    Returns:
+        ``weight``.
 
     Raises:
         ValueError: if the new rows are all, none, or zero.
@@ -112,6 +118,9 @@ def adjust_logits(weight: Tensor, priors: Tensor, tau: float, bias: Tensor | Non
         tau: τ.
         bias: the classifier's bias, if it has one; without it logits are not scaled as a whole.
 
+    Returns:
+        ``weight``.
+
     Raises:
         ValueError: if a share is not positive.
 
@@ -128,6 +137,9 @@ def class_balanced_weights(counts: Sequence[int] | Tensor, beta: float = 0.9999)
     Args:
         counts: n_c, the number of examples of each class, 1 or more.
         beta: β, from 0 (all alike) to below 1 (default: 0.9999).
+
+    Returns:
+        α, shape ``(classes,)``.
 
     Raises:
         ValueError: for an empty class or a β out of range.
@@ -203,6 +215,9 @@ class MaxNorm:
         Args:
             weights: at the start of the second stage.
             share: 0 caps all rows at the shortest, 1 none (default: 0.1).
+
+        Returns:
+            A constraint with these radii.
         """
         radii = {}
         for weight in weights:
@@ -230,14 +245,4 @@ class MaxNorm:
         Raises:
             ValueError: if ``every`` is not positive.
         """
-        if every < 1:
-            raise ValueError(f"Invalid every: {every}; must be 1 or more")
-        steps = 0
-
-        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            nonlocal steps
-            steps += 1
-            if steps % every == 0:
-                self.project_()
-
-        return optimizer.register_step_post_hook(after_step)
+        return after_every(optimizer, every, lambda _: self.project_())

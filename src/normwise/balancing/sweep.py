@@ -30,7 +30,7 @@ __all__ = ["Sizes", "Sweep", "largest", "least"]
 
 Weighing = Literal["sum", "largest"]
 
-# Newton's method doubles the digits a step once it is near, and the bracket halves until then.
+# Near the root each step of Newton's method doubles the digits; until then the bracket halves.
 _NEWTON_STEPS = 100
 
 

@@ -377,7 +377,7 @@ class AttachedRegularizer:
     _optimizer: weakref.ref[Optimizer]
 
     def remove(self) -> None:
-        """End it. The optimizer's own decay of the weights stays 0."""
+        """End it; the optimizer's own decay of the weights stays 0."""
         self._handle.remove()
         optimizer = self._optimizer()
         if optimizer is not None and self in attached_to(optimizer):
@@ -393,6 +393,10 @@ class AttachedRegularizer:
         """What becomes of the rule of a weight, for :func:`normwise.describe`.
 
         By which share it shortens a weight depends on the weight's norm over ε.
+
+        Args:
+            rule: of the weight without the regularizer.
+            group: the group that it is of.
         """
         return replace(
             rule,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,13 @@ from torch.optim import Optimizer
 from normwise.decay.attached import label
 from normwise.decay.epsilon_shifted import AttachedRegularizer
 from normwise.decay.policies import AttachedPolicy, Cautious
+from normwise.figures.tables import Column, Table, paragraph
 from normwise.geometry import View, norms
+from normwise.protocols import AnalysisReport
 from normwise.theory import equilibrium_of
 from normwise.updates import Coupling, Update, UpdateRule, attached_to, rule_of
 
 __all__ = ["Explanation", "GroupDecay", "explain"]
-
-
-class _Report(Protocol):
-    def parameter_views(self) -> Mapping[nn.Parameter, View]: ...
 
 
 @dataclass(frozen=True)
@@ -75,56 +73,49 @@ class Explanation:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        header = (
-            "group",
-            "entries",
-            "decay",
-            "λ (torch)",
-            "η·λ",
-            "half-life",
-            "norm →",
-            "rms →",
-            "angle",
-        )
-        rows = [header]
-        for g in self.groups:
-            coupling = f"{g.rule}, {g.coupling.value}" if g.coupling else g.rule
-            if g.per_step == 0:
-                rows.append((g.label, f"{g.entries:,}", "none", "0", "0", "–", "–", "–", "–"))
-                continue
-            norm = None if g.norm is None else f"{g.norm[0]:.3g}"
-            if g.norm is not None and g.norm[1] > 1.005 * g.norm[0]:
-                norm = f"{g.norm[0]:.3g} … {g.norm[1]:.3g}"
-            rows.append(
-                (
-                    g.label,
-                    f"{g.entries:,}",
-                    coupling,
-                    _number(g.weight_decay),
-                    _number(g.per_step),
-                    _unknown if g.half_life is None else f"{g.half_life:,.0f} steps",
-                    norm or _unknown,
-                    _number(g.rms),
-                    _unknown if g.angle is None else f"{math.degrees(g.angle):.3g}°",
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "─" * max(map(len, lines)))
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        notes = (paragraph(f"note: {note}") for note in self.notes)
+        return "\n".join([str(Table.of(_COLUMNS, map(_cells, self.groups))), *notes])
 
 
+_COLUMNS = (
+    "group",
+    Column("entries"),
+    "decay",
+    Column("λ", "torch"),
+    Column("η·λ"),
+    Column("half-life", "steps"),
+    Column("norm →"),
+    Column("rms →"),
+    Column("angle", "per step"),
+)
 _unknown = "not known"
+
+
+def _cells(g: GroupDecay) -> tuple[str, ...]:
+    if g.per_step == 0:
+        return g.label, f"{g.entries:,}", "none", "0", "0", *"––––"
+    norm = _unknown
+    if g.norm is not None:
+        least, most = g.norm
+        norm = f"{least:.3g} … {most:.3g}" if most > 1.005 * least else f"{least:.3g}"
+    return (
+        g.label,
+        f"{g.entries:,}",
+        f"{g.rule}, {g.coupling.value}" if g.coupling else g.rule,
+        _number(g.weight_decay),
+        _number(g.per_step),
+        _unknown if g.half_life is None else f"{g.half_life:,.0f}",
+        norm,
+        _number(g.rms),
+        _unknown if g.angle is None else f"{math.degrees(g.angle):.3g}°",
+    )
 
 
 def _number(value: float | None) -> str:
     return _unknown if value is None else f"{value:.3g}"
 
 
-def explain(optimizer: Optimizer, report: _Report | None = None) -> Explanation:
+def explain(optimizer: Optimizer, report: AnalysisReport | None = None) -> Explanation:
     """Say what decay each group has, in both conventions, and where it leads.
 
     Norms and angles are those at which scale-invariant weights settle if the learning rate stays.

@@ -9,25 +9,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from normwise.decay.checks import check_number
-from normwise.geometry import View
+from normwise.protocols import AnalysisReport
 
 __all__ = ["Groups", "Rule", "by_analysis", "by_rules"]
-
-
-class _Row(Protocol):
-    @property
-    def view(self) -> View | None: ...
-    @property
-    def is_vector(self) -> bool: ...
-
-
-class _Report(Protocol):
-    def __getitem__(self, name: str) -> _Row: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +54,13 @@ class Rule:
             raise ValueError("a rule needs a condition: names, modules or max_ndim")
 
     def matches(self, name: str, module: nn.Module, p: nn.Parameter) -> bool:
-        """Whether the rule is for this parameter of this module."""
+        """Whether the rule is for this parameter of this module.
+
+        Args:
+            name: of the parameter.
+            module: that holds it.
+            p: the parameter.
+        """
         patterns = (self.names,) if isinstance(self.names, str) else self.names
         return (
             (not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
@@ -121,6 +116,9 @@ def by_rules(
         weight_decay: λ of those that no rule matches.
         rules: in order of precedence (default: none for what has at most one dimension).
 
+    Returns:
+        Groups with ``params``, ``weight_decay`` and ``name``; ``print`` them for an account.
+
     Raises:
         ValueError: for λ that is negative or not finite, or a rule that no parameter falls to.
     """
@@ -143,7 +141,7 @@ def by_rules(
 
 def by_analysis(
     model: nn.Module,
-    report: _Report,
+    report: AnalysisReport,
     *,
     invariant: float,
     plain: float,
@@ -157,6 +155,9 @@ def by_analysis(
         invariant: λ of scale-invariant weights, whose norm is only a learning rate.
         plain: λ of the others of two dimensions or more, whose norm is capacity.
         vector: λ of biases, gains and scales (default: 0).
+
+    Returns:
+        Groups with ``params``, ``weight_decay`` and ``name``; ``print`` them for an account.
 
     Raises:
         ValueError: for λ that is negative or not finite, or a parameter that the report has not.

@@ -14,9 +14,9 @@ import fnmatch
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from normwise.decay.attached import check_unscheduled, label, scheduled, split_groups
 from normwise.decay.checks import check_number
+from normwise.protocols import AnalysisReport
 from normwise.updates import Coupling, UpdateRule, attached_to, own_rule
 
 __all__ = ["L2", "AttachedPolicy", "Cautious", "Corrected", "Decoupled", "Effect", "Policy"]
@@ -31,11 +32,7 @@ __all__ = ["L2", "AttachedPolicy", "Cautious", "Corrected", "Decoupled", "Effect
 Number = float | Tensor
 
 
-class _Report(Protocol):
-    def parameter_views(self) -> Mapping[Any, Any]: ...
-
-
-On = _Report | str | Iterable[Tensor | str | int]
+On = AnalysisReport | str | Iterable[Tensor | str | int]
 
 
 class Effect(NamedTuple):
@@ -80,6 +77,13 @@ class Policy:
             own: what the optimizer does by itself.
         """
         raise NotImplementedError
+
+    def _effect_on(
+        self, optimizer: Optimizer, group: dict[str, Any], reference: Number
+    ) -> tuple[UpdateRule, Effect]:
+        """What the optimizer does to a group by itself, and what this policy does in its place."""
+        own = own_rule(optimizer, group)
+        return own, self.effect(group["weight_decay"], group["lr"], reference, own)
 
     def attach(self, optimizer: Optimizer, on: On | None = None) -> AttachedPolicy:
         """Decay weights of ``optimizer`` by this policy from now on.
@@ -162,8 +166,7 @@ class Policy:
         self, optimizer: Optimizer, group: dict[str, Any], reference: Number, closure: bool
     ) -> Any:
         """Prepare a group for a step; what is returned is handed to :meth:`_after_step`."""
-        own = own_rule(optimizer, group)
-        effect = self.effect(group["weight_decay"], group["lr"], reference, own)
+        own, effect = self._effect_on(optimizer, group, reference)
         value = effect.weight_decay
         if value is not None and _takes(optimizer, group, own, effect):
             group["weight_decay"] = value / own.rate
@@ -188,8 +191,7 @@ class Policy:
         self, optimizer: Optimizer, group: dict[str, Any], rule: UpdateRule, reference: Number
     ) -> UpdateRule:
         """What becomes of the rule of a group, or of a weight of it, that has this policy."""
-        own = own_rule(optimizer, group)
-        effect = self.effect(group["weight_decay"], group["lr"], reference, own)
+        own, effect = self._effect_on(optimizer, group, reference)
         value = effect.weight_decay
         through = value is not None and _takes(optimizer, group, own, effect)
         return replace(
@@ -284,8 +286,7 @@ class Cautious(Decoupled):
     def _before_step(
         self, optimizer: Optimizer, group: dict[str, Any], reference: Number, closure: bool
     ) -> Any:
-        own = own_rule(optimizer, group)
-        shrink = self.effect(group["weight_decay"], group["lr"], reference, own).shrink
+        shrink = self._effect_on(optimizer, group, reference)[1].shrink
         group["weight_decay"] = 0.0
         # Real aliases of complex weights: signs are of entries.
         params = [torch.view_as_real(p) if p.is_complex() else p for p in _with_gradient(group)]
@@ -343,7 +344,12 @@ class Corrected(Policy):
             check_number("max_lr", self.max_lr, positive=True)
 
     def attach(self, optimizer: Optimizer, on: On | None = None) -> AttachedPolicy:
-        """As :meth:`Policy.attach`, but ``on`` must be given."""
+        """As :meth:`Policy.attach`, but ``on`` must be given.
+
+        Args:
+            optimizer: as of :meth:`Policy.attach`.
+            on: the weights to correct.
+        """
         if on is None:
             raise ValueError(
                 "Corrected must be told which weights feed a normalization: "
@@ -368,6 +374,11 @@ class AttachedPolicy:
     Attributes:
         policy: the policy.
         params: the parameters that it acts on.
+
+    Args:
+        policy: what to do.
+        optimizer: whose hooks it is to be on.
+        groups: the groups that it is to act on.
     """
 
     def __init__(self, policy: Policy, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
@@ -395,7 +406,7 @@ class AttachedPolicy:
         return self.policy.label
 
     def remove(self) -> None:
-        """End it. The groups keep their ``weight_decay``, which is the optimizer's own again."""
+        """End it; the groups' ``weight_decay`` is the optimizer's own again."""
         self._restore()
         for hook in self._hooks:
             hook.remove()
@@ -413,6 +424,9 @@ class AttachedPolicy:
     def effect(self, group: dict[str, Any]) -> Effect:
         """What the next step does to the weights of one of its groups.
 
+        Args:
+            group: one of the groups that it acts on.
+
         Raises:
             ReferenceError: if the optimizer is gone.
         """
@@ -420,11 +434,15 @@ class AttachedPolicy:
         if optimizer is None:
             raise ReferenceError(f"the optimizer of {self.policy} is gone")
         group = self._own_options(group)
-        own = own_rule(optimizer, group)
-        return self.policy.effect(group["weight_decay"], group["lr"], self._lr(group), own)
+        return self.policy._effect_on(optimizer, group, self._lr(group))[1]
 
     def changed_rule(self, rule: UpdateRule, group: dict[str, Any]) -> UpdateRule:
-        """What becomes of the rule of one of its groups, for :func:`normwise.describe`."""
+        """What becomes of the rule of one of its groups, for :func:`normwise.describe`.
+
+        Args:
+            rule: of the group without the policy.
+            group: the group.
+        """
         optimizer = self._optimizer()
         if optimizer is None:
             return rule

@@ -86,7 +86,7 @@ class DecayScheduler:
         self._apply()
 
     def get_last_weight_decay(self) -> list[float | Tensor]:
-        """λ of each group that it drives."""
+        """The λ of each group that it drives."""
         return [_copy(_get(self._all()[i])) for i in self.groups]
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,6 +95,9 @@ class DecayScheduler:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, and set the groups to it.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
 
         Raises:
             ValueError: if it is of another number of groups.
@@ -183,6 +186,9 @@ def normalized(norm_weight_decay: float, batch_size: int, samples: int, epochs: 
         samples: B, the size of the training set.
         epochs: T, of the run, or of the current restart.
 
+    Returns:
+        λ.
+
     Raises:
         ValueError: for a negative λ_norm, or another number that is not positive.
     """
@@ -212,11 +218,15 @@ class WarmRestarts:
         self.decay.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Those of both."""
+        """The state of both."""
         return {"lr": self.lr.state_dict(), "decay": self.decay.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave."""
+        """Load what :meth:`state_dict` gave.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
+        """
         self.lr.load_state_dict(state_dict["lr"])
         self.decay.load_state_dict(state_dict["decay"])
 

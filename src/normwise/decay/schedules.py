@@ -28,13 +28,23 @@ class Schedule:
     __rmul__ = __mul__
 
     def then(self, steps: int, other: Callable[[int], float]) -> Schedule:
-        """This for ``steps`` steps, and then ``other``, from its beginning."""
+        """This for ``steps`` steps, and then ``other``, from its beginning.
+
+        Args:
+            steps: how long this lasts, 1 or more.
+            other: what follows, counted from 0 again.
+        """
         return _Then(self, check_at_least_one("number of steps", steps), other)
 
 
 @dataclass(frozen=True)
 class Window(Schedule):
-    """1 from ``start`` on and before ``stop``, else 0."""
+    """1 from ``start`` on and before ``stop``, else 0.
+
+    Args:
+        start: the first step of decay, counted from 0.
+        stop: the first step without it again (default: none).
+    """
 
     start: int
     stop: float = math.inf
@@ -57,6 +67,9 @@ def early(steps: int) -> Window:
     Args:
         steps: a whole number, 1 or more.
 
+    Returns:
+        A factor of 1 before ``steps`` and 0 from there on.
+
     Raises:
         ValueError: for another.
     """
@@ -69,6 +82,9 @@ def late(start: int) -> Window:
     Args:
         start: a step, counted from 0.
 
+    Returns:
+        A factor of 0 before ``start`` and 1 from there on.
+
     Raises:
         ValueError: for a negative one, or what is no number.
     """
@@ -77,7 +93,13 @@ def late(start: int) -> Window:
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """From ``first`` to ``last`` in equal increments over ``steps`` steps, then ``last``."""
+    """From ``first`` to ``last`` in equal increments over ``steps`` steps, then ``last``.
+
+    Args:
+        steps: how many it takes, 1 or more.
+        first: the factor at step 0 (default: 1).
+        last: the factor from ``steps`` on (default: 0).
+    """
 
     steps: int
     first: float = 1.0
@@ -87,23 +109,17 @@ class Linear(Schedule):
         check_at_least_one("number of steps", self.steps)
 
     def __call__(self, step: int) -> float:
-        return self.first + (self.last - self.first) * min(step / self.steps, 1)
+        return self._after(min(step / self.steps, 1))
+
+    def _after(self, share: float) -> float:
+        return self.first + (self.last - self.first) * share
 
 
-@dataclass(frozen=True)
-class Cosine(Schedule):
+class Cosine(Linear):
     """From ``first`` to ``last`` on half a cosine over ``steps`` steps, then ``last``."""
 
-    steps: int
-    first: float = 1.0
-    last: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_at_least_one("number of steps", self.steps)
-
-    def __call__(self, step: int) -> float:
-        angle = math.pi * min(step / self.steps, 1)
-        return self.last + (self.first - self.last) * (1 + math.cos(angle)) / 2
+    def _after(self, share: float) -> float:
+        return super()._after((1 - math.cos(math.pi * share)) / 2)
 
 
 @dataclass(frozen=True)
@@ -139,6 +155,10 @@ class Restarts(Schedule):
     epochs of the current restart (arXiv 1711.05101, appendix B.1). The lengths are those of
     ``torch.optim.lr_scheduler.CosineAnnealingWarmRestarts``: the first of ``steps``, and each of
     the next ``factor`` times as long as the one before.
+
+    Args:
+        steps: of the first restart.
+        factor: how many times as long as the one before a restart is (default: 1).
     """
 
     steps: int

@@ -10,8 +10,9 @@ from normwise.figures.charts import (
     Lines,
     Plane,
     Series,
+    short_names,
 )
-from normwise.figures.palette import COLOURS, DASHED, HUES, Colour, css, marks, ramp
+from normwise.figures.palette import COLOURS, DASHED, HUES, Colour, css, marks, nth_of, ramp
 from normwise.figures.raster import matplotlib_figure, png, save
 from normwise.figures.scales import Spacing
 from normwise.figures.svg import document, piece
@@ -35,8 +36,10 @@ __all__ = [
     "document",
     "marks",
     "matplotlib_figure",
+    "nth_of",
     "piece",
     "png",
     "ramp",
     "save",
+    "short_names",
 ]

@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from normwise.figures.scales import Spacing
 
-__all__ = ["Axis", "Chart", "Dots", "Figure", "Heat", "Line", "Lines", "Plane", "Series"]
+__all__ = [
+    "Axis",
+    "Chart",
+    "Dots",
+    "Figure",
+    "Heat",
+    "Line",
+    "Lines",
+    "Plane",
+    "Series",
+    "short_names",
+]
 
 
 def _three_digits(value: float) -> str:
     return f"{value:.3g}".replace("-", "−")
+
+
+def short_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of weights without the ending that all have; numbers alone would say too little.
+
+    Args:
+        names: of parameters.
+
+    Returns:
+        As many labels.
+    """
+    cut = (name.replace(".parametrizations.weight.original", ".weight") for name in names)
+    return tuple(
+        name if name.removesuffix(".weight").isdigit() else name.removesuffix(".weight")
+        for name in cut
+    )
 
 
 @dataclass(frozen=True)
@@ -65,7 +92,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines over a common axis; ``rules`` are verticals, such as drops of a learning rate."""
+    """Lines over a common axis; ``rules`` are verticals, such as drops of a learning rate.
+
+    Args:
+        title: over the chart.
+        note: under the title; empty for none.
+        x: the axis that all share.
+        y: the vertical axis.
+        lines: what is drawn.
+        rules: where verticals stand (default: none).
+    """
 
     title: str
     note: str
@@ -98,7 +134,11 @@ class Series:
     colours: tuple[str, ...] = ("blue",)
 
     def colour(self, row: int) -> str:
-        """The colour of a row."""
+        """The colour of a row.
+
+        Args:
+            row: counted from 0.
+        """
         return self.colours[row % len(self.colours)]
 
 
@@ -107,6 +147,8 @@ class Dots:
     """Rows with names, and dots with intervals or bars beside them.
 
     Args:
+        title: over the chart.
+        note: under the title; empty for none.
         x: the axis that all rows share.
         rows: their names, from top to bottom.
         series: the values; more than one is told apart by a key.
@@ -135,6 +177,8 @@ class Heat:
     """A grid of values as shades.
 
     Args:
+        title: over the chart.
+        note: under the title; empty for none.
         rows: names, from top to bottom.
         columns: names, from left to right; only those that are not empty are written.
         values: of each row, NaN for none.
@@ -170,6 +214,8 @@ class Plane:
     """Paths in two dimensions around an origin.
 
     Args:
+        title: over the chart.
+        note: under the title; empty for none.
         paths: lines whose ``x`` and ``y`` are coordinates.
         left, right, bottom, top: what is shown; the unit is as long in both directions.
         shade: from an angle in radians to the darkness of its ray, 0 to 1.

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 from normwise.figures.charts import Axis, Chart, Dots, Figure, Heat, Line, Lines, Plane
 from normwise.figures.palette import ramp
-from normwise.figures.scales import Scale, power_text
+from normwise.figures.scales import AxisScale, power_text
 from normwise.figures.shapes import (
     Circle,
     Drawing,
     Group,
-    Path,
+    Label,
+    Polyline,
     Shape,
-    Text,
     moved,
     shortened,
     text_width,
@@ -24,6 +24,8 @@ from normwise.figures.shapes import (
 )
 
 __all__ = ["apart", "draw", "draw_figure", "natural_height"]
+
+Points = tuple[tuple[float, float], ...]
 
 LABEL = 15.0
 """The least distance between two labels, in pixels."""
@@ -109,7 +111,7 @@ def draw_figure(figure: Figure) -> Drawing:
     shapes = [moved(s, margin, margin) for s in _head(figure.title, figure.note, inner, 17)]
     y = margin + _head_height(figure.title, figure.note, inner, 17)
     if not charts:
-        shapes.append(Text(margin, y + 14, "Nothing to draw: no run came far enough.", size=13))
+        shapes.append(Label(margin, y + 14, "Nothing to draw: no run came far enough.", size=13))
         y += 34
     cell = (inner - (columns - 1) * gutter) / columns
     for start in range(0, len(charts), columns):
@@ -126,14 +128,14 @@ def draw_figure(figure: Figure) -> Drawing:
     return Drawing(width, y - 22 + margin, figure.title, tuple(shapes))
 
 
-def _head(title: str, note: str, width: float, size: float) -> Iterator[Text]:
+def _head(title: str, note: str, width: float, size: float) -> Iterator[Label]:
     y = 0.0
     for line in wrapped(title, width, size, bold=True):
         y += size * 1.25
-        yield Text(0, y, line, "ink", size, bold=True)
+        yield Label(0, y, line, "ink", size, bold=True)
     for line in wrapped(note, width):
         y += 16
-        yield Text(0, y, line)
+        yield Label(0, y, line)
 
 
 def _head_height(title: str, note: str, width: float, size: float) -> float:
@@ -180,56 +182,50 @@ def _lines(chart: Lines, width: float, height: float) -> tuple[list[Shape], dict
     def y(value: float) -> float:
         return bottom - min(max(up.place(value), 0.0), 1.0) * (bottom - top)
 
-    shapes: list[Shape] = [Text(0, 12, shortened(chart.y.label, width))]
+    shapes: list[Shape] = [Label(0, 12, shortened(chart.y.label, width))]
     for value, text in up.ticks:
         at = y(value)
-        shapes.append(Path(((left, at), (right, at)), "line", crisp=True))
-        shapes.append(Text(left - 8, at + 4, text, anchor="end"))
+        shapes.append(Polyline(((left, at), (right, at)), "line", crisp=True))
+        shapes.append(Label(left - 8, at + 4, text, anchor="end"))
     shapes += [
-        Path(((x(rule), top), (x(rule), bottom)), "strong-line", dash=(1, 3))
+        Polyline(((x(rule), top), (x(rule), bottom)), "strong-line", dash=(1, 3))
         for rule in chart.rules
         if 0 <= across.place(rule) <= 1
     ]
     shapes += _under(chart.x, across, left, right, bottom)
-    places = dict(
-        zip(
-            map(id, named),
-            apart([y(_end(line)[1]) for line in named], top, bottom) if named else [],
-            strict=True,
-        )
-    )
-    texts = dict(zip(map(id, named), labels, strict=True))
+    heights = apart([y(_end(line)[1]) for line in named], top, bottom)
+    names = dict(zip(map(id, named), zip(heights, labels, strict=True), strict=True))
     for line in lines:
-        drawn = [Path(part, line.colour, width=2.2, dash=line.dash) for part in _runs(line, x, y)]
+        drawn = [
+            Polyline(part, line.colour, width=2.2, dash=line.dash) for part in _runs(line, x, y)
+        ]
         inside: list[Shape] = []
         if line.low and line.low != line.high:
-            there = [
-                (x(a), y(b)) for a, b in zip(line.x, line.high, strict=True) if math.isfinite(b)
-            ]
-            back = [(x(a), y(b)) for a, b in zip(line.x, line.low, strict=True) if math.isfinite(b)]
-            inside.append(Path((*there, *back[::-1]), fill=line.colour, opacity=0.14))
+            there, back = (
+                [(x(a), y(b)) for a, b in zip(line.x, edge, strict=True) if math.isfinite(b)]
+                for edge in (line.high, line.low)
+            )
+            inside.append(Polyline((*there, *back[::-1]), fill=line.colour, opacity=0.14))
         if line.level is not None and math.isfinite(line.level):
             at = y(line.level)
-            inside.append(Path(((left, at), (right, at)), line.colour, dash=(1, 3)))
+            inside.append(Polyline(((left, at), (right, at)), line.colour, dash=(1, 3)))
         inside += drawn
         end_x, end_y = (f(v) for f, v in zip((x, y), _end(line), strict=True))
         if named or len(drawn) == 0 or all(len(part.points) < 2 for part in drawn):
             inside.append(Circle(end_x, end_y, 3, line.colour))
-        if id(line) in places:
-            at, text = places[id(line)], texts[id(line)]
+        if id(line) in names:
+            at, text = names[id(line)]
             if abs(at - end_y) > 2 or right - end_x > 2:
                 points = ((end_x + 4, end_y), (right + _GAP - 3, at))
-                inside.append(Path(points, line.colour, opacity=0.45))
+                inside.append(Polyline(points, line.colour, opacity=0.45))
             whole = line.label if text != line.label else ""
             inside.append(
-                Text(right + _GAP, at + 4.5, text, line.colour, 13, bold=True, whole=whole)
+                Label(right + _GAP, at + 4.5, text, line.colour, 13, bold=True, whole=whole)
             )
         shapes.append(Group(line.name, tuple(inside)))
     if _order_key(chart):
-        drawn_lines = [line for line in lines if line.label]
-        shapes += _strip(
-            drawn_lines[0].label, drawn_lines[-1].label, "order", left, right, height + 12
-        )
+        ends = [line.label for line in lines if line.label]
+        shapes += _strip(ends[0], ends[-1], "order", left, right, height + 12)
     hover = {
         "top": round(top, 1),
         "bottom": round(bottom, 1),
@@ -255,7 +251,7 @@ def _end(line: Line) -> tuple[float, float]:
     return next((a, b) for a, b in zip(line.x[::-1], line.y[::-1], strict=True) if math.isfinite(b))
 
 
-def _runs(line: Line, x: Any, y: Any) -> list[tuple[tuple[float, float], ...]]:
+def _runs(line: Line, x: Any, y: Any) -> list[Points]:
     """The points of a line, anew after each value that is not finite."""
     runs: list[list[tuple[float, float]]] = [[]]
     for a, b in zip(line.x, line.y, strict=True):
@@ -277,34 +273,44 @@ def _hovered(axis: Axis, line: Line, k: int) -> str:
     return f"{mean} ({axis.text(line.low[k])} – {axis.text(line.high[k])})"
 
 
-def _under(axis: Axis, scale: Scale, left: float, right: float, y: float) -> list[Shape]:
+def _under(axis: Axis, scale: AxisScale, left: float, right: float, y: float) -> list[Shape]:
     """Ticks and label of a horizontal axis; a tick without room for its text has none."""
-    shapes: list[Shape] = []
-    until = -math.inf
-    for value, text in scale.ticks:
-        at, half = left + scale.place(value) * (right - left), text_width(text) / 2
-        if at - half >= until:
-            shapes.append(Text(at, y + 18, text, anchor="middle"))
-            until = at + half + 6
+    places = ((left + scale.place(value) * (right - left), text) for value, text in scale.ticks)
+    shapes: list[Shape] = list(_with_room(places, y + 18, 6))
     label = shortened(axis.label, right + 8)
     half = text_width(label) / 2
     at = max(half, min((left + right) / 2, right + 8 - half))
-    shapes.append(Text(at, y + 35, label, anchor="middle"))
+    shapes.append(Label(at, y + 35, label, anchor="middle"))
     return shapes
+
+
+def _with_room(
+    places: Iterable[tuple[float, str]], y: float, gap: float, right: float = math.inf
+) -> Iterator[Label]:
+    """Texts around their places, from left to right; one that would touch the last is left out."""
+    until = -math.inf
+    for at, text in places:
+        half = text_width(text) / 2
+        if at - half >= until:
+            yield Label(min(at, right - half), y, text, anchor="middle")
+            until = at + half + gap
+
+
+def _box(left: float, top: float, right: float, bottom: float) -> Points:
+    return ((left, top), (right, top), (right, bottom), (left, bottom))
 
 
 def _strip(low: str, high: str, kind: str, left: float, right: float, y: float) -> list[Shape]:
     """A strip of a ramp's colours between two words."""
     length, x = 110.0, left
     words = shortened(low, (right - left - length) / 2 - 12)
-    shapes: list[Shape] = [Text(x, y + 4, words)]
+    shapes: list[Shape] = [Label(x, y + 4, words)]
     x += text_width(words) + 8
     for k in range(12):
-        a, b = x + k * length / 12, x + (k + 1) * length / 12
-        points = ((a, y - 5), (b, y - 5), (b, y + 5), (a, y + 5))
-        shapes.append(Path(points, fill=ramp(kind, k / 11), crisp=True))
+        box = _box(x + k * length / 12, y - 5, x + (k + 1) * length / 12, y + 5)
+        shapes.append(Polyline(box, fill=ramp(kind, k / 11), crisp=True))
     words = shortened(high, max(right - x - length - 8, 40))
-    shapes.append(Text(x + length + 8, y + 4, words))
+    shapes.append(Label(x + length + 8, y + 4, words))
     return shapes
 
 
@@ -324,7 +330,7 @@ def _named_rows(
 ) -> Iterator[Shape]:
     for row, name, y in zip(rows, names, middle, strict=False):
         whole = row if name != row else ""
-        yield Text(left - 8, y + 4, name, "ink", anchor="end", whole=whole)
+        yield Label(left - 8, y + 4, name, "ink", anchor="end", whole=whole)
 
 
 def _dots(chart: Dots, width: float, height: float) -> tuple[list[Shape], None]:
@@ -344,14 +350,13 @@ def _dots(chart: Dots, width: float, height: float) -> tuple[list[Shape], None]:
     middle = [top + (k + 0.5) * step for k in range(len(chart.rows))]
     shapes: list[Shape] = []
     if chart.band is not None:
-        a, b = x(chart.band[0]), x(chart.band[1])
-        points = ((a, top), (b, top), (b, bottom), (a, bottom))
-        shapes.append(Path(points, fill="muted", opacity=0.12))
+        box = _box(x(chart.band[0]), top, x(chart.band[1]), bottom)
+        shapes.append(Polyline(box, fill="muted", opacity=0.12))
     for value, _ in scale.ticks:
-        shapes.append(Path(((x(value), top), (x(value), bottom)), "line", crisp=True))
+        shapes.append(Polyline(((x(value), top), (x(value), bottom)), "line", crisp=True))
     if chart.reference is not None:
         at = x(chart.reference)
-        shapes.append(Path(((at, top), (at, bottom)), "muted", crisp=True))
+        shapes.append(Polyline(((at, top), (at, bottom)), "muted", crisp=True))
     key_x = left
     for number, series in enumerate(chart.series):
         shift = (number - (len(chart.series) - 1) / 2) * min(step / 3, 6) if keyed else 0.0
@@ -362,17 +367,16 @@ def _dots(chart: Dots, width: float, height: float) -> tuple[list[Shape], None]:
             y, colour = middle[row] + shift, series.colour(row)
             if series.low and math.isfinite(series.low[row]):
                 ends = ((x(series.low[row]), y), (x(series.high[row]), y))
-                inside.append(Path(ends, colour, width=2, opacity=0.6))
+                inside.append(Polyline(ends, colour, width=2, opacity=0.6))
             if chart.bars:
                 half = min(step * 0.42, 6.0)
-                corners = ((left, y - half), (x(value), y - half), (x(value), y + half))
-                inside.append(Path((*corners, (left, y + half)), fill=colour))
+                inside.append(Polyline(_box(left, y - half, x(value), y + half), fill=colour))
             else:
                 inside.append(Circle(x(value), y, min(4.0, max(step / 2.5, 1.5)), colour))
         shapes.append(Group(series.label, tuple(inside)))
         if keyed:
             shapes.append(Circle(key_x + 5, 8, 4, series.colour(0)))
-            shapes.append(Text(key_x + 14, 12, series.label, "ink"))
+            shapes.append(Label(key_x + 14, 12, series.label, "ink"))
             key_x += 34 + text_width(series.label)
     shapes += _under(chart.x, scale, left, right, bottom)
     shapes += _named_rows(chart.rows, names, left, middle)
@@ -403,25 +407,22 @@ def _heat(chart: Heat, width: float, height: float) -> tuple[list[Shape], None]:
         starts = [0, *(j for j in range(1, len(row)) if shades[j] != shades[j - 1]), len(row)]
         for a, b in pairwise(starts):
             if shades[a]:
-                x0, x1 = left + a * across, left + b * across
-                corners = ((x0, y), (x1, y), (x1, y + down), (x0, y + down))
-                shapes.append(Path(corners, fill=shades[a], crisp=True))
+                box = _box(left + a * across, y, left + b * across, y + down)
+                shapes.append(Polyline(box, fill=shades[a], crisp=True))
         if chart.text is not None:
             for j, value in enumerate(row):
                 if math.isfinite(value):
                     at, fill = left + (j + 0.5) * across, "card" if share(value) > 0.5 else "ink"
-                    shapes.append(Text(at, y + down / 2 + 4, chart.text(value), fill, 11, "middle"))
+                    shapes.append(
+                        Label(at, y + down / 2 + 4, chart.text(value), fill, 11, "middle")
+                    )
     if chart.outlined is not None:
         x0, y0 = left + chart.outlined[1] * across, top + chart.outlined[0] * down
-        x1, y1 = x0 + across, y0 + down
-        shapes.append(Path(((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)), "orange", width=2.4))
-    until = -math.inf
-    for j, name in enumerate(chart.columns):
-        at, half = left + (j + 0.5) * across, text_width(name) / 2
-        if name and at - half >= until:
-            shapes.append(Text(min(at, right - half), bottom + 18, name, anchor="middle"))
-            until = at + half + (24 if columns > 12 else 4)
-    shapes.append(Text((left + right) / 2, bottom + 35, chart.x, anchor="middle"))
+        box = _box(x0, y0, x0 + across, y0 + down)
+        shapes.append(Polyline((*box, box[0]), "orange", width=2.4))
+    places = ((left + (j + 0.5) * across, name) for j, name in enumerate(chart.columns) if name)
+    shapes += _with_room(places, bottom + 18, 24 if columns > 12 else 4, right)
+    shapes.append(Label((left + right) / 2, bottom + 35, chart.x, anchor="middle"))
     say = chart.text or (lambda v: power_text(v) if v > 0 else f"{v:.2g}")
     unit = f" {chart.unit}" if chart.unit else ""
     least = "≤ " if chart.least is not None else ""
@@ -430,7 +431,7 @@ def _heat(chart: Heat, width: float, height: float) -> tuple[list[Shape], None]:
         chart.rows, names, left, [top + (k + 0.5) * down for k in range(len(chart.rows))]
     )
     if not names:
-        shapes.append(Text(0, bottom + 35, f"{len(chart.rows)} rows, the first on top"))
+        shapes.append(Label(0, bottom + 35, f"{len(chart.rows)} rows, the first on top"))
     return shapes, None
 
 
@@ -453,7 +454,7 @@ def _plane(chart: Plane, width: float, height: float) -> tuple[list[Shape], None
     ]
     angles = sorted([*(math.pi * k / 90 for k in range(-90, 91)), *corners])
     shapes: list[Shape] = [
-        Path(
+        Polyline(
             (place(0, 0), edge(a), edge(b)),
             fill="muted",
             opacity=round(0.5 * chart.shade((a + b) / 2), 3),
@@ -471,14 +472,14 @@ def _plane(chart: Plane, width: float, height: float) -> tuple[list[Shape], None
             if 0 <= point[0] <= width and 0 <= point[1] <= height:
                 part.append(point)
             elif part:
-                shapes.append(Path(tuple(part), "strong-line", dash=(2, 4)))
+                shapes.append(Polyline(tuple(part), "strong-line", dash=(2, 4)))
                 part = []
         x, y = place(0, -radius)
-        shapes.append(Text(x - 8, y - 5, text, anchor="end"))
+        shapes.append(Label(x - 8, y - 5, text, anchor="end"))
     for path in chart.paths:
         points = tuple(place(x, y) for x, y in zip(path.x, path.y, strict=True))
         inside = (
-            Path(points, path.colour, width=2.2, dash=path.dash),
+            Polyline(points, path.colour, width=2.2, dash=path.dash),
             Circle(*points[-1], 4.5, path.colour),
         )
         shapes.append(Group(path.name, inside))
@@ -486,6 +487,6 @@ def _plane(chart: Plane, width: float, height: float) -> tuple[list[Shape], None
         at = place(x, y)
         shapes += [
             Circle(*at, 4.5, "ink"),
-            Text(at[0] - 10, at[1] + 4, name, "ink", 13, "end", bold=True),
+            Label(at[0] - 10, at[1] + 4, name, "ink", 13, "end", bold=True),
         ]
     return shapes, None

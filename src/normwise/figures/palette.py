@@ -10,13 +10,23 @@ __all__ = ["COLOURS", "DASHED", "HUES", "Colour", "css", "marks", "ramp"]
 
 @dataclass(frozen=True)
 class Colour:
-    """A colour on a light ground and its counterpart on a dark one, both as ``#rrggbb``."""
+    """A colour on a light ground and its counterpart on a dark one, both as ``#rrggbb``.
+
+    Args:
+        light: on a light ground.
+        dark: on a dark one.
+    """
 
     light: str
     dark: str
 
     def towards(self, other: Colour, share: float) -> Colour:
-        """The colour at this share, 0 to 1, of the way to another."""
+        """The colour at this share, 0 to 1, of the way to another.
+
+        Args:
+            other: where the way ends.
+            share: how far to go, 0 to 1.
+        """
 
         def mixed(a: str, b: str) -> str:
             ends = zip(bytes.fromhex(a[1:]), bytes.fromhex(b[1:]), strict=True)
@@ -94,6 +104,9 @@ def marks(
         names: of the methods, in a fixed order; those that are not among the library's own
             optimizers take the hues that are left, and beyond ten methods hues with dots.
         baselines: which are compared with (default: none).
+
+    Returns:
+        For each name the name of a colour, and dashes and gaps in line widths.
     """
     names, baselines = list(dict.fromkeys(names)), set(baselines)
     free = [hue for hue in HUES if hue not in {_METHODS.get(name) for name in names}]
@@ -109,8 +122,29 @@ def marks(
 
 
 def ramp(kind: str, share: float) -> str:
-    """The name of a colour of the ramp ``"order"`` or ``"heat"``, at a share from 0 to 1."""
+    """The name of a colour of the ramp ``"order"`` or ``"heat"``, at a share from 0 to 1.
+
+    Args:
+        kind: ``"order"`` or ``"heat"``.
+        share: 0 to 1; beyond, the ends.
+
+    Returns:
+        A name in :data:`COLOURS`.
+    """
     return f"{kind}-{round(min(max(share, 0.0), 1.0) * (_STEPS - 1))}"
+
+
+def nth_of(place: int, count: int) -> str:
+    """The name of the colour of a place, from 0, among things in an order, such as layers.
+
+    Args:
+        place: from 0.
+        count: how many things there are.
+
+    Returns:
+        A name in :data:`COLOURS`.
+    """
+    return ramp("order", place / max(count - 1, 1))
 
 
 def css(colours: Mapping[str, Colour] = COLOURS) -> str:
@@ -118,6 +152,12 @@ def css(colours: Mapping[str, Colour] = COLOURS) -> str:
 
     The colours are custom properties, so that a page can change them; they follow the reader's
     system, or ``data-theme`` on the root where that is ``"light"`` or ``"dark"``.
+
+    Args:
+        colours: by name (default: all).
+
+    Returns:
+        The text of a style sheet.
     """
     light = "".join(f"--{name}:{c.light};" for name, c in colours.items())
     dark = "".join(f"--{name}:{c.dark};" for name, c in colours.items())

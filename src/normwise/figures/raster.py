@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, Literal
 
 from normwise.figures.charts import Figure
 from normwise.figures.layout import draw_figure
 from normwise.figures.palette import COLOURS
-from normwise.figures.shapes import Circle, Group, Shape, Text
+from normwise.figures.shapes import Circle, Group, Label, Shape
 from normwise.figures.svg import document
 
 __all__ = ["matplotlib_figure", "png", "save"]
@@ -20,6 +20,13 @@ _POINTS = 72 / 96
 
 def matplotlib_figure(figure: Figure, ground: Literal["light", "dark"] = "light") -> Any:
     """A figure as one of matplotlib's.
+
+    Args:
+        figure: what to draw.
+        ground: ``"light"`` or ``"dark"`` (default: light).
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
 
     Raises:
         ImportError: without matplotlib.
@@ -48,6 +55,13 @@ def matplotlib_figure(figure: Figure, ground: Literal["light", "dark"] = "light"
 def png(figure: Figure, ground: Literal["light", "dark"] = "light") -> bytes:
     """A figure as the bytes of a PNG file, two dots a pixel.
 
+    Args:
+        figure: what to draw.
+        ground: ``"light"`` or ``"dark"`` (default: light).
+
+    Returns:
+        The content of the file.
+
     Raises:
         ImportError: without matplotlib.
     """
@@ -56,16 +70,20 @@ def png(figure: Figure, ground: Literal["light", "dark"] = "light") -> bytes:
     return buffer.getvalue()
 
 
-def save(figure: Figure, path: str | FilePath) -> None:
+def save(figure: Figure, path: str | Path) -> None:
     """Write a figure into a file whose suffix says the format.
 
     ``.svg`` needs no matplotlib and follows the reader's light or dark system; ``.png``, ``.pdf``
     and what else matplotlib writes are for a light ground.
 
+    Args:
+        figure: what to draw.
+        path: of the file.
+
     Raises:
         ImportError: without matplotlib.
     """
-    path = FilePath(path)
+    path = Path(path)
     if path.suffix.lower() == ".svg":
         path.write_text(document(figure), encoding="utf-8")
     else:
@@ -85,7 +103,7 @@ def _paint(ax: Any, shapes: tuple[Shape, ...], ground: str) -> None:
         order = len(ax.get_children())
         if isinstance(shape, Group):
             _paint(ax, shape.shapes, ground)
-        elif isinstance(shape, Text):
+        elif isinstance(shape, Label):
             ax.text(
                 shape.x,
                 shape.y,

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Scale", "Spacing", "power_text"]
+__all__ = ["AxisScale", "Spacing", "power_text"]
 
 
 @dataclass(frozen=True)
-class Scale:
+class AxisScale:
     """An axis.
 
     Args:
@@ -23,7 +23,7 @@ class Scale:
     ticks: tuple[tuple[float, str], ...]
 
 
-def _linear(values: Sequence[float], most: int) -> Scale:
+def _linear(values: Sequence[float], most: int) -> AxisScale:
     """An even axis around ``values`` with round ticks."""
     low, high = min(values), max(values)
     if high - low <= 1e-12 * max(abs(high), abs(low), 1e-300):
@@ -39,16 +39,16 @@ def _linear(values: Sequence[float], most: int) -> Scale:
         return f"{value:.6g}".replace("-", "−")
 
     ticks = tuple((k * step, text(k * step)) for k in range(first, last + 1))
-    return Scale(lambda v: (v - bottom) / (top - bottom), ticks)
+    return AxisScale(lambda v: (v - bottom) / (top - bottom), ticks)
 
 
-def _tight(values: Sequence[float], most: int) -> Scale:
+def _tight(values: Sequence[float], most: int) -> AxisScale:
     """An even axis that ends where the values do, for steps and epochs: whole numbers."""
     low, high = min(values), max(values)
     span = (high - low) or 1.0
     step = max(1, int(_round_step(span / most)))
     ticks = range(math.ceil(low / step) * step, math.floor(high) + 1, step)
-    return Scale(lambda v: (v - low) / span, tuple((float(t), f"{t:,}") for t in ticks))
+    return AxisScale(lambda v: (v - low) / span, tuple((float(t), f"{t:,}") for t in ticks))
 
 
 def _round_step(step: float) -> float:
@@ -57,7 +57,7 @@ def _round_step(step: float) -> float:
     return power * next(m for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
 
 
-def _logarithmic(values: Sequence[float], most: int) -> Scale:
+def _logarithmic(values: Sequence[float], most: int) -> AxisScale:
     """A logarithmic axis; a zero is drawn at the least positive value."""
     positive = [v for v in values if v > 0] or [1.0]
     floor = min(positive)
@@ -81,7 +81,7 @@ def _logarithmic(values: Sequence[float], most: int) -> Scale:
     if len(ticks) > most + 3:
         ticks = ticks[:: math.ceil(len(ticks) / (most + 3))]
     texts = tuple((t, power_text(t)) for t in ticks)
-    return Scale(lambda v: (math.log10(v if v > 0 else floor) - bottom) / (top - bottom), texts)
+    return AxisScale(lambda v: (math.log10(v if v > 0 else floor) - bottom) / (top - bottom), texts)
 
 
 def power_text(value: float) -> str:
@@ -94,7 +94,7 @@ def power_text(value: float) -> str:
     return f"10{digits}" if mantissa == "1" else f"{mantissa}×10{digits}"
 
 
-def _towards_one(values: Sequence[float], most: int) -> Scale:
+def _towards_one(values: Sequence[float], most: int) -> AxisScale:
     """Shares from 0 to 1 in percent on −log₁₀(1 − v), stretched where good optimizers differ."""
     # Beyond this the stretch would never end; a perfect score is drawn there.
     best = 0.9999
@@ -105,7 +105,7 @@ def _towards_one(values: Sequence[float], most: int) -> Scale:
     top = max(stretch(max(values)) + 0.15, stretch(0.5))
     marks = (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999)
     texts = tuple((m, f"{100 * m:g}") for m in marks if stretch(m) <= top)
-    return Scale(lambda v: stretch(v) / top, texts)
+    return AxisScale(lambda v: stretch(v) / top, texts)
 
 
 class Spacing(Enum):
@@ -120,8 +120,13 @@ class Spacing(Enum):
     LOG = "log"
     TOWARDS_ONE = "towards one"
 
-    def scale(self, values: Sequence[float], most: int = 5) -> Scale:
-        """An axis that holds the finite ones of ``values``, with about ``most`` ticks."""
+    def scale(self, values: Sequence[float], most: int = 5) -> AxisScale:
+        """An axis that holds the finite ones of ``values``, with about ``most`` ticks.
+
+        Args:
+            values: that the axis must hold.
+            most: about how many ticks (default: 5).
+        """
         finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
         return _MAKERS[self](finite, most)
 

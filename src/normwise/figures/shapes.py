@@ -9,9 +9,9 @@ __all__ = [
     "Circle",
     "Drawing",
     "Group",
-    "Path",
+    "Label",
+    "Polyline",
     "Shape",
-    "Text",
     "shortened",
     "text_width",
     "wrapped",
@@ -19,7 +19,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Path:
+class Polyline:
     """A line, or an area if it has a ``fill``; colours are names, empty for none."""
 
     points: tuple[tuple[float, float], ...]
@@ -42,7 +42,7 @@ class Circle:
 
 
 @dataclass(frozen=True)
-class Text:
+class Label:
     """A line of text from, around or up to ``x``, on the baseline ``y``.
 
     Args:
@@ -68,7 +68,7 @@ class Group:
     shapes: tuple[Shape, ...]
 
 
-Shape = Path | Circle | Text | Group
+Shape = Polyline | Circle | Label | Group
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Drawing:
 
 def moved(shape: Shape, dx: float, dy: float) -> Shape:
     """The shape elsewhere."""
-    if isinstance(shape, Path):
+    if isinstance(shape, Polyline):
         return replace(shape, points=tuple((x + dx, y + dy) for x, y in shape.points))
     if isinstance(shape, Group):
         return replace(shape, shapes=tuple(moved(s, dx, dy) for s in shape.shapes))

@@ -8,7 +8,7 @@ from html import escape
 from normwise.figures.charts import Chart, Figure
 from normwise.figures.layout import draw, draw_figure
 from normwise.figures.palette import COLOURS
-from normwise.figures.shapes import Circle, Drawing, Group, Path, Shape, Text
+from normwise.figures.shapes import Circle, Drawing, Group, Label, Polyline, Shape
 
 __all__ = ["document", "piece"]
 
@@ -26,6 +26,9 @@ def piece(chart: Chart, height: float | None = None) -> str:
     Args:
         chart: what to draw.
         height: in pixels, of the wide form (default: what suits the chart).
+
+    Returns:
+        HTML; empty for an empty chart.
     """
     if chart.empty:
         return ""
@@ -35,7 +38,14 @@ def piece(chart: Chart, height: float | None = None) -> str:
 
 
 def document(figure: Figure) -> str:
-    """A figure as an SVG file that follows the reader's light or dark system."""
+    """A figure as an SVG file that follows the reader's light or dark system.
+
+    Args:
+        figure: what to draw.
+
+    Returns:
+        The text of the file.
+    """
     drawing = draw_figure(figure)
     used = {c for shape in drawing.shapes for c in _colours(shape)}
     dark = "".join(
@@ -59,7 +69,7 @@ def _ground(drawing: Drawing) -> str:
 def _colours(shape: Shape) -> set[str]:
     if isinstance(shape, Group):
         return {c for inner in shape.shapes for c in _colours(inner)}
-    own = {shape.fill, shape.stroke if isinstance(shape, Path) else ""}
+    own = {shape.fill, shape.stroke if isinstance(shape, Polyline) else ""}
     return (own | {"card"}) - {""}
 
 
@@ -86,7 +96,7 @@ def _shape(shape: Shape) -> str:
     if isinstance(shape, Group):
         inside = "".join(map(_shape, shape.shapes))
         return f'<g data-series="{escape(shape.series)}">{inside}</g>'
-    if isinstance(shape, Text):
+    if isinstance(shape, Label):
         bold = ' font-weight="600"' if shape.bold else ""
         anchor = "" if shape.anchor == "start" else f' text-anchor="{shape.anchor}"'
         whole = f"<title>{escape(shape.whole)}</title>" if shape.whole else ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Cell", "Column", "Row", "Table", "show", "stdout"]
+__all__ = ["Cell", "Column", "Row", "Table", "paragraph", "show", "stdout"]
 
 # Wide enough for a table when the output goes to a file and has no width of its own.
 _FILE_WIDTH = 132
@@ -67,10 +68,23 @@ class Table:
     rows: tuple[Row, ...]
     title: str = ""
 
+    @classmethod
+    def of(cls, columns: Sequence[Column | str], rows: Iterable[Sequence[str]]) -> Table:
+        """A table of texts.
+
+        Args:
+            columns: a text is the title of a column of words.
+            rows: the cells of each.
+        """
+        made = (Column(c, words=True) if isinstance(c, str) else c for c in columns)
+        return cls(tuple(made), tuple(Row(tuple(row)) for row in rows))
+
     def __str__(self) -> str:
         """Plain text: columns two spaces apart, a line under the headings."""
-        heads = [f"{c.title} {c.unit}".rstrip() for c in self.columns]
-        lines = [heads, *([str(cell) for cell in row.cells] for row in self.rows)]
+        heads = [[c.title for c in self.columns]]
+        if any(c.unit for c in self.columns):
+            heads.append([c.unit for c in self.columns])
+        lines = [*heads, *([str(cell) for cell in row.cells] for row in self.rows)]
         widths = [max(len(line[k]) for line in lines) for k in range(len(self.columns))]
 
         def written(line: Sequence[str]) -> str:
@@ -81,8 +95,15 @@ class Table:
             return "  ".join(cells).rstrip()
 
         text = [written(line) for line in lines]
-        text.insert(1, "─" * max(map(len, text)))
+        text.insert(len(heads), "─" * max(map(len, text)))
         return "\n".join([self.title, "", *text] if self.title else text)
+
+
+def paragraph(text: str, indent: int = 2) -> str:
+    """A text in lines of at most 80 characters, those after the first indented."""
+    return textwrap.fill(
+        text, 80, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
+    )
 
 
 def stdout() -> Any:

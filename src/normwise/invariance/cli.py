@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from normwise.invariance.analyze import analyze
 from normwise.invariance.sources import batch_for, load
 
-__all__ = ["add_inspect_parser", "run_inspect", "settings"]
+__all__ = [
+    "add_inspect_parser",
+    "add_source",
+    "check_absent",
+    "model_and_batch",
+    "run_inspect",
+    "with_exit_code",
+]
 
 _DESCRIPTION = """\
 Find which weights of a network are scale-invariant, along which slices, and why; then say what
@@ -23,19 +34,7 @@ def add_inspect_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "inspect", help="which weights are scale-invariant", description=_DESCRIPTION
     )
-    parser.add_argument(
-        "source", help="MODULE:FACTORY, hf:MODEL_TYPE, hf:CONFIG.json, timm:NAME, torchvision:NAME"
-    )
-    parser.add_argument(
-        "--batch", help="2x3x64x64, tokens:2x16, or MODULE:FACTORY (default: what the model says)"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an argument of the factory or a field of the configuration; may be repeated",
-    )
+    add_source(parser)
     parser.add_argument("--draws", type=int, default=3, help="points and gradients (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--mode", choices=("train", "eval"), default="train")
@@ -50,37 +49,76 @@ def add_inspect_parser(subparsers: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def run_inspect(args: argparse.Namespace) -> int:
-    """Print the report and the advice; 0, or 2 for a source that cannot be analyzed."""
-    try:
-        if args.plot is not None and args.plot.exists():
-            raise ValueError(f"--plot {str(args.plot)!r} exists; name a file that does not")
-        model, batch = load(args.source, settings(args.set))
-        if args.batch is not None or batch is None:
-            batch = batch_for(model, args.batch, seed=args.seed)
-        report = analyze(
-            model,
-            batch,
-            draws=args.draws,
-            seed=args.seed,
-            mode=args.mode,
-            joint=not args.no_joint,
-        )
-        if args.json:
-            print(report.to_json())
-        else:
-            print(report)
-            print()
-            print(report.advice(args.weight_decay, args.lr))
-        if args.plot is not None:
-            report.plot(args.plot)
-    except (ValueError, RuntimeError, ImportError, OSError, TypeError) as error:
-        print(f"normwise: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which network, at which batch; see :func:`model_and_batch`."""
+    parser.add_argument(
+        "source", help="MODULE:FACTORY, hf:MODEL_TYPE, hf:CONFIG.json, timm:NAME, torchvision:NAME"
+    )
+    parser.add_argument(
+        "--batch", help="2x3x64x64, tokens:2x16, or MODULE:FACTORY (default: what the model says)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an argument of the factory or a field of the configuration; may be repeated",
+    )
 
 
-def settings(pairs: list[str]) -> dict[str, Any]:
+def model_and_batch(source: str, args: argparse.Namespace, seed: int = 0) -> tuple[nn.Module, Any]:
+    """The network and the batch that a command is asked for."""
+    model, batch = load(source, _settings(args.set))
+    if args.batch is not None or batch is None:
+        batch = batch_for(model, args.batch, seed=seed)
+    return model, batch
+
+
+def check_absent(option: str, path: Path | None) -> None:
+    """Raise ValueError for a file to be written that is there already."""
+    if path is not None and path.exists():
+        raise ValueError(f"{option} {str(path)!r} exists; name a file that does not")
+
+
+def with_exit_code(command: Callable[[argparse.Namespace], None]) -> Callable[..., int]:
+    """A command that returns 0, or after an error that the user can mend, in one line, 2."""
+
+    @functools.wraps(command)
+    def run(args: argparse.Namespace) -> int:
+        try:
+            command(args)
+        except (ValueError, RuntimeError, ImportError, OSError, TypeError) as error:
+            print(f"normwise: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        return 0
+
+    return run
+
+
+@with_exit_code
+def run_inspect(args: argparse.Namespace) -> None:
+    """Print the report and the advice."""
+    check_absent("--plot", args.plot)
+    model, batch = model_and_batch(args.source, args, args.seed)
+    report = analyze(
+        model,
+        batch,
+        draws=args.draws,
+        seed=args.seed,
+        mode=args.mode,
+        joint=not args.no_joint,
+    )
+    if args.json:
+        print(report.to_json())
+    else:
+        print(report)
+        print()
+        print(report.advice(args.weight_decay, args.lr))
+    if args.plot is not None:
+        report.plot(args.plot)
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
     """``KEY=VALUE`` pairs; a value that is no Python literal is a string."""
     settings: dict[str, Any] = {}
     for pair in pairs:

@@ -75,7 +75,7 @@ class Strip:
 
 
 @dataclass(frozen=True)
-class Column:
+class EulerColumn:
     """Slices of one or two parameters, and their products: shape ``(draws, units)``."""
 
     strips: tuple[Strip, ...]
@@ -250,12 +250,12 @@ class _Search:
             if any(slices.within for _, slices in places):
                 self._null_space(places, units)
 
-    def _column(self, strips: tuple[Strip, ...], slices: Slices) -> Column:
+    def _column(self, strips: tuple[Strip, ...], slices: Slices) -> EulerColumn:
         indices = slices.indices()
         products = sum(
             (self.draws.of(strip)[:, indices].sum(2) for strip in strips), torch.zeros(())
         )
-        return Column(strips, slices, products)
+        return EulerColumn(strips, slices, products)
 
     def _null_space(self, places: Sequence[tuple[tuple[Strip, ...], Slices]], units: int) -> None:
         """Claim the families of these slices, of which each has as many units."""
@@ -285,7 +285,7 @@ class _Search:
                 ]
             )
 
-    def _vanishes(self, column: Column) -> bool:
+    def _vanishes(self, column: EulerColumn) -> bool:
         indices = column.slices.indices()
         sizes = sum(
             (self.draws.of(strip)[:, indices].abs().sum(2) for strip in column.strips),
@@ -293,7 +293,7 @@ class _Search:
         )
         return bool((column.products.abs() <= TOLERANCE * sizes).all())
 
-    def _relations(self, columns: list[Column]) -> tuple[list[Tensor], bool]:
+    def _relations(self, columns: list[EulerColumn]) -> tuple[list[Tensor], bool]:
         """Relations that hold in every draw, and whether none had to be refused."""
         stacked = torch.stack([column.products for column in columns], 2)
         # The first draw is kept apart: what holds there too is not owed to too few equations.

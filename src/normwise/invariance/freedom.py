@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from normwise.figures.tables import Table
 from normwise.geometry import View
 from normwise.invariance.symmetry import Slices, Symmetry, Term
 
-__all__ = ["Freedom", "Loss", "ledger"]
+__all__ = ["Freedom", "LostProduct", "ledger"]
 
 Verdict = Literal["fix", "fix with a gain", "leave"]
 
@@ -27,7 +28,7 @@ _SMALL = 1e-8
 
 
 @dataclass(frozen=True)
-class Loss:
+class LostProduct:
     """A product of norms on which the function depends, and which fixed norms take from it.
 
     Args:
@@ -68,7 +69,7 @@ class Freedom:
     fixed: dict[str, View]
     slices: int
     symmetries: int
-    losses: tuple[Loss, ...]
+    losses: tuple[LostProduct, ...]
     verdicts: dict[str, Verdict]
 
     @property
@@ -82,11 +83,12 @@ class Freedom:
             f"{self.lost} scale degrees of freedom lost"
         ]
         lines += [f"  {loss}" for loss in self.losses]
-        width = max((len(name) for name in self.verdicts), default=0)
-        for name, verdict in self.verdicts.items():
-            view = f" ({self.fixed[name]})" if name in self.fixed else ""
-            lines.append(f"{name.ljust(width)}  {verdict}{view}")
-        return "\n".join(lines)
+        rows = (
+            (name, verdict, str(self.fixed.get(name, "")))
+            for name, verdict in self.verdicts.items()
+        )
+        table = Table.of(("parameter", "verdict", "view"), rows)
+        return "\n".join([*lines, "", str(table)])
 
 
 def ledger(
@@ -201,7 +203,9 @@ def _tied(symmetry: Symmetry, held: Mapping[str, View]) -> Iterator[Tensor]:
         yield units[labels == label]
 
 
-def _losses(rows: list[tuple[str, int]], reached: Tensor) -> tuple[tuple[Loss, ...], list[int]]:
+def _losses(
+    rows: list[tuple[str, int]], reached: Tensor
+) -> tuple[tuple[LostProduct, ...], list[int]]:
     """The products that no symmetry moves, and for each the row that is dependent by it."""
     chosen: list[int] = []
     dependent: list[int] = []
@@ -229,7 +233,7 @@ def _losses(rows: list[tuple[str, int]], reached: Tensor) -> tuple[tuple[Loss, .
         products[key] = products.get(key, 0) + 1
     order = {name: k for k, (name, _) in enumerate(rows)}
     losses = tuple(
-        Loss(dict(sorted(key, key=lambda item: order[item[0]])), count)
+        LostProduct(dict(sorted(key, key=lambda item: order[item[0]])), count)
         for key, count in products.items()
     )
     return losses, dependent

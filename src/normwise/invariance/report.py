@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from normwise.figures.tables import Column, Table, paragraph
 from normwise.geometry import View
 from normwise.invariance.freedom import Freedom, ledger
 from normwise.invariance.roles import Role
@@ -33,6 +34,8 @@ KINDS: dict[Kind, str] = {
 }
 
 _FORMAT = 2
+
+_COLUMNS = ("parameter", "shape", "verdict", "role", Column("residual"), "why")
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,9 @@ class Report:
     def parameter_views(self, model: nn.Module | None = None) -> dict[nn.Parameter, View]:
         """As :meth:`views`, by parameter of ``model`` (default: of the model analyzed).
 
+        Args:
+            model: whose parameters to take (default: those of the model analyzed).
+
         Raises:
             ValueError: see :meth:`param_groups`.
         """
@@ -199,7 +205,11 @@ class Report:
         return scale_maps(self.symmetries)
 
     def share(self, kind: Kind) -> float:
-        """The share of the entries of all parameters that are of this kind, from 0 to 1."""
+        """The share of the entries of all parameters that are of this kind, from 0 to 1.
+
+        Args:
+            kind: as :attr:`ParameterReport.kind`.
+        """
         total = sum(row.entries for row in self.rows)
         return sum(row.entries for row in self.rows if row.kind == kind) / max(total, 1)
 
@@ -288,7 +298,7 @@ class Report:
 
         lines = [
             f"weight_decay={weight_decay:g} on everything, at lr={lr:g}, multiplies every weight "
-            f"by {1 - lr * weight_decay:.8g} a step. It acts on",
+            f"by {1 - lr * weight_decay:.8g} per step. It acts on",
             f"- scale-invariant weights ({share(invariant)}): not on what they compute, only on "
             "their effective learning rate, which it keeps from falling",
         ]
@@ -308,10 +318,14 @@ class Report:
                 f"- biases, gains and scales ({share(vectors)}): on what they compute; "
                 "report.param_groups() leaves them out"
             )
-        return "\n".join(lines)
+        return "\n".join(map(paragraph, lines))
 
     def to_json(self, **options: Any) -> str:
-        """The report as JSON, without the model; ``options`` go to ``json.dumps``."""
+        """The report as JSON, without the model; ``options`` go to ``json.dumps``.
+
+        Args:
+            **options: of ``json.dumps``.
+        """
         rows = [
             {**asdict(row), "view": None if row.view is None else str(row.view)}
             for row in self.rows
@@ -333,6 +347,12 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """Read what :meth:`to_json` wrote.
 
+        Args:
+            text: that :meth:`to_json` returned.
+
+        Returns:
+            The report, without a model.
+
         Raises:
             ValueError: if ``text`` is not such a report.
         """
@@ -349,6 +369,9 @@ class Report:
     def plot(self, path: str | Path) -> None:
         """Draw the parameters, coloured by kind, into a file whose suffix says the format.
 
+        Args:
+            path: of the file.
+
         Raises:
             ImportError: without matplotlib.
         """
@@ -357,23 +380,16 @@ class Report:
         draw([(row.name, row.entries, row.kind) for row in self.rows], list(KINDS.items()), path)
 
     def __str__(self) -> str:
-        header = ("parameter", "shape", "verdict", "role", "residual", "why")
-        table = [header]
-        for row in self.rows:
+        def cells(row: ParameterReport) -> tuple[str, ...]:
             shape = "×".join(map(str, row.shape)) or "scalar"
             residual = "" if row.kind == "unused" else f"{row.residual:.0e}"
             why = row.why + (" (frozen)" if row.frozen else "")
             if row.aliases:
                 why = f"{why}; tied to {', '.join(row.aliases)}".lstrip("; ")
             head = f", {row.role.heads} heads" if row.role.heads else ""
-            table.append((row.name, shape, row.verdict, row.role.kind + head, residual, why))
-        widths = [max(len(line[i]) for line in table) for i in range(len(header) - 1)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]])
-            for line in table
-        ]
-        lines = [line.rstrip() for line in lines]
-        lines.insert(1, "─" * max(map(len, lines)))
+            return row.name, shape, row.verdict, row.role.kind + head, residual, why
+
+        lines = [str(Table.of(_COLUMNS, map(cells, self.rows)))]
         shared = [s for s in self.symmetries if not (s.is_view and s.terms[0].view)]
         if shared:
             lines += [
@@ -382,9 +398,10 @@ class Report:
                 "by the power of c that is written; the function stays the same)",
             ]
             for symmetry in shared:
-                lines.append(f"  {symmetry}" + (f"; {symmetry.why}" if symmetry.why else ""))
-        lines += ["", self.summary()]
-        lines += [f"note: {note}" for note in self.notes]
+                why = f"; {symmetry.why}" if symmetry.why else ""
+                lines.append(paragraph(f"  {symmetry}{why}", indent=6))
+        lines += ["", paragraph(self.summary())]
+        lines += [paragraph(f"note: {note}") for note in self.notes]
         return "\n".join(lines)
 
     def summary(self) -> str:

@@ -40,17 +40,36 @@ class Slices:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Slices:
-        """One unit that holds a whole weight of this shape."""
+        """One unit that holds a whole weight of this shape.
+
+        Args:
+            shape: of the weight.
+        """
         return cls((0,), 0, (), _digit(shape[0] if shape else 1))
 
     @classmethod
     def each(cls, dims: tuple[int, ...], count: int, start: int = 0) -> Slices:
-        """One unit for each of ``count`` indices from ``start`` on."""
+        """One unit for each of ``count`` indices from ``start`` on.
+
+        Args:
+            dims: the dimensions of the weight that the indices run over.
+            count: how many units.
+            start: the first index (default: 0).
+        """
         return cls(dims, start, _digit(count))
 
     @classmethod
     def runs(cls, dims: tuple[int, ...], count: int, length: int) -> Slices:
-        """``count`` units of ``length`` consecutive indices each."""
+        """``count`` units of ``length`` consecutive indices each.
+
+        Args:
+            dims: the dimensions of the weight that the indices run over.
+            count: how many units.
+            length: how many indices each has.
+
+        Returns:
+            The slices.
+        """
         if count == 1:
             return cls(dims, 0, (), _digit(length))
         return (
@@ -61,7 +80,12 @@ class Slices:
 
     @classmethod
     def of_view(cls, view: View, shape: Sequence[int]) -> Slices:
-        """The slices of a view of a weight of this shape."""
+        """The slices of a view of a weight of this shape.
+
+        Args:
+            view: that fits the shape.
+            shape: of the weight.
+        """
         if view.kind == "layer":
             return cls.whole(shape)
         size = shape[view.dim]
@@ -70,7 +94,12 @@ class Slices:
 
     @classmethod
     def fitted(cls, dims: tuple[int, ...], indices: Tensor) -> Slices | None:
-        """The slices whose :meth:`indices` are these, shape ``(units, per unit)``, or None."""
+        """The slices whose :meth:`indices` are these, shape ``(units, per unit)``, or None.
+
+        Args:
+            dims: the dimensions of the weight that the indices run over.
+            indices: shape ``(units, per unit)``.
+        """
         first = indices[:, 0]
         units = _digits(first.tolist())
         within = _digits(indices[0].tolist())
@@ -94,7 +123,11 @@ class Slices:
         return self.start + _numbers(self.units).unsqueeze(1) + _numbers(self.within)
 
     def sum(self, t: Tensor) -> Tensor:
-        """The sum of the entries of ``t``, a tensor of the weight's shape, in each unit."""
+        """The sum of the entries of ``t``, a tensor of the weight's shape, in each unit.
+
+        Args:
+            t: a tensor of the weight's shape.
+        """
         return by_index(t, self.dims)[self.indices().to(t.device)].sum(1)
 
     def spread(self, values: Tensor, shape: Sequence[int]) -> Tensor:
@@ -151,7 +184,11 @@ class Slices:
         return found
 
     def view(self, shape: Sequence[int]) -> View | None:
-        """The view of a weight of this shape that has these slices, or None."""
+        """The view of a weight of this shape that has these slices, or None.
+
+        Args:
+            shape: of the weight.
+        """
         if self == Slices.whole(shape) or math.prod(shape) == self.per_unit:
             return View.layer()
         if len(self.dims) == 1:
@@ -166,7 +203,11 @@ class Slices:
         return None
 
     def words(self, shape: Sequence[int]) -> str:
-        """What a unit is, for a person: ``rows``, ``columns 8–15``; empty for the whole weight."""
+        """What a unit is, for a person: ``rows``, ``columns 8–15``; empty for the whole weight.
+
+        Args:
+            shape: of the weight.
+        """
         if self.view(shape) == View.layer():
             return ""
         total = math.prod(shape[d] for d in self.dims) if shape else 1
@@ -215,7 +256,11 @@ class Term:
         return self.slices.view(self.shape)
 
     def factors(self, values: Tensor) -> Tensor:
-        """What to multiply the parameter by where unit u is scaled by ``values[u]``."""
+        """What to multiply the parameter by where unit u is scaled by ``values[u]``.
+
+        Args:
+            values: of the units, shape ``(units,)``.
+        """
         return self.slices.spread(values**self.exponent, self.shape)
 
     def __str__(self) -> str:

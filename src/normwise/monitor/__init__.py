@@ -27,8 +27,8 @@ from normwise.monitor.quantities import (
     Quantity,
     RadialShare,
     ScaledGradient,
-    Slices,
     SmallestNorm,
+    SteppedSlices,
 )
 from normwise.monitor.triggers import Trigger, every, first, log_spaced
 from normwise.monitor.watched import Layer
@@ -62,8 +62,8 @@ __all__ = [
     "RadialShare",
     "RangeForecast",
     "ScaledGradient",
-    "Slices",
     "SmallestNorm",
+    "SteppedSlices",
     "TensorBoard",
     "Trigger",
     "WandB",

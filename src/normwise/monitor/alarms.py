@@ -55,7 +55,11 @@ class Alarm:
 
 
 class AlarmError(RuntimeError):
-    """Raised for an alarm, where the user wants that. ``error.alarm`` is the alarm."""
+    """Raised for an alarm, where the user wants that. ``error.alarm`` is the alarm.
+
+    Args:
+        alarm: what was wrong.
+    """
 
     def __init__(self, alarm: Alarm) -> None:
         super().__init__(str(alarm))
@@ -83,6 +87,9 @@ def standard_rules(range_of: torch.dtype | None = None) -> tuple[AlarmRule, ...]
 
     Args:
         range_of: the dtype whose range counts, such as that of autocast (default: each weight's).
+
+    Returns:
+        One of each kind.
     """
     return (
         NotFinite(),

@@ -1,4 +1,4 @@
-"""What a monitor has measured, and what a plan expects, as plain data to look at and to draw."""
+"""What a monitor has measured, as plain data to look at and to draw."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from normwise.monitor.measurement import Measurement
 from normwise.updates import Update
 
-__all__ = ["History", "Trajectory"]
+__all__ = ["History"]
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,3 @@ class History:
         steps = [m.step for m in self.measurements]
         values = [m.values[row] for m in self.measurements]
         return steps, torch.stack(values) if values else torch.empty(0, len(self.layers))
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """What a plan expects of one weight over a run.
-
-    Attributes:
-        name: of the weight.
-        norms: before each step; empty where no closed form is known.
-        angles: the RMS angle per step, in radians; as many.
-        settled_norm: at equilibrium, at the highest learning rate; NaN or infinite without one.
-        settled_angle: the RMS angle per step there; NaN or 0 without one.
-    """
-
-    name: str
-    norms: tuple[float, ...]
-    angles: tuple[float, ...]
-    settled_norm: float
-    settled_angle: float

@@ -19,7 +19,7 @@ PREDICTIONS = ("predicted_norm", "predicted_angular_update", "steps_to_equilibri
 
 @dataclass(frozen=True)
 class Measurement:
-    """All quantities of all slices at one step, and each layer's aggregate. On the host.
+    """All quantities of all slices at one step, and each layer's aggregate, on the host.
 
     ``m["norm"]["conv1.weight"]`` is a layer's number; ``m.of_slices("norm", "conv1.weight")`` is a
     tensor with one for each slice.
@@ -53,6 +53,10 @@ class Measurement:
     def of_slices(self, name: str, layer: str | None = None) -> Tensor:
         """A quantity of every slice of a layer, or of all layers one after the other.
 
+        Args:
+            name: of the quantity.
+            layer: whose slices (default: all layers').
+
         Raises:
             KeyError: for a quantity that has no slices, or an unknown layer.
         """
@@ -68,13 +72,21 @@ class Measurement:
         raise KeyError(f"no layer {layer!r} is watched")
 
     def rows(self) -> Iterator[tuple[str, str, float]]:
-        """Layer, quantity and value, one after the other."""
+        """Layer, quantity and value, one after the other.
+
+        Returns:
+            Triples, layer by layer.
+        """
         for name in self.names:
             for layer, value in self[name].items():
                 yield layer, name, value
 
     def scalars(self) -> dict[str, float]:
-        """Every finite number by ``"quantity/layer"``, as trackers of experiments want them."""
+        """Every finite number by ``"quantity/layer"``, as trackers of experiments want them.
+
+        Returns:
+            Numbers by name.
+        """
         return {f"{name}/{layer}": v for layer, name, v in self.rows() if math.isfinite(v)}
 
     def _row(self, name: str) -> int:

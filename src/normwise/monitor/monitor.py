@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normwise.figures.tables import paragraph
 from normwise.geometry import View
 from normwise.monitor.alarms import Alarm, AlarmError, AlarmRule, standard_rules
 from normwise.monitor.history import History
 from normwise.monitor.measurement import PREDICTIONS, Measurement, aggregate
-from normwise.monitor.quantities import STANDARD, Norm, Quantity, Slices
+from normwise.monitor.quantities import STANDARD, Norm, Quantity, SteppedSlices
 from normwise.monitor.sharded import (
     ShardedWeight,
     exchange,
@@ -204,6 +205,9 @@ class Monitor:
     def series(self, name: str) -> tuple[list[int], Tensor]:
         """The steps measured so far, and a quantity of each layer at them.
 
+        Args:
+            name: of a quantity or a prediction.
+
         Returns:
             The steps, and a tensor of shape ``(steps, layers)``, the layers as in :attr:`layers`.
 
@@ -292,14 +296,18 @@ class Monitor:
             lines += [f"step {m.step:,}: {line}" for line in _ranges(m)]
             lines += _settling(m)
         lines += [f"alarm: {alarm}" for alarm in self.raised]
-        return "\n".join(lines)
+        return "\n".join(map(paragraph, lines))
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps, and which alarms have been raised, for a run that goes on."""
         return {"step": self.step, "seen": [list(key) for key in sorted(self._seen, key=str)]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`; history and the rules' memory begin anew."""
+        """Go on from a :meth:`state_dict`; history and the rules' memory begin anew.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+        """
         self.step = int(state["step"])
         self._seen = {(kind, layer) for kind, layer in state["seen"]}
 
@@ -375,7 +383,7 @@ class Monitor:
             gradient = bucket.read(bucket.gradients())
             lr, decay, exponent = _columns(rules, bucket)
             for part in bucket.chunks:
-                s = Slices(
+                s = SteppedSlices(
                     old[part], new[part], gradient[part], lr[part], decay[part], exponent[part]
                 )
                 for row, quantity in enumerate(self._quantities):

@@ -25,13 +25,13 @@ __all__ = [
     "Quantity",
     "RadialShare",
     "ScaledGradient",
-    "Slices",
     "SmallestNorm",
+    "SteppedSlices",
 ]
 
 
 @dataclass
-class Slices:
+class SteppedSlices:
     """Slices of equal length, of one or many weights, before and after one optimizer step.
 
     All are on the weights' device, in float32 or better; nothing here waits for the device.
@@ -135,7 +135,7 @@ class Quantity(ABC):
     aggregate: Aggregate = Aggregate.MEAN
 
     @abstractmethod
-    def __call__(self, s: Slices) -> Tensor:
+    def __call__(self, s: SteppedSlices) -> Tensor:
         """The value of each slice, shape ``(slices,)``."""
 
 
@@ -145,7 +145,7 @@ class Norm(Quantity):
     name = "norm"
     aggregate = Aggregate.GEOMETRIC_MEAN
 
-    def __call__(self, s: Slices) -> Tensor:
+    def __call__(self, s: SteppedSlices) -> Tensor:
         return s.norm
 
 
@@ -155,7 +155,7 @@ class SmallestNorm(Quantity):
     name = "smallest_norm"
     aggregate = Aggregate.MIN
 
-    def __call__(self, s: Slices) -> Tensor:
+    def __call__(self, s: SteppedSlices) -> Tensor:
         return s.norm
 
 
@@ -165,7 +165,7 @@ class LargestInverseNorm(Quantity):
     name = "largest_inverse_norm"
     aggregate = Aggregate.MAX
 
-    def __call__(self, s: Slices) -> Tensor:
+    def __call__(self, s: SteppedSlices) -> Tensor:
         return 1 / s.norm
 
 
@@ -178,7 +178,7 @@ class EffectiveLR(Quantity):
     name = "effective_lr"
     aggregate = Aggregate.GEOMETRIC_MEAN
 
-    def __call__(self, s: Slices) -> Tensor:
+    def __call__(self, s: SteppedSlices) -> Tensor:
         return s.lr / s.norm_before**s.exponent
 
 
@@ -188,7 +188,7 @@ class AngularUpdate(Quantity):
     name = "angular_update"
     aggregate = Aggregate.RMS
 
-    def __call__(self, s: Slices) -> Tensor:
+    def __call__(self, s: SteppedSlices) -> Tensor:
         # An arc cosine of ⟨ŵ, ŵ'⟩ would have no correct digit for angles below 1e-4 in float32.
         return torch.atan2(s.tangential_norm, s.norm_before + s.radial)
 
@@ -198,7 +198,7 @@ class RadialShare(Quantity):
 
     name = "radial_share"
 
-    def __call__(self, s: Slices) -> Tensor:
+    def __call__(self, s: SteppedSlices) -> Tensor:
         return (s.radial / s.update_norm.clamp(min=torch.finfo(s.radial.dtype).tiny)).square()
 
 
@@ -208,7 +208,7 @@ class GradientCosine(Quantity):
     name = "gradient_cosine"
     aggregate = Aggregate.MAX
 
-    def __call__(self, s: Slices) -> Tensor:
+    def __call__(self, s: SteppedSlices) -> Tensor:
         product = s.gradient_radial
         return (product / s.gradient_norm.clamp(min=torch.finfo(product.dtype).tiny)).abs()
 
@@ -218,7 +218,7 @@ class DecayPull(Quantity):
 
     name = "decay_pull"
 
-    def __call__(self, s: Slices) -> Tensor:
+    def __call__(self, s: SteppedSlices) -> Tensor:
         return s.decay
 
 
@@ -227,7 +227,7 @@ class GradientPush(Quantity):
 
     name = "gradient_push"
 
-    def __call__(self, s: Slices) -> Tensor:
+    def __call__(self, s: SteppedSlices) -> Tensor:
         return s.growth + s.decay
 
 
@@ -237,7 +237,7 @@ class ScaledGradient(Quantity):
     name = "scaled_gradient"
     aggregate = Aggregate.RMS
 
-    def __call__(self, s: Slices) -> Tensor:
+    def __call__(self, s: SteppedSlices) -> Tensor:
         return s.norm_before * s.gradient_norm
 
 

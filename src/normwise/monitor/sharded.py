@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normwise.geometry import View
-from normwise.monitor.quantities import Slices
+from normwise.monitor.quantities import SteppedSlices
 from normwise.sharding import lay_out_channels, local, sum_over_ranks_, summed_gradients
 
 __all__ = ["ShardedWeight", "exchange", "local_gradients", "slices_from_sums"]
@@ -113,7 +113,7 @@ def local_gradients(weights: Sequence[ShardedWeight]) -> list[Tensor | None]:
     return [None if w.params[0].grad is None else local(next(found).detach()) for w in weights]
 
 
-def slices_from_sums(sums: Tensor, lr: Tensor, decay: Tensor, exponent: Tensor) -> Slices:
+def slices_from_sums(sums: Tensor, lr: Tensor, decay: Tensor, exponent: Tensor) -> SteppedSlices:
     """What is measured of slices whose entries lie on several ranks, from their sums.
 
     ‖Δ‖² − ⟨ŵ, Δ⟩² is the square of the tangential part: exact to float64's rounding of ‖Δ‖², so
@@ -121,13 +121,13 @@ def slices_from_sums(sums: Tensor, lr: Tensor, decay: Tensor, exponent: Tensor) 
 
     Args:
         sums: shape ``(slices, 6)``.
-        lr: as of :class:`Slices`, as are the others.
+        lr: as of :class:`SteppedSlices`, as are the others.
         decay: likewise.
         exponent: likewise.
     """
     ww, aa, gg, wd, wg, dd = sums.unbind(1)
     entries = torch.empty(len(sums), 0, device="meta")  # a quantity that reads them fails
-    s = Slices(entries, entries, entries, lr, decay, exponent)
+    s = SteppedSlices(entries, entries, entries, lr, decay, exponent)
     norm = ww.sqrt()
     safe = torch.where(norm > 0, norm, 1)
     radial = wd / safe

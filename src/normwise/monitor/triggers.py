@@ -63,6 +63,9 @@ def every(interval: int) -> Trigger:
     Args:
         interval: in steps, 1 or more.
 
+    Returns:
+        A trigger.
+
     Raises:
         ValueError: for another.
     """
@@ -75,6 +78,9 @@ def first(steps: int) -> Trigger:
     Args:
         steps: how many, 1 or more.
 
+    Returns:
+        A trigger.
+
     Raises:
         ValueError: for another number.
     """
@@ -86,6 +92,9 @@ def log_spaced(per_decade: int = 10) -> Trigger:
 
     Args:
         per_decade: about how many between 10^k and 10^(k+1), 1 or more (default: 10).
+
+    Returns:
+        A trigger.
 
     Raises:
         ValueError: for another number.

@@ -38,7 +38,7 @@ class JsonLines:
 
 
 class Parquet:
-    """A table with the columns step, layer, quantity and value. It is readable once closed.
+    """A table with the columns step, layer, quantity and value, readable once closed.
 
     Args:
         path: a file, which is overwritten.

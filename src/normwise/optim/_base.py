@@ -16,6 +16,7 @@ from normwise.optim.sharded import Exchange
 from normwise.optim.state_dicts import StateForm, params_of
 from normwise.optim.step import AT_ONCE, AdamRule, Part, SGDRule, Step
 from normwise.sharding import is_sharded, local, summed_gradients
+from normwise.updates import Update, UpdateRule, decoupled
 
 # Tells of a CUDA graph captured without capturable=True. Newer versions of torch have renamed it.
 _check_capture: Callable[[Optimizer], None] = (
@@ -25,7 +26,7 @@ _check_capture: Callable[[Optimizer], None] = (
 
 
 class NormwiseOptimizer(Optimizer):
-    """Base of :class:`AdamP`, :class:`SGDP` and :class:`SGDW`. Not for direct use."""
+    """Base of :class:`AdamP`, :class:`SGDP` and :class:`SGDW`; not for direct use."""
 
     _form: StateForm
     # The step of some weights: weights, gradients, a list for each key of the state, and options.
@@ -38,6 +39,34 @@ class NormwiseOptimizer(Optimizer):
     def _rule(self, group: dict[str, Any]) -> tuple[AdamRule | SGDRule, float]:
         """How directions are made, and what lr·weight_decay is multiplied by."""
         raise NotImplementedError
+
+    def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
+        """What a step does to the weights of a group, for :func:`normwise.describe`.
+
+        Args:
+            group: one of this optimizer's.
+            p: a weight of it, which is treated as the others are (default: any).
+
+        Returns:
+            The rule.
+        """
+        rule, decay_scale = self._rule(group)
+        if isinstance(rule, AdamRule):
+            betas = (rule.beta1, rule.beta2)
+            directions: dict[str, Any] = {"momentum": rule.beta1, "betas": betas}
+        else:
+            directions = {"momentum": rule.momentum, "dampening": rule.dampening}
+        return UpdateRule(
+            type(self).__name__,
+            Update.NORMALIZED if isinstance(rule, AdamRule) else Update.GRADIENT,
+            group["lr"],
+            nesterov=rule.nesterov,
+            scale=1.0,
+            takes_tensor=True,
+            **{key: group[key] for key in ("view", "wd_ratio", "delta", "norm") if key in group},
+            **directions,
+            **decoupled(group, decay_scale),
+        )
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of a weight before its first step."""

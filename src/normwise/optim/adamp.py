@@ -20,7 +20,6 @@ from normwise.optim.step import (
     for_computing,
     scalar_dtype,
 )
-from normwise.updates import Update, UpdateRule, decoupled
 
 __all__ = ["AdamP", "adamp"]
 
@@ -225,21 +224,3 @@ class AdamP(NormwiseOptimizer):
             "exp_avg": new_moment(p),
             "exp_avg_sq": new_moment(p),
         }
-
-    def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
-        """What a step does to the weights of a group, for :func:`normwise.describe`."""
-        return UpdateRule(
-            type(self).__name__,
-            Update.NORMALIZED,
-            group["lr"],
-            momentum=group["betas"][0],
-            betas=tuple(group["betas"]),
-            nesterov=group["nesterov"],
-            scale=1.0,
-            takes_tensor=True,
-            view=group["view"],
-            wd_ratio=group["wd_ratio"],
-            delta=group["delta"],
-            norm=group["norm"],
-            **decoupled(group),
-        )

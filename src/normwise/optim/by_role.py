@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normwise.geometry import View
+from normwise.protocols import AnalysisReport, ReportRow
 from normwise.sharding import is_sharded
 from normwise.updates import UpdateRule, rule_of
 
@@ -34,40 +35,6 @@ _DESTINATIONS: dict[str, Destination] = {
     "readout": "readouts",
     "router": "routers",
 }
-
-
-class _Role(Protocol):
-    @property
-    def kind(self) -> str: ...
-    @property
-    def evidence(self) -> str: ...
-    @property
-    def heads(self) -> int | None: ...
-
-
-class _Row(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def aliases(self) -> tuple[str, ...]: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def view(self) -> View | None: ...
-    @property
-    def is_vector(self) -> bool: ...
-    @property
-    def role(self) -> Any: ...
-
-
-class _Report(Protocol):
-    @property
-    def symmetries(self) -> Sequence[Any]: ...
-    def __iter__(self) -> Iterator[Any]: ...
-    def __getitem__(self, name: str) -> Any: ...
-    def parameters(self, model: nn.Module | None = None) -> dict[str, nn.Parameter]: ...
 
 
 @dataclass(frozen=True)
@@ -307,7 +274,7 @@ class ByRole(Optimizer):
 
 @overload
 def groups(
-    report: _Report,
+    report: AnalysisReport,
     *,
     matrices: Factory,
     others: Factory,
@@ -323,7 +290,7 @@ def groups(
 
 @overload
 def groups(
-    report: _Report,
+    report: AnalysisReport,
     *,
     matrices: Options,
     others: Options,
@@ -338,7 +305,7 @@ def groups(
 
 
 def groups(
-    report: _Report,
+    report: AnalysisReport,
     *,
     matrices: Factory | Options,
     others: Factory | Options,
@@ -399,7 +366,7 @@ def groups(
     return [group | dict(given[group["optimizer"]]) for group in found]
 
 
-def destination_of(row: _Row, given: Collection[str]) -> Destination:
+def destination_of(row: ReportRow, given: Collection[str]) -> Destination:
     """Where a parameter goes by its role; a vector goes with the others, whatever it does.
 
     Args:
@@ -434,7 +401,7 @@ def _plain_groups(
 
 
 def _routes(
-    report: _Report,
+    report: AnalysisReport,
     params: Mapping[str, nn.Parameter],
     given: Mapping[Destination, Any],
     assign: Mapping[str, Destination],
@@ -490,7 +457,7 @@ def _routes(
     return routes
 
 
-def _blocks(report: _Report, row: _Row, heads: bool, fused: bool) -> tuple[Block, ...]:
+def _blocks(report: AnalysisReport, row: ReportRow, heads: bool, fused: bool) -> tuple[Block, ...]:
     """The matrices that a weight consists of; empty for one matrix that is whole."""
     if len(row.shape) > 2:
         if "conv" in row.role.evidence:
@@ -511,7 +478,7 @@ def _blocks(report: _Report, row: _Row, heads: bool, fused: bool) -> tuple[Block
                     labels[index] |= {side}
             cuts[dim] |= {i for i in range(1, len(labels)) if labels[i] != labels[i - 1]}
     if heads and row.role.heads:
-        dim, length = _head(report, row, found)
+        dim, length = _head(row, row.role.heads, found)
         for start, stop in _runs(cuts[dim]):
             if (stop - start) % length == 0:
                 cuts[dim] |= set(range(start, stop, length))
@@ -535,7 +502,7 @@ def _runs(cuts: Iterable[int]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(order))
 
 
-def _sides(report: _Report, row: _Row) -> dict[tuple[int, Any], list[int]]:
+def _sides(report: AnalysisReport, row: ReportRow) -> dict[tuple[int, Any], list[int]]:
     """The indices of a weight by dimension and by what their scale is traded against.
 
     Families that trade the same parameters in the same direction are of one part: a partial rotary
@@ -560,16 +527,16 @@ def _sides(report: _Report, row: _Row) -> dict[tuple[int, Any], list[int]]:
 
 
 def _head(
-    report: _Report, row: _Row, sides: Mapping[tuple[int, Any], Sequence[int]]
+    row: ReportRow, heads: int, sides: Mapping[tuple[int, Any], Sequence[int]]
 ) -> tuple[int, int]:
     """Along which dimension a weight's heads lie, and how many indices each has."""
     view = row.view
-    if view is not None and view.kind == "blocks" and row.role.heads == view.count:
+    if view is not None and view.kind == "blocks" and heads == view.count:
         return view.dim, row.shape[view.dim] // view.count
     for (dim, _), indices in sides.items():
-        if len(indices) % row.role.heads == 0:
-            return dim, len(indices) // row.role.heads
-    return 0, row.shape[0] // row.role.heads
+        if len(indices) % heads == 0:
+            return dim, len(indices) // heads
+    return 0, row.shape[0] // heads
 
 
 def _order(p: Tensor) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ def _multi_tensor_sgd(
 
 
 class MomentumOptimizer(NormwiseOptimizer):
-    """Base of :class:`normwise.SGDP` and :class:`normwise.SGDW`. Not for direct use."""
+    """Base of :class:`normwise.SGDP` and :class:`normwise.SGDW`; not for direct use."""
 
     _functional = staticmethod(sgd)
 

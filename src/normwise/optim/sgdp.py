@@ -11,7 +11,6 @@ from normwise.optim.projection import ViewOption
 from normwise.optim.sgd import MomentumOptimizer
 from normwise.optim.state_dicts import StateForm
 from normwise.optim.step import SGDRule
-from normwise.updates import Update, UpdateRule, decoupled
 
 __all__ = ["SGDP"]
 
@@ -115,21 +114,3 @@ class SGDP(MomentumOptimizer):
         momentum = group["momentum"]
         rule = SGDRule(momentum, group["dampening"], group["nesterov"])
         return rule, 1 / (1 - momentum)
-
-    def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
-        """What a step does to the weights of a group, for :func:`normwise.describe`."""
-        return UpdateRule(
-            type(self).__name__,
-            Update.GRADIENT,
-            group["lr"],
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            scale=1.0,
-            takes_tensor=True,
-            view=group["view"],
-            wd_ratio=group["wd_ratio"],
-            delta=group["delta"],
-            norm=group["norm"],
-            **decoupled(group, 1 / (1 - group["momentum"])),
-        )

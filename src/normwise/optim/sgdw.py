@@ -10,7 +10,6 @@ from torch.optim.optimizer import ParamsT
 from normwise.optim.sgd import MomentumOptimizer
 from normwise.optim.state_dicts import StateForm
 from normwise.optim.step import SGDRule
-from normwise.updates import Update, UpdateRule, decoupled
 
 __all__ = ["SGDW"]
 
@@ -97,17 +96,3 @@ class SGDW(MomentumOptimizer):
             for state in states:
                 if "momentum_buffer" in state:
                     state["momentum_buffer"] = state["momentum_buffer"] * saved["lr"]
-
-    def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
-        """What a step does to the weights of a group, for :func:`normwise.describe`."""
-        return UpdateRule(
-            type(self).__name__,
-            Update.GRADIENT,
-            group["lr"],
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            scale=1.0,
-            takes_tensor=True,
-            **decoupled(group),
-        )

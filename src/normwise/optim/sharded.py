@@ -32,7 +32,7 @@ from normwise.optim.sums import channel_sums, divisor
 from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
 
 if TYPE_CHECKING:
-    from normwise.optim.kernels.cpu import KernelPlan
+    from normwise.optim.kernels.cpu import CPUPlan
 
 __all__ = ["Exchange"]
 
@@ -68,13 +68,13 @@ class _DeferredPlan:
     """A fused step that was put off.
 
     Attributes:
-        plan, params: what :meth:`KernelPlan.finish_` is called with.
+        plan, params: what :meth:`CPUPlan.finish_` is called with.
         layouts: of the weights.
         pieces: sums over what this rank has of their slices, if those are split.
         sums: what is exchanged of each weight.
     """
 
-    plan: KernelPlan
+    plan: CPUPlan
     params: Sequence[Tensor]
     layouts: list[Layout]
     pieces: list[Tensor]
@@ -202,7 +202,7 @@ class Exchange:
         )
 
     def defer_plan_(
-        self, layouts: Mapping[Tensor, Layout], plan: KernelPlan, params: Sequence[Tensor]
+        self, layouts: Mapping[Tensor, Layout], plan: CPUPlan, params: Sequence[Tensor]
     ) -> None:
         """Put off the end of a fused step until :meth:`finish_`."""
         of_params = [layouts[p] for p in params]
@@ -247,7 +247,7 @@ class _AfterExchange:
     def end_(self, *tensors: Any, foreach: bool) -> None:
         self.exchange.defer_(self.layouts, *tensors, foreach=foreach)
 
-    def end_plan_(self, plan: KernelPlan, params: Sequence[Tensor]) -> None:
+    def end_plan_(self, plan: CPUPlan, params: Sequence[Tensor]) -> None:
         self.exchange.defer_plan_(self.layouts, plan, params)
 
     @property

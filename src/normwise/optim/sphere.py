@@ -29,7 +29,8 @@ from normwise.optim.step import (
     scalar_dtype,
 )
 from normwise.optim.sums import channel_sums, divisor
-from normwise.optim.wrapping import Views, Wrapper, names_of, resolve_views
+from normwise.optim.wrapping import Wrapper, names_of, resolve_views
+from normwise.protocols import Views
 from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
 from normwise.updates import Coupling, UpdateRule, attached_to, own_rule, rule_of
 

@@ -18,7 +18,8 @@ from normwise.optim.groups import (
 from normwise.optim.projection import ViewOption
 from normwise.optim.sharded import Exchange
 from normwise.optim.step import Ending, SGDRule, Step, by_device_and_dtype, for_computing
-from normwise.optim.wrapping import Views, Wrapper, resolve_views
+from normwise.optim.wrapping import Wrapper, resolve_views
+from normwise.protocols import Views
 from normwise.sharding import local
 from normwise.updates import Coupling, Update, UpdateRule, own_rule, rule_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
@@ -12,15 +12,9 @@ from torch.optim.optimizer import Optimizer
 from normwise.geometry import View
 from normwise.optim.groups import as_view_option, check_not_flattened
 from normwise.optim.step import is_nonzero
+from normwise.protocols import AnalysisReport, Views
 
-__all__ = ["Views", "Wrapper", "names_of", "resolve_views"]
-
-
-class _Report(Protocol):
-    def parameter_views(self) -> Mapping[Any, View]: ...
-
-
-Views = View | str | Mapping[Any, View | str] | _Report
+__all__ = ["Wrapper", "names_of", "resolve_views"]
 
 
 class Wrapper(Optimizer):
@@ -138,10 +132,14 @@ def resolve_views(optimizer: Optimizer, views: Views, wrapper: str) -> dict[Tens
 def _resolved_mapping(
     optimizer: Optimizer,
     params: list[Tensor],
-    views: Mapping[Any, View | str] | _Report,
+    views: Mapping[Any, View | str] | AnalysisReport,
     wrapper: str,
 ) -> dict[Tensor, View]:
-    mapping = views if isinstance(views, Mapping) else _matrices(views.parameter_views())
+    mapping: Mapping[Any, View | str]
+    if isinstance(views, Mapping):
+        mapping = views
+    else:
+        mapping = {p: view for p, view in views.parameter_views().items() if p.ndim > 1}
     by_name = {name: p for p, name in names_of(optimizer).items()}
     known = set(params)
     resolved: dict[Tensor, View] = {}
@@ -158,10 +156,6 @@ def _resolved_mapping(
             )
         resolved[p] = _as_view(view, wrapper)
     return resolved
-
-
-def _matrices(views: Mapping[Tensor, View]) -> dict[Tensor, View]:
-    return {p: view for p, view in views.items() if p.ndim > 1}
 
 
 def _as_view(value: View | str, wrapper: str) -> View:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View
-from normwise.perturb.perturbation import Perturbation, Views
+from normwise.perturb.perturbation import Perturbation
 from normwise.perturb.sizes import sized_as
+from normwise.protocols import Views
 
 __all__ = ["AWP"]
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +15,21 @@ from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View, at_least_float32
 from normwise.perturb.sizes import Located
+from normwise.protocols import Views
 from normwise.sharding import local, summed_gradients
 
-__all__ = ["Perturbation", "Views", "buffers_kept"]
-
-
-class _Report(Protocol):
-    def parameter_views(self) -> Mapping[Any, View]: ...
-
-
-Views = View | str | Mapping[Any, View | str] | _Report
+__all__ = ["Perturbation", "buffers_kept"]
 
 
 class Perturbation(ABC):
-    """Base of :class:`AWP` and :class:`RWP`. Not for direct use.
+    """Base of :class:`AWP` and :class:`RWP`; not for direct use.
 
     Attributes:
         gamma: γ; may be changed between steps, to warm up for example. At 0 a step is plain.
         names: the weights that are perturbed, by their names in the model.
+        model: whose weights are perturbed.
+        optimizer: that steps them.
+        views: whose slices are perturbed in proportion to their norms.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, gamma: float, views: Views) -> None:
@@ -68,6 +65,9 @@ class Perturbation(ABC):
             loss: what to ascend, see the class; called under autograd, once or more, with the model
                 in the mode that it is in. Buffers of the model (batch normalization's statistics)
                 and gradients are as before it.
+
+        Returns:
+            A context manager.
         """
         with self._at(lambda: self._backward(loss)):
             yield
@@ -143,6 +143,9 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: the model. The cost is a copy of its buffers.
+
+    Returns:
+        A context manager.
     """
     kept = [
         (module, name, buffer, buffer.clone())

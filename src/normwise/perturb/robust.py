@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View, at_least_float32
-from normwise.perturb.perturbation import Perturbation, Views
+from normwise.perturb.perturbation import Perturbation
 from normwise.perturb.sizes import sized_as, sized_together
+from normwise.protocols import Views
 
 __all__ = ["RWP"]
 

@@ -12,9 +12,18 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from normwise.figures.tables import Column, Table
 from normwise.updates import UpdateRule, describe
 
 __all__ = ["Timescale", "Timescales", "timescale", "timescales"]
+
+_COLUMNS = (
+    "group",
+    Column("remembers", "steps"),
+    Column("half-life", "steps"),
+    Column("tokens"),
+    Column("of the run"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,23 +49,16 @@ class Timescales(tuple[Timescale, ...]):
     """One for each group of an optimizer; ``str()`` is a table."""
 
     def __str__(self) -> str:
-        table = [("group", "remembers", "half-life", "tokens", "of the run")]
-        for t in self:
+        def cells(t: Timescale) -> tuple[str, ...]:
+            if not math.isfinite(t.steps):
+                return t.name, "everything" if math.isinf(t.steps) else "not known", *"–––"
             tokens = "–" if math.isnan(t.tokens) else f"{t.tokens:,.0f}"
-            share = "–" if math.isnan(t.share) else f"{t.share:.3g}"
-            if math.isinf(t.steps):
-                table.append((t.name, "everything", "–", "–", "–"))
-            elif math.isnan(t.steps):
-                table.append((t.name, "not known", "–", "–", "–"))
-            else:
-                steps, half = f"{t.steps:,.0f} steps", f"{t.half_life:,.0f} steps"
-                table.append((t.name, steps, half, tokens, share))
-        widths = [max(len(line[i]) for line in table) for i in range(5)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in table
-        ]
-        return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+            share = f"{t.share:.3g}" if t.share < 100 else f"{t.share:,.0f}"
+            if math.isnan(t.share):
+                share = "–"
+            return t.name, f"{t.steps:,.0f}", f"{t.half_life:,.0f}", tokens, share
+
+        return str(Table.of(_COLUMNS, map(cells, self)))
 
 
 def timescale(
@@ -73,6 +75,9 @@ def timescale(
         steps: of the run (default: not known).
         batch: tokens, or samples, of a step (default: not known).
         name: of the weights (default: the optimizer's).
+
+    Returns:
+        The timescale.
     """
     shrink = float(rule.shrink)
     length = math.inf if shrink == 0 else 1 / shrink
@@ -97,6 +102,9 @@ def timescales(
         optimizer: any that :func:`normwise.describe` knows.
         steps: of the run (default: not known).
         batch: tokens, or samples, of a step (default: not known).
+
+    Returns:
+        One each; ``print`` them for a table.
 
     Raises:
         ValueError: for steps or a batch that is not positive.

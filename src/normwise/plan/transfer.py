@@ -207,6 +207,9 @@ def carry(
         width: of the other network.
         parameters: of the other network.
 
+    Returns:
+        The other run, with the rule's name added to its ``rules``.
+
     Raises:
         ValueError: for an unknown rule, a change that the rule does not speak of, or a number that
             it needs and that is not given.

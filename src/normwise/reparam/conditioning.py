@@ -84,7 +84,7 @@ class RowColumnConditioning(WeightParametrization):
 
     @classmethod
     def slices_of(cls, module: nn.Module) -> tuple[View, int]:
-        """Rows, one an output channel; of a grouped convolution each group is a weight."""
+        """The rows, one an output channel; of a grouped convolution each group is a weight."""
         view, groups = output_slices(module)
         return view, module.groups if isinstance(module, CONVOLUTIONS) else groups
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from normwise.figures.tables import Table
 from normwise.reparam.checkpoint import LoadOtherFormats
 from normwise.reparam.parametrizations import (
     CONVOLUTIONS,
@@ -84,16 +85,16 @@ class Conversion:
         return {w.name: w.reason for w in self.weights if w.reason is not None}
 
     def __str__(self) -> str:
-        rows = [("weight", "module", "shape", self.method)]
-        for w in self.weights:
-            done = f"view {w.view}" if w.reason is None else f"left alone: {w.reason}"
-            rows.append((w.name, w.module, "×".join(map(str, w.shape)), done))
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [
-            "  ".join([cell.ljust(n) for cell, n in zip(row[:3], widths, strict=True)] + [row[3]])
-            for row in rows
-        ]
-        return "\n".join(lines)
+        rows = (
+            (
+                w.name,
+                w.module,
+                "×".join(map(str, w.shape)),
+                f"view {w.view}" if w.reason is None else f"left alone: {w.reason}",
+            )
+            for w in self.weights
+        )
+        return str(Table.of(("weight", "module", "shape", self.method), rows))
 
 
 def weight_normalize(
@@ -147,8 +148,7 @@ def center_weight_normalize(
         model: any module.
         gain: whether an output channel has a learnable gain, which starts at ‖W − W̄‖
             (default: True).
-        only: as for :func:`weight_normalize`.
-        skip: as for :func:`weight_normalize`.
+        only, skip: as for :func:`weight_normalize`.
         eps: guard of the std of a slice, which is divided by √(variance + eps²)
             (default: 1e-8, in float64 1e-12, in float16 1e-3).
 
@@ -181,8 +181,7 @@ def weight_standardize(
         model: any module.
         gain: whether an output channel has a learnable gain, which starts at std(W)
             (default: False).
-        only: as for :func:`weight_normalize`.
-        skip: as for :func:`weight_normalize`.
+        only, skip: as for :func:`weight_normalize`.
         eps: guard of the std of a slice, which is divided by √(variance + eps²)
             (default: 1e-8, in float64 1e-12, in float16 1e-3).
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normwise.geometry import View
+from normwise.protocols import AnalysisReport, FreedomLedger
 from normwise.reparam.parametrizations import originals, stacks
 
 __all__ = ["Gain", "GainKind", "Gains", "add_gains"]
@@ -20,20 +20,7 @@ GainKind = Literal["scalar", "row", "column"]
 _KINDS = ("scalar", "row", "column")
 
 
-class _Ledger(Protocol):
-    @property
-    def fixed(self) -> Mapping[str, View]: ...
-
-    @property
-    def verdicts(self) -> Mapping[str, str]: ...
-
-
-@runtime_checkable
-class _Report(Protocol):
-    def freedom(self) -> _Ledger: ...
-
-
-Wanted = Mapping[Any, GainKind | Sequence[GainKind]] | _Ledger | _Report
+Wanted = Mapping[Any, GainKind | Sequence[GainKind]] | FreedomLedger | AnalysisReport
 
 
 class Gain(nn.Module):
@@ -65,11 +52,19 @@ class Gain(nn.Module):
         self.siblings: tuple[str, ...] = ()
 
     def forward(self, w: Tensor) -> Tensor:
-        """The effective weight."""
+        """The effective weight.
+
+        Args:
+            w: the weight W.
+        """
         return w * self._broadcast(w)
 
     def right_inverse(self, w: Tensor) -> Tensor:
-        """The weight behind an effective weight, with the gains as they are."""
+        """The weight behind an effective weight, with the gains as they are.
+
+        Args:
+            w: the effective weight W'.
+        """
         return w / self._broadcast(w).detach()
 
     def _broadcast(self, w: Tensor) -> Tensor:
@@ -161,9 +156,9 @@ def add_gains(model: nn.Module, gains: Wanted) -> Gains:
     )
 
 
-def _needed(source: _Ledger | _Report) -> dict[str, GainKind]:
+def _needed(source: FreedomLedger | AnalysisReport) -> dict[str, GainKind]:
     """The gains that a ledger asks for, one for each slice whose norm is fixed."""
-    ledger = source.freedom() if isinstance(source, _Report) else source
+    ledger = source if isinstance(source, FreedomLedger) else source.freedom()
     kinds: dict[str, GainKind] = {}
     for name, verdict in ledger.verdicts.items():
         if verdict == "fix with a gain":

@@ -35,7 +35,11 @@ class MeanOnlyBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels, device=device, dtype=dtype))
 
     def forward(self, t: Tensor) -> Tensor:
-        """Of shape ``(batch, channels, ...)``; in training the batch's own mean is taken away."""
+        """The input without the mean of each channel; in training that of the batch.
+
+        Args:
+            t: shape ``(batch, channels, ...)``.
+        """
         if t.ndim < 2 or t.shape[1] != self.channels:
             raise ValueError(
                 f"MeanOnlyBatchNorm({self.channels}) got an input of shape {tuple(t.shape)}; "
@@ -90,7 +94,11 @@ class TranslatedReLU(nn.Module):
             self.slope = nn.Parameter(start)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of shape ``(batch, channels, ...)``."""
+        """The output, of the shape of the input.
+
+        Args:
+            x: shape ``(batch, channels, ...)``.
+        """
         if x.ndim < 2 or self.channels not in (1, x.shape[1]):
             raise ValueError(
                 f"TranslatedReLU({self.channels}) got an input of shape {tuple(x.shape)}; "

@@ -72,7 +72,7 @@ class AOL(WeightParametrization):
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
-        """Only linear layers, and convolutions that repeat no entry of their input, are bounded."""
+        """Why a module is not bounded: only linear layers are, and most convolutions."""
         if isinstance(module, CONVOLUTIONS):
             if module.padding_mode == "circular" and _grows(module):
                 return "AOL does not bound circular padding that makes an image larger"
@@ -124,7 +124,11 @@ class ContractiveResidual(nn.Module):
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of shape ``(..., features)``."""
+        """The output, of the shape of the input.
+
+        Args:
+            x: shape ``(..., features)``.
+        """
         return x - 2 * F.linear(F.relu(F.linear(x, self.weight, self.bias)), self.weight.T)
 
     def extra_repr(self) -> str:
@@ -177,7 +181,7 @@ class SLL(nn.Module):
         nn.init.normal_(self.log_q)
 
     def scales(self) -> Tensor:
-        """t, shape ``(inner,)``."""
+        """The t of the weight, shape ``(inner,)``."""
         gram = (self.weight @ self.weight.T).abs()
         # q_j/q_i as one exponential, which does not overflow where each would.
         ratios = (self.log_q - self.log_q.unsqueeze(1)).exp()
@@ -185,7 +189,11 @@ class SLL(nn.Module):
         return torch.where(sums > 0, 1 / torch.where(sums > 0, sums, 1), 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of shape ``(..., features)``."""
+        """The output, of the shape of the input.
+
+        Args:
+            x: shape ``(..., features)``.
+        """
         inner = self.scales() * F.relu(F.linear(x, self.weight, self.bias))
         return x - 2 * F.linear(inner, self.weight.T)
 

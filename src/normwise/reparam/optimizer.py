@@ -66,10 +66,12 @@ class WeightNormalized(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # shared, not a copy
+        """The wrapped optimizer's."""
         return self.optimizer.defaults
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # shared
+        """The wrapped optimizer's."""
         return self.optimizer.param_groups
 
     @property
@@ -81,17 +83,29 @@ class WeightNormalized(Optimizer):
         return {name: self.__dict__[name] for name in ("optimizer", "_formula", "_pairs")}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer; its weights are normalized too."""
+        """Add a group to the wrapped optimizer; its weights are normalized too.
+
+        Args:
+            param_group: as any optimizer's.
+        """
         self.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the wrapped optimizer does it."""
+        """As the wrapped optimizer does it.
+
+        Args:
+            set_to_none: rather than to zeros (default: True).
+        """
         self.optimizer.zero_grad(set_to_none)
 
     def update_rule(self, group: dict[str, Any], p: Tensor | None = None) -> UpdateRule:
         """What a step does, for :func:`normwise.describe`: of W = g·V/‖V‖ itself it is not known.
 
         The wrapped optimizer's rule holds for weights that are stepped as they are.
+
+        Args:
+            group: of the wrapped optimizer.
+            p: a weight of the group (default: any).
         """
         if p is not None and not self._is_normalized(p):
             return rule_of(self.optimizer, group, p)
@@ -131,6 +145,9 @@ class WeightNormalized(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, and write the weights.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
 
         Raises:
             ValueError: if it is of another optimizer, or of other weights.

@@ -35,7 +35,7 @@ class Divisor(str, Enum):
 
 
 class WeightParametrization(nn.Module):
-    """Base of the parametrizations of this library. Not for direct use.
+    """Base of the parametrizations of this library; not for direct use.
 
     An instance says of itself what others need to know, so that nobody guesses it from a shape:
     ``view`` and ``groups`` (the slices), ``divides_by`` (a :class:`Divisor` where the forward pass
@@ -72,12 +72,20 @@ class WeightParametrization(nn.Module):
 
     @classmethod
     def slices_of(cls, module: nn.Module) -> tuple[View, int]:
-        """The view and the groups that this method takes of a module's weight."""
+        """The view and the groups that this method takes of a module's weight.
+
+        Args:
+            module: that has the weight.
+        """
         return output_slices(module)
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
-        """Why the method does not apply to a module, or ``None`` if it does."""
+        """Why the method does not apply to a module, or ``None`` if it does.
+
+        Args:
+            module: that has the weight.
+        """
         return None
 
     @property
@@ -86,7 +94,11 @@ class WeightParametrization(nn.Module):
         return "original1" if self.gain else "original"
 
     def forward(self, *originals: Tensor) -> Tensor:
-        """The effective weight, from ``(weight,)`` or ``(gain, weight)``."""
+        """The effective weight, from ``(weight,)`` or ``(gain, weight)``.
+
+        Args:
+            *originals: the tensors that the parametrization is of.
+        """
         if self.held is not None:
             return self.held
         *gains, w = originals
@@ -99,6 +111,9 @@ class WeightParametrization(nn.Module):
 
     def right_inverse(self, w: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The originals of an effective weight, or of the nearest that can be expressed.
+
+        Args:
+            w: the effective weight.
 
         Raises:
             ValueError: if the groups or the view do not fit.
@@ -122,7 +137,7 @@ class WeightParametrization(nn.Module):
 
 
 class DividedWeight(WeightParametrization):
-    """Base of the methods that divide each slice by its own size. Not for direct use.
+    """Base of the methods that divide each slice by its own size; not for direct use.
 
     Args:
         view: see :class:`WeightParametrization`.

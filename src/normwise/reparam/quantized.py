@@ -75,7 +75,11 @@ class BinaryConnect(WeightParametrization):
         self.scale, self.draw = scale, Draw(draw)
 
     def scale_of(self, w: Tensor) -> float:
-        """H for a weight of this shape. [BC]'s factor on its learning rate is 1/H of Glorot's."""
+        """The H of a weight of this shape: [BC]'s factor on its learning rate is 1/H of Glorot's.
+
+        Args:
+            w: the weight.
+        """
         if self.scale is not None:
             return self.scale
         taps = math.prod(w.shape[2:])
@@ -131,7 +135,11 @@ class StatsQ(WeightParametrization):
         self.bits = bits
 
     def levels(self, w: Tensor) -> Tensor:
-        """The number of each entry's level, from −2ᵇ⁻¹ to 2ᵇ⁻¹ − 1, of a weight without groups."""
+        """The number of each entry's level, from −2ᵇ⁻¹ to 2ᵇ⁻¹ − 1, of a weight without groups.
+
+        Args:
+            w: the weight.
+        """
         return self._levels(self._scaled(w)[0])
 
     def _scaled(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,10 +230,13 @@ class Oscillation:
 
     @torch.no_grad()
     def update(self, levels: Tensor) -> Tensor:
-        """Take the levels after one more step; return the average, of their shape.
+        """Take the levels after one more step.
 
         Args:
             levels: numbers of levels, or quantized weights of a fixed step size.
+
+        Returns:
+            The average.
         """
         if self._levels is None or self._last is None or self._average is None:
             self._last = torch.zeros_like(levels)

@@ -149,6 +149,9 @@ def sgd_without_decay(
         dtype: that of the run without decay; its norms grow without bound and must fit
             (default: float32).
 
+    Returns:
+        The run, step by step; its ``groups`` drive a torch optimizer.
+
     Raises:
         ValueError: for a learning rate that is negative, or 0 before the last step with momentum;
             where α is not positive, so that the direction would flip (with a constant η that
@@ -191,6 +194,9 @@ def sgd_with_decay(
         weight_decay: the λ that the run shall have.
         momentum: γ, of both runs (default: 0).
 
+    Returns:
+        The run, step by step; its ``groups`` drive a torch optimizer.
+
     Raises:
         ValueError: for a learning rate that is negative, or 0 before the last step with momentum.
     """
@@ -225,6 +231,9 @@ def adamw_without_decay(
         weight_decay: its λ.
         dtype: that of the run without decay (default: float32).
 
+    Returns:
+        The run, step by step; its ``groups`` drive a torch optimizer.
+
     Raises:
         ValueError: for a negative learning rate, ηλ of 1 or more, or where a scale or rate is too
             large for ``dtype``.
@@ -255,6 +264,9 @@ def adamw_with_decay(lrs: Iterable[float], weight_decay: float) -> AdamWWithDeca
         lrs: the learning rate of each step of the run without decay, η̃_t.
         weight_decay: the λ that the run shall have.
 
+    Returns:
+        The run, step by step; its ``groups`` drive a torch optimizer.
+
     Raises:
         ValueError: for a negative learning rate.
     """
@@ -278,6 +290,9 @@ def sgd_decay_limit(momentum: float) -> float:
     Args:
         momentum: γ.
 
+    Returns:
+        The largest ηλ.
+
     Raises:
         ValueError: for a momentum not in [0, 1).
     """
@@ -299,6 +314,9 @@ def sgd_schedule_limit(
         momentum: γ (default: 0).
         dtype: of the run without decay (default: float32).
 
+    Returns:
+        The number of steps.
+
     Raises:
         ValueError: for a product ηλ of 0, or above the limit of :func:`sgd_decay_limit`.
     """
@@ -315,6 +333,9 @@ def adamw_schedule_limit(lr: float, weight_decay: float, dtype: torch.dtype = to
         lr: η.
         weight_decay: λ, above 0.
         dtype: of the run without decay (default: float32).
+
+    Returns:
+        The number of steps.
 
     Raises:
         ValueError: for a product ηλ of 0, or of 1 or more.
@@ -379,7 +400,11 @@ class PlannedGroups(LRScheduler):
         ]
 
     def step(self, epoch: int | None = None) -> None:
-        """Go on to the values of the next step."""
+        """Go on to the values of the next step.
+
+        Args:
+            epoch: the step to go to (default: the next).
+        """
         super().step(epoch)
         for index in self._plan:
             values = {key: value for key, value in self._now(index).items() if key != "lr"}

@@ -294,32 +294,23 @@ def _check_decay(rule: UpdateRule) -> None:
         _check_decoupled(_number(rule.shrink), 1.0)
 
 
+_SGD = UpdateRule("SGD", Update.GRADIENT, 1.0, scale=1.0, coupling=Coupling.L2)
+_ADAMW = UpdateRule("AdamW", Update.NORMALIZED, 1.0, scale=1.0, coupling=Coupling.DECOUPLED)
+
+
+def _decayed(rule: UpdateRule, lr: float, weight_decay: float, momentum: float) -> UpdateRule:
+    decay = lr * weight_decay
+    return replace(rule, lr=lr, momentum=momentum, weight_decay=weight_decay, decay_per_step=decay)
+
+
 def _sgd(lr: float, weight_decay: float, momentum: float) -> UpdateRule:
     check_below_one(momentum=momentum)
-    return UpdateRule(
-        "SGD",
-        Update.GRADIENT,
-        lr,
-        momentum=momentum,
-        scale=1.0,
-        coupling=Coupling.L2,
-        weight_decay=weight_decay,
-        decay_per_step=lr * weight_decay,
-    )
+    return _decayed(_SGD, lr, weight_decay, momentum)
 
 
 def _adamw(lr: float, weight_decay: float, beta1: float) -> UpdateRule:
     check_below_one(beta1=beta1)
-    return UpdateRule(
-        "AdamW",
-        Update.NORMALIZED,
-        lr,
-        momentum=beta1,
-        scale=1.0,
-        coupling=Coupling.DECOUPLED,
-        weight_decay=weight_decay,
-        decay_per_step=lr * weight_decay,
-    )
+    return _decayed(_ADAMW, lr, weight_decay, beta1)
 
 
 def sgd_equilibrium(
@@ -332,6 +323,9 @@ def sgd_equilibrium(
         weight_decay: λ.
         gradient_square: E‖g̃‖², the mean squared norm of the gradient at weight norm 1.
         momentum: α (default: 0).
+
+    Returns:
+        The norm, and the RMS angle per step in radians.
 
     Raises:
         ValueError: for a number that is not positive, a momentum not in [0, 1), or ηλ above
@@ -351,6 +345,9 @@ def adamw_equilibrium(
         weight_decay: λ.
         entries: C, of a weight or a slice.
         beta1: β1 (default: 0.9).
+
+    Returns:
+        The norm, and the RMS angle per step in radians.
 
     Raises:
         ValueError: for a number that is not positive, a ``beta1`` not in [0, 1), or ηλ of 1 or
@@ -372,20 +369,15 @@ def lion_equilibrium_angle(
         weight_decay: λ.
         betas: β1 and β2 (default: 0.9 and 0.99).
 
+    Returns:
+        The angle in radians.
+
     Raises:
         ValueError: for a number that is not positive, a beta not in [0, 1), or ηλ of 1 or more.
     """
     check_positive(lr=lr, weight_decay=weight_decay)
-    rule = UpdateRule(
-        "Lion",
-        Update.SIGN,
-        lr,
-        betas=betas,
-        coupling=Coupling.DECOUPLED,
-        weight_decay=weight_decay,
-        decay_per_step=lr * weight_decay,
-    )
-    return equilibrium_of(rule).angle
+    lion = UpdateRule("Lion", Update.SIGN, 1.0, betas=betas, coupling=Coupling.DECOUPLED)
+    return equilibrium_of(_decayed(lion, lr, weight_decay, 0.0)).angle
 
 
 def epsilon_shifted_equilibrium(
@@ -398,6 +390,9 @@ def epsilon_shifted_equilibrium(
         weight_decay: λ.
         eps: ε, as a norm.
         gradient_square: E‖g̃‖², the mean squared norm of the gradient at weight norm 1.
+
+    Returns:
+        k.
 
     Raises:
         ValueError: for a number that is not positive.
@@ -422,6 +417,9 @@ def sgd_angle(lr: float, norm: float, gradient_square: float, momentum: float = 
         gradient_square: E‖g̃‖², the mean squared norm of the gradient at weight norm 1.
         momentum: α (default: 0).
 
+    Returns:
+        The angle in radians.
+
     Raises:
         ValueError: for a number out of its range.
     """
@@ -437,6 +435,9 @@ def adamw_angle(lr: float, norm: float, entries: int, beta1: float = 0.9) -> flo
         norm: ‖w‖.
         entries: C, of a weight or a slice.
         beta1: β1 (default: 0.9).
+
+    Returns:
+        The angle in radians.
 
     Raises:
         ValueError: for a number out of its range.
@@ -460,6 +461,9 @@ def sgd_time_to_equilibrium(
         momentum: α (default: 0).
         tolerance: the relative distance from k that counts as arrived (default: 0.1).
 
+    Returns:
+        Steps, a real number; 0 if it starts there.
+
     Raises:
         ValueError: as :func:`sgd_equilibrium`; for a ``tolerance`` not in (0, 1).
     """
@@ -479,6 +483,9 @@ def adamw_time_to_equilibrium(
         weight_decay: λ.
         start: the norm at the start, over k.
         tolerance: the relative distance from k that counts as arrived (default: 0.1).
+
+    Returns:
+        Steps, a real number; 0 if it starts there.
 
     Raises:
         ValueError: as :func:`adamw_equilibrium`; for a ``tolerance`` not in (0, 1).
@@ -505,6 +512,9 @@ def sgd_norms(
         start: the norm before the first step.
         momentum: α (default: 0).
 
+    Returns:
+        One more norm than steps.
+
     Raises:
         ValueError: for a number out of its range, or ηλ above (1 − √α)².
     """
@@ -525,6 +535,9 @@ def adamw_norms(
         weight_decay: λ; 0 is allowed.
         entries: C, of a weight or a slice.
         start: the norm before the first step.
+
+    Returns:
+        One more norm than steps.
 
     Raises:
         ValueError: for a number out of its range, or ηλ of 1 or more.

@@ -102,6 +102,9 @@ def growth_ratio(momentum: float, steps: int | None = None) -> float:
         momentum: β.
         steps: how many (default: the limit).
 
+    Returns:
+        The ratio, 1 or more.
+
     Raises:
         ValueError: for a momentum not in [0, 1), or fewer steps than 1.
     """
@@ -124,6 +127,9 @@ def norm_range(dtype: torch.dtype) -> tuple[float, float]:
 
     Args:
         dtype: a floating-point dtype.
+
+    Returns:
+        Both norms.
     """
     info = torch.finfo(dtype)
     sums = torch.finfo(torch.promote_types(dtype, torch.float32))

@@ -23,6 +23,9 @@ def scaled_gradient_norm(weight: Tensor, gradient: Tensor, view: View) -> Tensor
         weight: w.
         gradient: ∇L, of the same shape.
         view: how both split into slices.
+
+    Returns:
+        In float32 or better.
     """
     with torch.no_grad():
         return norms(weight.detach(), view) * norms(gradient, view)
@@ -37,6 +40,9 @@ def gradient_cosine(one: Tensor, other: Tensor, view: View) -> Tensor:
         one: the gradient of the first batch.
         other: that of the second, at the same weights.
         view: how both split into slices. A zero slice has cosine 0.
+
+    Returns:
+        From −1 to 1; 0 for zero slices.
     """
     return cosine(one, other, view)
 

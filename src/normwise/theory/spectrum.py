@@ -79,6 +79,9 @@ def stable_rank(w: Tensor) -> Tensor:
 
     Args:
         w: the weight, of two dimensions or more.
+
+    Returns:
+        A 0-dim tensor.
     """
     s = _singular_values(w)
     ratio: Tensor = (s / torch.where(s[0] > 0, s[0], 1)).square().sum()
@@ -90,6 +93,9 @@ def effective_rank(w: Tensor) -> Tensor:
 
     Args:
         w: the weight, of two dimensions or more, not zero.
+
+    Returns:
+        A 0-dim tensor.
     """
     s = _singular_values(w)
     p = s / s.sum()
@@ -121,7 +127,7 @@ def mean_cosine(w: Tensor, view: View) -> Tensor:
 
 
 def mean_absolute_cosine(w: Tensor, view: View) -> Tensor:
-    """The mean of |cos| over all pairs of slices: how redundant they are. It costs O(n²d).
+    """The mean of |cos| over all pairs of slices: how redundant they are, in O(n²d).
 
     Args:
         w: the weight.

@@ -52,6 +52,9 @@ def utilization(
         inputs: the share e_S, above 0 and at most 1 (default: 0.99). [UR] searches it per layer.
         outputs: the share e_T (default: 0.99).
 
+    Returns:
+        The directions and the rank that are used, and the weight cut to them.
+
     Raises:
         ValueError: for shapes that do not fit, or shares outside of (0, 1].
 

@@ -189,6 +189,9 @@ def supervised(
         name: as a reader sees it (default: that of the network's class).
         facts: what a reader should know of the data (default: nothing).
 
+    Returns:
+        A problem, for :func:`normwise.lab.compare` and recipes.
+
     Raises:
         UsageError: for a value that is not allowed.
     """

@@ -1,6 +1,6 @@
 """Fused steps: one launch for all tensors of a device and dtype, the projection included.
 
-``cpu`` is compiled by Numba, ``cuda`` by Triton; both have a ``KernelPlan`` of the same form.
+``cpu`` is compiled by Numba, ``cuda`` by Triton; each has a plan of its own.
 Neither is imported before a step needs it.
 """
 
@@ -338,10 +338,10 @@ def _plan(
     if backend.takes_groups:
         groups = [of_parts.index(number) for number in numbers]
         steps = [parts[i].step for i in of_parts]
-        plan = module.KernelPlan(weights, steps, groups, split=parts[0].ending.split)
+        plan = module.CPUPlan(weights, steps, groups, split=parts[0].ending.split)
     else:
         step = parts[of_parts[0]].step
-        plan = module.KernelPlan(weights, step.view, step.norm)
+        plan = module.CUDAPlan(weights, step.view, step.norm)
     return _Planned(plan, places, within, of_parts, backend.takes_groups)
 
 

@@ -79,7 +79,7 @@ def _chunks(
     return uncut and not split, bounds
 
 
-class KernelPlan:
+class CPUPlan:
     """The work list of one list of tensors, and what a step remembers for the next one.
 
     Args:

@@ -100,7 +100,7 @@ class Tile:
         return table.flatten(0, 1)
 
 
-class KernelPlan:
+class CUDAPlan:
     """The work list of one list of tensors on one device, and what a step leaves for the next.
 
     All of it is on the device, so that a step waits for nothing and can be captured in a CUDA

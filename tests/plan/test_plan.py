@@ -8,7 +8,7 @@ import torch
 
 import normwise
 from normwise import cli
-from normwise.monitor.plan import OPTIMIZERS, Settings, Weights, plan
+from normwise.plan import OPTIMIZERS, Settings, Weights, plan
 from normwise.theory import (
     adamw_equilibrium,
     adamw_without_decay,

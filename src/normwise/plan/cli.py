@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from normwise.monitor.plan import OPTIMIZERS, Settings, Weights, plan, weights_of
+from normwise.invariance import analyze
+from normwise.invariance.cli import check_absent, model_and_batch, with_exit_code
+from normwise.plan.planning import plan
+from normwise.plan.settings import OPTIMIZERS, Settings, Weights, weights_of
 
 __all__ = ["add_plan_parser", "run_plan"]
 
@@ -58,35 +59,27 @@ def add_plan_parser(subparsers: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def run_plan(args: argparse.Namespace) -> int:
-    """Print the plan; 0, or 2 for settings that the closed forms do not hold for."""
-    try:
-        if args.plot is not None and args.plot.exists():
-            raise ValueError(f"--plot {str(args.plot)!r} exists; name a file that does not")
-        betas = args.betas or (0.9, 0.99 if args.optimizer == "lion" else 0.999)
-        settings = Settings(
-            optimizer=args.optimizer,
-            lr=args.lr,
-            weight_decay=args.weight_decay,
-            steps=args.steps,
-            momentum=_MOMENTUM.get(args.optimizer, 0.9) if args.momentum is None else args.momentum,
-            betas=tuple(betas),
-            schedule=args.schedule,
-            gradient=args.gradient,
-            dtype=_DTYPES[args.dtype],
-            wd_ratio=args.wd_ratio,
-        )
-        found = plan(settings, _weights(args))
-        if args.json:
-            print(json.dumps(found.as_json(), allow_nan=False))
-        else:
-            print(found)
-        if args.plot is not None:
-            found.plot(args.plot)
-    except (ValueError, RuntimeError, ImportError, OSError, TypeError) as error:
-        print(f"normwise: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+@with_exit_code
+def run_plan(args: argparse.Namespace) -> None:
+    """Print the plan."""
+    check_absent("--plot", args.plot)
+    betas = args.betas or (0.9, 0.99 if args.optimizer == "lion" else 0.999)
+    settings = Settings(
+        optimizer=args.optimizer,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        steps=args.steps,
+        momentum=_MOMENTUM.get(args.optimizer, 0.9) if args.momentum is None else args.momentum,
+        betas=tuple(betas),
+        schedule=args.schedule,
+        gradient=args.gradient,
+        dtype=_DTYPES[args.dtype],
+        wd_ratio=args.wd_ratio,
+    )
+    found = plan(settings, _weights(args))
+    print(json.dumps(found.as_json(), allow_nan=False) if args.json else found)
+    if args.plot is not None:
+        found.plot(args.plot)
 
 
 def _weights(args: argparse.Namespace) -> list[Weights]:
@@ -94,21 +87,7 @@ def _weights(args: argparse.Namespace) -> list[Weights]:
         if args.batch is not None or args.set:
             raise ValueError("--batch and --set are of a --model, and none is given")
         return [Weights("any slice", 1, args.entries, args.norm)]
-    from normwise.invariance import analyze
-    from normwise.invariance.sources import batch_for, load
-
-    settings: dict[str, Any] = {}
-    for pair in args.set:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise ValueError(f"Invalid --set: {pair!r}; must be KEY=VALUE")
-        try:
-            settings[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[key] = value
-    model, batch = load(args.model, settings)
-    if args.batch is not None or batch is None:
-        batch = batch_for(model, args.batch)
+    model, batch = model_and_batch(args.model, args)
     weights = weights_of(model, analyze(model, batch, joint=False).views())
     if not weights:
         raise ValueError(
