@@ -147,7 +147,7 @@ def _digest(name: str, size: int, changed: int) -> str:
 
 
 @dataclass(frozen=True)
-class Column:
+class Feature:
     """How a column of a table becomes numbers.
 
     Args:
@@ -192,8 +192,8 @@ class Rows(Dataset[Any]):
         delimiter: str,
         starts: array[int],
         chosen: array[int],
-        columns: Sequence[Column],
-        target: Column,
+        columns: Sequence[Feature],
+        target: Feature,
     ) -> None:
         self.path, self.delimiter, self.starts, self.chosen = path, delimiter, starts, chosen
         self.columns, self.target = columns, target
@@ -292,9 +292,9 @@ def _table(path: Path, target: str) -> Source:
         if not of.is_number and len(of.values) > _MOST_CATEGORIES:
             left_out.append(of.name)
         elif of.is_number:
-            columns.append(Column(of.name, place, of.mean, of.scale))
+            columns.append(Feature(of.name, place, of.mean, of.scale))
         else:
-            columns.append(Column(of.name, place, values=tuple(sorted(of.values))))
+            columns.append(Feature(of.name, place, values=tuple(sorted(of.values))))
     if not columns:
         raise DataError(f"{path} has no column to learn {target!r} from")
     train, test = (Rows(path, delimiter, starts, part, columns, wanted) for part in parts)
@@ -311,10 +311,10 @@ def _table(path: Path, target: str) -> Source:
     )
 
 
-def _target(path: Path, of: _Seen, place: int) -> Column:
+def _target(path: Path, of: _Seen, place: int) -> Feature:
     """Classes, if it is texts or a few whole numbers, else a quantity."""
     if of.is_number and not (of.is_whole and len(of.values) <= _MOST_CLASSES):
-        return Column(of.name, place, of.mean, of.scale)
+        return Feature(of.name, place, of.mean, of.scale)
     if len(of.values) > _MOST_CATEGORIES:
         raise DataError(
             f"column {of.name!r} of {path} has more than {_MOST_CATEGORIES} different texts: too "
@@ -323,7 +323,7 @@ def _target(path: Path, of: _Seen, place: int) -> Column:
     if len(of.values) == 1:
         raise DataError(f"column {of.name!r} of {path} is {min(of.values)!r} in every row")
     key = float if of.is_number else str
-    return Column(of.name, place, values=tuple(sorted(of.values, key=key)))
+    return Feature(of.name, place, values=tuple(sorted(of.values, key=key)))
 
 
 def _chunks(

@@ -48,10 +48,15 @@ def lightning(
 
     Args:
         make_module: makes the module, with weights drawn from torch's generator.
-        train, test, batch_size, collate, schedule, epochs, warmup, validation, workers, name: as of
-            :func:`normwise.lab.supervised`; ``test`` is what ``validation_step`` gets.
+        train: as of :func:`normwise.lab.supervised`.
+        test: likewise, what ``validation_step`` gets.
         metrics: names that ``validation_step`` logs, less being better, or a
             ``normwise.lab.Metric`` that says otherwise; the first judges (default: ``val_loss``).
+        batch_size, collate, schedule, epochs, warmup: as of :func:`normwise.lab.supervised`.
+        validation, workers, name: likewise.
+
+    Returns:
+        The problem, for :func:`normwise.lab.compare`.
 
     Raises:
         UsageError: for a value that is not allowed.
