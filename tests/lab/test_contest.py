@@ -124,6 +124,20 @@ def test_the_same_numbers_with_two_jobs_and_killed_three_times(module, tmp_path,
     assert len([*tmp_path.glob("runs/*")]) == 1
 
 
+@pytest.mark.slow
+def test_a_cluster_of_ray_gives_the_same_numbers(module, monkeypatch):
+    ray = pytest.importorskip("ray", reason="compares on a local Ray cluster")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([SOURCE, *sys.path]))
+    given = {"optimizers": ["sgd", "sgdp"], "seeds": 1}
+    here = lab.compare(f"{module}:problem", **given, out="a")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        there = lab.compare(f"{module}:problem", **given, out="b", executor="ray")
+    finally:
+        ray.shutdown()
+    assert values(there.summary) == values(here.summary)
+
+
 def test_an_interrupted_comparison_goes_on_to_the_same_numbers(module, monkeypatch):
     given = {"optimizers": ["sgd", "sgdp"], "seeds": 1, "lr": [0.01, 0.1]}
     whole = lab.compare(f"{module}:problem", **given, out="a")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from normwise.decay import Cautious
 from normwise.figures.tables import Table
 from normwise.geometry import View
 from normwise.lab.checks import within
@@ -340,7 +341,8 @@ class Contest:
         lrs = own or self.lrs or ((0.1,) if gradient else (1e-3,))
         if "sphere" in contender.wrappers and not (own or self.lrs):
             lrs = (_ANGLE,)
-        usual = 1e-2 if rule.coupling is Coupling.DECOUPLED and not gradient else 1e-4
+        decoupled = rule.coupling is Coupling.DECOUPLED or Cautious() in contender.policies
+        usual = 1e-2 if decoupled and not gradient else 1e-4
         takes_none = rule.coupling is Coupling.NONE and not contender.decays
         if ("sphere" in contender.wrappers and not contender.decays) or takes_none:
             usual = 0.0

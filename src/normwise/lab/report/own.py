@@ -207,7 +207,7 @@ class Answer:
         ]
         if ranges:
             metric = self.tables[0].metric.title.replace("test ", "")
-            text += f" Over its list of learning rates, {metric} went under {listed(ranges)}."
+            text += f" Over the list of learning rates, {metric} ranged under {listed(ranges)}."
         diverged = [
             f"{self.methods[c.config['method']].label} at {c.config['training']['lr']:g}"
             for c in self.swept
@@ -418,7 +418,7 @@ def render(answer: Answer, identity: Mapping[str, Any]) -> str:
         title=answer.headline,
         page_title=f"{answer.name}: {answer.headline}",
         subtitle=(
-            f"{listed([m.label for m in answer.methods.values()])} on {answer.task}: "
+            f"{listed([m.label for m in answer.methods.values()])} on {answer.name}: "
             f"{facts.get('train_examples', '?')} examples to learn from, "
             f"{facts.get('test_examples', '?')} to test on, {settings['epochs']} epochs, "
             f"{settings['seeds']} seeds"

@@ -34,6 +34,7 @@ class _Work:
 
     Args:
         out, root, device, checkpoint_seconds, trust: as of :func:`run_cell`.
+        place: the folder in which modules and data of the user's are found.
         observe: called where the cell is trained.
     """
 
@@ -42,6 +43,7 @@ class _Work:
     device: str
     checkpoint_seconds: float
     trust: tuple[str, ...]
+    place: Path
     observe: Observer
 
     def __call__(self, cell: Cell, processes: Processes = ALONE) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def run_cells(
     if executor == "local":
         check_device(device)
     check_trust(cells, trust)
-    where = out.absolute(), root.absolute(), device, checkpoint_seconds, tuple(trust)
+    where = out.absolute(), root.absolute(), device, checkpoint_seconds, tuple(trust), Path.cwd()
     if executor == "ray":
         return _on_ray(cells, _Work(*where, ignore), observe)
     if jobs > 1:
@@ -233,6 +235,7 @@ def _connect_to_ray() -> Any:
 
 
 def _run(work: _Work, cell: Cell) -> dict[str, Any]:
+    os.chdir(work.place)  # a worker of Ray's begins elsewhere
     return work(cell)
 
 
