@@ -60,9 +60,12 @@ class Answer:
         return paired(best, finished(first.cells, entry.method), first.metric, True)
 
     def apart(self, entry: Entry) -> bool:
-        """Whether chance does not explain that the best method is ahead of this one."""
+        """Whether chance does not explain that the best method is ahead of this one.
+
+        An interval of no width, where all seeds differ by the same, says nothing of chance.
+        """
         found = self.behind(entry)
-        return found is not None and found[1] is not None and abs(found[0]) > found[1]
+        return found is not None and bool(found[1]) and abs(found[0]) > (found[1] or 0.0)
 
     def shown(self, value: float) -> str:
         """A value of the first metric with its unit."""
@@ -170,8 +173,9 @@ class Answer:
             return ""
         if where.normalizations:
             return (
-                f"The network has {where.normalizations} normalizations, but none absorbs the "
-                "scale of one weight alone, as where blocks add to a stream: expect SGDP and AdamP "
+                "The network normalizes, but no normalization absorbs the scale of one weight "
+                "alone, as where a bias goes with the weight or blocks add to a stream: expect "
+                "SGDP and AdamP "
                 "to do what SGD and AdamW do, up to how they decay. `normwise inspect` shows which "
                 "weights share a scale, and normwise.balance puts them in balance."
             )
