@@ -78,7 +78,7 @@ def test_commands_exist_and_take_their_arguments(words, tmp_path, monkeypatch, c
         if words[1] == "compare" and "--epochs" not in words:
             return  # takes a minute
         if (
-            words[1] == "report"
+            words[1] in ("report", "checkpoint")
             or words[1:3] == ["data", "fetch"]
             or words[3:4] == ["adamp-imagenet"]
         ):

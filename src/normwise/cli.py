@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 from normwise import __version__
 from normwise.balancing.cli import add_balance_parser
+from normwise.checkpoint import CheckpointReport
+from normwise.checkpoint.cli import add_checkpoint_parser
 from normwise.invariance.cli import add_inspect_parser, settings
 from normwise.lab.arguments import count, duration, numbers, positives, seeds, whole
 from normwise.lab.cli import add_lab_parsers
@@ -222,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     add_inspect_parser(commands)
     add_balance_parser(commands)
     add_plan_parser(commands)
+    add_checkpoint_parser(commands, _checkpoint_page)
     add_lab_parsers(commands)
 
     toy = commands.add_parser(
@@ -369,6 +372,13 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         return settings(pairs)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _checkpoint_page(report: CheckpointReport) -> str:
+    require_lab()
+    from normwise.lab.report.checkpoint import checkpoint_page
+
+    return checkpoint_page(report)
 
 
 _CHOSEN = ("seeds", "epochs", "batch_size", "lr_sgd", "lr_adam", "parallel")
