@@ -187,6 +187,7 @@ def test_errors_of_a_regression_are_in_the_unit_of_the_file(tmp_path):
         ("mlp:64x64", "csv:t.csv", None, "names no target"),
         ("mlp:64x64", "csv:t.csv:kepd", None, "did you mean 'kept'"),
         ("mlp:64x64", "csv:none.csv:kept", None, "cannot read none.csv"),
+        ("mlp:64x64", "csv:latin.csv:kept", None, "is no table of UTF-8 text"),
         ("mlp:64x64", "csv:t.csv:kept", 8, "goes with images and texts"),
         ("mlp:wide", "csv:t.csv:kept", None, "must be widths such as mlp:64x64"),
         ("mlp:64x64", "text:t.csv", 8, "name a network, such as hf:gpt2"),
@@ -202,6 +203,27 @@ def test_what_does_not_go_together_is_said(tmp_path, monkeypatch, network, data,
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one").mkdir()
+    (tmp_path / "latin.csv").write_bytes("größe,kept\n1,2\n".encode("latin-1"))
     write_table(tmp_path / "t.csv", rows())
     with pytest.raises(UsageError, match=words):
         named(network, data, size, {}, None)
+
+
+def test_a_folder_with_a_tokenizer_cuts_the_text_and_its_configuration_is_taken_as_it_is(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    words = {"<unk>": 0, "to": 1, "be": 2, "or": 3, "not": 4}
+    cut = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    cut.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    cut.save(str(folder / "tokenizer.json"))
+    config = '{"model_type": "gpt2", "vocab_size": 5, "n_embd": 8, "n_layer": 1, "n_head": 2}'
+    (folder / "config.json").write_text(config)
+    (tmp_path / "t.txt").write_text("to be or not to be\n" * 10)
+    problem = named(f"hf:{folder}", f"text:{tmp_path / 't.txt'}", 6, {}, None)
+    assert problem.parts["train"][1].tolist() == [1, 2, 3, 4, 1, 2, 1]
+    assert problem.fresh(torch.device("cpu")).model.config.n_embd == 8
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match="vocabulary of 5, and the text one of 256 bytes"):
+        named(f"hf:{folder}", f"text:{tmp_path / 't.txt'}", 6, {}, None)

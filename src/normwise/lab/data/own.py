@@ -262,7 +262,10 @@ class _Seen:
 
 def _table(path: Path, target: str) -> Source:
     with _opened(path) as file:
-        header = file.readline().decode("utf-8-sig")
+        try:
+            header = file.readline().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is no table of UTF-8 text: {error}") from None
         delimiter = max(",;\t", key=header.count)
         names = next(_cells([header], delimiter), [])
         names = [name.strip() for name in names]

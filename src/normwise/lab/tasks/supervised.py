@@ -184,8 +184,9 @@ def supervised(
         warmup: the share of the steps in which the learning rate rises from 0 (default: 0).
         target: which entry of a dict is the target (default: labels, label, target, targets or y).
         validation: what settings are chosen by (default: a tenth of ``train``).
-        workers: processes that make batches ahead of need, to the same bits; the data must be such
-            that they can be sent to one (default: the environment's ``NORMWISE_WORKERS``, or none).
+        workers: processes that make batches of map-style data ahead of need, to the same bits; the
+            data must be such that they can be sent to one (default: the environment's
+            ``NORMWISE_WORKERS``, or none).
         name: as a reader sees it (default: that of the network's class).
         facts: what a reader should know of the data (default: nothing).
 
@@ -350,6 +351,8 @@ class Supervised(Problem):
         new = copy.copy(self)
         try:
             model = self.make_model()
+        except UsageError:
+            raise
         except Exception as error:
             raise UsageError(f"make_model raised {reason(error)}") from error
         if not isinstance(model, nn.Module):
@@ -394,15 +397,8 @@ class Supervised(Problem):
             (part, some, int(torch.randint(2**31, (), generator=draw)))
             for some, draw in zip(numbers, draws, strict=True)
         )
-        made = self._reading.run(part, jobs)
-        try:
-            for batch in made:
-                yield self._split(_moved(batch, self.device))
-        except (AttributeError, PicklingError) as error:
-            raise UsageError(
-                f"the data cannot be sent to workers ({reason(error)}): define their class and "
-                "collate in a module, or ask for no workers"
-            ) from error
+        for batch in self._reading.run(part, jobs):
+            yield self._split(_moved(batch, self.device))
 
     def _split(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Positional and named arguments of the network, and the target."""
@@ -594,7 +590,17 @@ class _Reading(Dataset[Any]):
             return self.in_turn(jobs)
         if self._ahead is None:
             self._ahead = Ahead(self, self.workers)
-        return self._ahead.run(jobs)
+        return self._apart(self._ahead.run(jobs))
+
+    @staticmethod
+    def _apart(batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except (AttributeError, TypeError, PicklingError) as error:  # as pickle says it
+            raise UsageError(
+                f"the data cannot be sent to workers ({reason(error)}): define their class and "
+                "collate in a module, or ask for no workers"
+            ) from error
 
     def __getitem__(self, job: tuple[str, list[int], int]) -> Any:
         try:
