@@ -347,7 +347,7 @@ def test_workers_make_the_same_batches(module):
     assert torch.equal(batches(0), batches(1))
     here = [(x, y) for x, y in zip(X, Y, strict=True)]
     problem = supervised(network, here, here, workers=1, collate=lambda rows: rows)
-    with pytest.raises(UsageError, match="cannot be sent to workers .* or ask for no workers"):
+    with pytest.raises(UsageError, match=r"cannot be sent to workers .* or ask for no workers"):
         problem.fresh(torch.device("cpu")).evaluate()
 
 
