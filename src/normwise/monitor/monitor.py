@@ -30,7 +30,7 @@ from normwise.monitor.sharded import (
 from normwise.monitor.triggers import Trigger, at_least_one, every
 from normwise.monitor.watched import Bucket, Layer, WatchedWeights
 from normwise.sharding import is_sharded
-from normwise.theory import equilibrium_of, time_to_equilibrium
+from normwise.theory import angle_at, equilibrium_of, norm_after, time_to_equilibrium
 from normwise.updates import Update, UpdateRule, describe, rule_of
 
 if TYPE_CHECKING:
@@ -170,8 +170,9 @@ class Monitor:
         every_group = [(i, g) for i, o in enumerate(optimizers) for g in o.param_groups]
         groups = {p: k for k, (_, g) in enumerate(every_group) for p in g["params"]}
         owners = {p: i for i, g in every_group for p in g["params"]}
-        views = _views(model, [g for _, g in every_group], report, names, groups)
+        views, knows = _views(model, [g for _, g in every_group], report, names, groups)
         self._layout = WatchedWeights(views, names, groups, owners)
+        self._knows_invariance = knows
         self._results: list[Tensor] | None = None
         self._first_bad: list[Tensor] | None = None
         self._before: dict[int, Tensor] = {}  # by bucket
@@ -180,6 +181,8 @@ class Monitor:
         self._taken: list[_Taken] = []
         self._under_way: list[_Batch] = []
         self._gradient_squares: Tensor | None = None
+        self._expected: dict[int, tuple[float, UpdateRule]] = {}  # the norm of each layer
+        self._expected_at = 0
         self._seen: set[tuple[str, str | None]] = set()
 
         self.step = 0
@@ -248,7 +251,9 @@ class Monitor:
         return panels(self._data())
 
     def _data(self) -> History:
-        return History(self.layers, self.names, tuple(self.history), self.update)
+        return History(
+            self.layers, self.names, tuple(self.history), self.update, self._knows_invariance
+        )
 
     def fetch(self) -> None:
         """Get every measurement taken so far; this waits for the device."""
@@ -485,7 +490,7 @@ class Monitor:
             )
             lrs = tuple(float(rule.lr) for rule in rules)
             measured = aggregate(slices, self._quantities, layers)
-            predicted = self._predict(slices, rules)
+            predicted = self._predict(taken.step, slices, rules)
             m = Measurement(
                 taken.step,
                 layers,
@@ -532,22 +537,35 @@ class Monitor:
         cosines = slices[self._names.index("gradient_cosine")][layer.slices]
         return rule.with_gate(bool(cosines.max() < rule.delta / math.sqrt(layer.entries)))
 
-    def _predict(self, slices: Tensor, rules: tuple[UpdateRule, ...]) -> Tensor:
-        """The equilibrium of each layer; E‖g̃‖² is the mean over the last ten or so measurements."""
+    def _predict(self, step: int, slices: Tensor, rules: tuple[UpdateRule, ...]) -> Tensor:
+        """The equilibrium of each layer, and where the rates so far lead to.
+
+        E‖g̃‖² is the mean over the last ten or so measurements.
+        """
         predicted = torch.full((len(PREDICTIONS), len(rules)), math.nan, dtype=torch.float64)
-        norm = Norm.name
-        now = slices[self._names.index(norm)].double().log() if norm in self._names else None
+        steps = step - self._expected_at if self._expected else 0
+        self._expected_at = step
+        now = None
+        if Norm.name in self._names:
+            now = slices[self._names.index(Norm.name)].double().log()
+        usual = self._gradient_squares
         if "scaled_gradient" in self._names:
             squares = slices[self._names.index("scaled_gradient")].square()
-            old = self._gradient_squares
+            old = usual
             self._gradient_squares = squares if old is None else old.lerp(squares, 0.1)
         for i, (layer, rule) in enumerate(zip(self._layout.layers, rules, strict=True)):
             mean = math.nan
             if self._gradient_squares is not None:
-                alive = self._gradient_squares[layer.slices]
-                mean = float(alive[alive > 0].log().mean().exp())
+                mean = _mean_square(self._gradient_squares[layer.slices])
             present = math.nan if now is None else float(now[layer.slices].mean().exp())
-            predicted[:, i] = torch.tensor(_prediction(rule, mean, layer, present))
+            settled = _prediction(rule, mean, layer, present)
+            before, last = self._expected.get(i, (present, rule))
+            norm = _expected_norm(_midway(last, rule), mean, layer, before, steps)
+            self._expected[i] = (norm, rule)
+            # Without this gradient, which is what an expectation is there to judge.
+            past = mean if usual is None else _mean_square(usual[layer.slices])
+            now_expected = (norm, _expected_angle(rule, past, layer, present))
+            predicted[:, i] = torch.tensor((*settled, *now_expected))
         return predicted
 
     def _raise(self, alarm: Alarm) -> None:
@@ -584,12 +602,7 @@ def _prediction(
     """
     time = math.nan
     try:
-        found = equilibrium_of(
-            rule,
-            gradient_square=square if 0 < square < math.inf else math.nan,
-            entries=layer.entries,
-            shape=layer.shape,
-        )
+        found = equilibrium_of(rule, **_known(square, layer))
         if 0 < found.norm < math.inf and 0 < present < math.inf:
             time = time_to_equilibrium(rule, present / found.norm)
     except ValueError:  # beyond where one exists
@@ -597,6 +610,51 @@ def _prediction(
     if not found.angle > 0:  # without decay
         return math.nan, math.nan, math.nan
     return found.norm, found.angle, time
+
+
+def _mean_square(squares: Tensor) -> float:
+    """The geometric mean over the slices that have a gradient; NaN without any."""
+    return float(squares[squares > 0].log().mean().exp())
+
+
+def _midway(a: UpdateRule, b: UpdateRule) -> UpdateRule:
+    """The rule between two measurements, over which rates are taken to change evenly."""
+    return replace(
+        b,
+        lr=(float(a.lr) + float(b.lr)) / 2,
+        decay_per_step=(float(a.decay_per_step) + float(b.decay_per_step)) / 2,
+    )
+
+
+def _expected_norm(
+    rule: UpdateRule, square: float, layer: Layer, before: float, steps: int
+) -> float:
+    """The norm that steps at these rates lead to; NaN where that is not known."""
+    if not 0 < before < math.inf or steps == 0:
+        return before
+    try:
+        return norm_after(rule, before, steps, **_known(square, layer))
+    except (ValueError, OverflowError):  # beyond where the closed form holds
+        return math.nan
+
+
+def _expected_angle(rule: UpdateRule, square: float, layer: Layer, present: float) -> float:
+    """The RMS angle of a step at the present norm; NaN where that is not known."""
+    if not 0 < present < math.inf:
+        return math.nan
+    try:
+        return angle_at(rule, present, **_known(square, layer))
+    except ValueError:
+        return math.nan
+
+
+def _known(square: float, layer: Layer) -> dict[str, Any]:
+    """What the closed forms want to know of a layer."""
+    return {
+        "gradient_square": square if 0 < square < math.inf else math.nan,
+        "entries": layer.entries,
+        "shape": layer.shape,
+    }
 
 
 def _ranges(m: Measurement) -> Iterator[str]:
@@ -678,9 +736,10 @@ def _views(
     report: Report | Mapping[str, View | str] | None,
     names: Mapping[nn.Parameter, str],
     groups: Mapping[nn.Parameter, int],
-) -> dict[nn.Parameter, View]:
-    """What to watch, in the model's order."""
+) -> tuple[dict[nn.Parameter, View], bool]:
+    """What to watch, in the model's order, and whether it is known to be scale-invariant."""
     views: dict[nn.Parameter, View] = {}
+    knows = report is not None
     if isinstance(report, Mapping):
         by_name = dict(model.named_parameters(remove_duplicate=False))
         for name, view in report.items():
@@ -689,7 +748,15 @@ def _views(
             views[by_name[name]] = view if isinstance(view, View) else View.parse(view)
     elif report is not None:
         views = dict(report.parameter_views(model))
-    else:
+        if not views:
+            knows = False
+            views = _in_symmetries(model, report)
+            _LOG.warning(
+                "no weight of this network is scale-invariant by itself; %s, and no equilibrium is "
+                "predicted",
+                f"watching the {len(views)} weights of its symmetries" if views else "watching all",
+            )
+    if not views and not isinstance(report, Mapping):
         tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         for p in names:
             if p in groups and p.ndim > 1:
@@ -704,4 +771,18 @@ def _views(
             raise ValueError(f"{names[p]} is of dtype {p.dtype}; only floating-point has a norm")
         if is_sharded(p) and p.is_complex():
             raise ValueError(f"{names[p]} is a complex DTensor; a Monitor reads real ones only")
-    return views
+    return views, knows
+
+
+def _in_symmetries(model: nn.Module, report: Report) -> dict[nn.Parameter, View]:
+    """The weights that can be scaled together with others, each as its largest family splits it."""
+    params = report.parameters(model)
+    found: dict[nn.Parameter, tuple[int, View]] = {}
+    for symmetry in report.symmetries:
+        for term in symmetry.terms:
+            p = params[term.parameter]
+            if p.ndim > 1 and isinstance(term.view, View):
+                units = found.get(p, (0, term.view))[0]
+                if symmetry.units > units:
+                    found[p] = (symmetry.units, term.view)
+    return {p: view for p, (_, view) in found.items()}

@@ -178,7 +178,7 @@ def _layers(comparison: Comparison, layers: Mapping[str, Monitor]) -> list[dict[
         "norms": "Norm",
         "effective_lrs": "Effective learning rate",
         "angles": "Angle per step",
-        "equilibrium": "Measured ÷ predicted equilibrium",
+        "expected": "Measured ÷ expected",
     }
     found = []
     for name, monitor in layers.items():
