@@ -174,10 +174,9 @@ class Answer:
         if where.normalizations:
             return (
                 "The network normalizes, but no normalization absorbs the scale of one weight "
-                "alone, as where a bias goes with the weight or blocks add to a stream: expect "
-                "SGDP and AdamP "
-                "to do what SGD and AdamW do, up to how they decay. `normwise inspect` shows which "
-                "weights share a scale, and normwise.balance puts them in balance."
+                "alone, as where a bias goes with the weight or blocks add to a stream. Expect "
+                "SGDP and AdamP to do as SGD and AdamW do, up to how they decay. `normwise "
+                "inspect` shows which weights share a scale; normwise.balance balances them."
             )
         return (
             "Without a normalization behind them, weights are not scale-invariant: their norm is "

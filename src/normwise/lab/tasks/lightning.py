@@ -9,16 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from normwise.lab.data.examples import checked_parts, checked_workers
 from normwise.lab.errors import UsageError
 from normwise.lab.imports import reason
 from normwise.lab.tasks.problem import Evaluation, Metric
-from normwise.lab.tasks.supervised import (
-    Supervised,
-    TrainingLoss,
-    checked_defaults,
-    checked_parts,
-    checked_workers,
-)
+from normwise.lab.tasks.supervised import Supervised, TrainingLoss, checked_defaults
 
 __all__ = ["Stepped", "lightning"]
 
