@@ -300,10 +300,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _compare_own(arguments: argparse.Namespace) -> int:
     from normwise.figures.tables import show, stdout
-    from normwise.lab.cli import Lines
-    from normwise.lab.contenders import split
+    from normwise.lab.cli import ProgressLines
     from normwise.lab.contest import OPTIMIZERS, Contest
     from normwise.lab.imports import place
+    from normwise.lab.optimizers import split
     from normwise.lab.parallel import processes
     from normwise.lab.running.executors import EXECUTORS, check_parallel
     from normwise.lab.trust import is_library
@@ -342,7 +342,7 @@ def _compare_own(arguments: argparse.Namespace) -> int:
                 arguments.out,
                 jobs=arguments.jobs or 1,
                 executor=executor,
-                observe=Lines(contest.trainings, arguments.quiet),
+                observe=ProgressLines(contest.trainings, arguments.quiet),
                 processes=together,
             )
         except KeyboardInterrupt:

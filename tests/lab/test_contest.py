@@ -19,9 +19,9 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 import normwise
 from normwise import cli, lab
-from normwise.lab.contenders import Contender, Decay, parse, split
 from normwise.lab.contest import Contest
 from normwise.lab.errors import UsageError
+from normwise.lab.optimizers import Decay, OptimizerSpec, parse, split
 from normwise.lab.recipes.schema import Training
 from normwise.lab.report.code import code
 from normwise.lab.running.invariant import invariant_views
@@ -182,8 +182,8 @@ def test_held_out_examples_are_a_tenth_of_the_training_data_and_never_learned_fr
 
 
 def test_the_headline_says_share_norms_and_the_best_and_the_code_runs(module):
-    contender = "tangential(torch:NAdam)"
-    result = lab.compare(f"{module}:problem", optimizers=[contender], seeds=1, out="a")
+    spec = "tangential(torch:NAdam)"
+    result = lab.compare(f"{module}:problem", optimizers=[spec], seeds=1, out="a")
     model = __import__(module).network()
     sizes = [p.numel() for p in model.parameters()]
     assert f"{100 * 48 / sum(sizes):.0f}% of the weights" in result.headline
@@ -434,19 +434,19 @@ def test_measures_are_those_of_their_closed_forms():
 
 
 @pytest.mark.parametrize(
-    ("text", "contender"),
+    ("text", "spec"),
     [
-        ("SGDP", Contender("sgdp")),
-        ("torch:NAdam", Contender("torch:NAdam")),
-        ("sub/mine.py:make", Contender("sub.mine:make")),
-        ("tangential( torch:NAdam )", Contender("torch:NAdam", ("tangential",))),
-        ("sgd + early(0.25)", Contender("sgd", (), (Decay("early", 0.25),))),
-        ("sphere(adamw)+cautious", Contender("adamw", ("sphere",), (Decay("cautious"),))),
+        ("SGDP", OptimizerSpec("sgdp")),
+        ("torch:NAdam", OptimizerSpec("torch:NAdam")),
+        ("sub/mine.py:make", OptimizerSpec("sub.mine:make")),
+        ("tangential( torch:NAdam )", OptimizerSpec("torch:NAdam", ("tangential",))),
+        ("sgd + early(0.25)", OptimizerSpec("sgd", (), (Decay("early", 0.25),))),
+        ("sphere(adamw)+cautious", OptimizerSpec("adamw", ("sphere",), (Decay("cautious"),))),
     ],
 )
-def test_contenders_are_read_from_their_names(text, contender):
-    assert parse(text) == contender
-    assert parse(str(contender)) == contender
+def test_optimizers_are_read_from_their_names(text, spec):
+    assert parse(text) == spec
+    assert parse(str(spec)) == spec
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def test_contenders_are_read_from_their_names(text, contender):
         ("sphere(sgd+early)", r"write the decay last, sphere\(sgd\)\+early"),
     ],
 )
-def test_contenders_that_are_none_are_refused(text, words):
+def test_optimizers_that_are_none_are_refused(text, words):
     with pytest.raises(UsageError, match=words):
         parse(text)
 
@@ -489,7 +489,7 @@ def test_a_sphere_is_made_on_the_invariant_weights_without_their_decay(monkeypat
         parse("sphere(torch:AdamW)")
 
 
-def test_a_contender_of_the_users_is_described_and_compared(module):
+def test_an_optimizer_of_the_users_is_described_and_compared(module):
     name = f"{module}.py:optimizer"
     contest = Contest(f"{module}:problem", ("sgd", name), seeds=1)
     made = contest.methods[f"{module}-optimizer"]

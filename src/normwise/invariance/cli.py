@@ -44,7 +44,9 @@ def add_inspect_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--weight-decay", type=float, default=0.01, help="(default: 0.01)")
     parser.add_argument("--lr", type=float, default=1e-3, help="(default: 0.001)")
-    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--summary", action="store_true", help="print how much is of which kind")
+    form.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the report in a new file")
     parser.set_defaults(run=run_inspect)
     return parser
@@ -111,6 +113,8 @@ def run_inspect(args: argparse.Namespace) -> None:
     )
     if args.json:
         print(report.to_json())
+    elif args.summary:
+        print(report.summary())
     else:
         print(report)
         print()

@@ -15,12 +15,13 @@ from normwise.lab.errors import UsageError, require_lab
 
 if TYPE_CHECKING:
     from normwise.lab.parallel import Processes
-    from normwise.lab.recipes import Cell, Recipe
+    from normwise.lab.recipes import Recipe, RecipeCell
     from normwise.lab.running.events import Event
+    from normwise.lab.running.results import ResultTable
 
-__all__ = ["Lines", "add_lab_parsers"]
+__all__ = ["ProgressLines", "add_lab_parsers"]
 
-_FORMATS = (".html", ".md", ".tex", ".csv", ".json")
+_FORMATS = (".html", ".md", ".tex", ".csv", ".json", ".png", ".svg")
 
 
 def add_lab_parsers(subparsers: Any) -> None:
@@ -102,15 +103,23 @@ def _add_paper(subparsers: Any) -> None:
 def _add_report(subparsers: Any) -> None:
     report = subparsers.add_parser(
         "report",
-        help="tables and curves of runs: HTML, Markdown, LaTeX, CSV or JSON",
-        description="Tables of finished runs, and a page with their curves and settings.",
+        help="tables and curves of runs: HTML, Markdown, LaTeX, CSV, JSON, PNG or SVG",
+        description="Tables of finished runs, a page with their curves and settings, or a picture.",
     )
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders with runs")
+    report.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUNS", help="folders with runs, or reports in .json"
+    )
     report.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
         help=f"a file ending in {', '.join(_FORMATS)}; it is replaced (default: print Markdown)",
+    )
+    report.add_argument(
+        "--curves",
+        default="",
+        metavar="A,B,…",
+        help="what a picture shows, by the names in metrics.jsonl (default: as on the page)",
     )
     report.set_defaults(run=_report)
 
@@ -191,7 +200,7 @@ def _paper_run(arguments: argparse.Namespace) -> int:
 
 
 @dataclass
-class Lines:
+class ProgressLines:
     """Progress as lines on stderr, from this process and from those that train.
 
     Args:
@@ -260,7 +269,7 @@ def _spelled(shown: object) -> str:
 
 
 def _run_and_show(
-    arguments: argparse.Namespace, recipe: Recipe, cells: list[Cell], together: Processes
+    arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCell], together: Processes
 ) -> int:
     """What the first process, or the only one, does."""
     from normwise.lab.data.files import data_root
@@ -283,7 +292,7 @@ def _run_and_show(
             executor=arguments.executor,
             device=arguments.device,
             checkpoint_seconds=arguments.checkpoint_every,
-            observe=Lines(len(cells), arguments.quiet),
+            observe=ProgressLines(len(cells), arguments.quiet),
             processes=together,
             trust=arguments.trust,
         )
@@ -306,7 +315,7 @@ def _run_and_show(
 
 def _report(arguments: argparse.Namespace) -> int:
     require_lab()
-    from normwise.lab.running.export import as_csv, as_data, as_latex, as_markdown
+    from normwise.lab.running.export import read_json
     from normwise.lab.running.results import read_cells, tables
     from normwise.lab.store import write_atomically
 
@@ -314,23 +323,39 @@ def _report(arguments: argparse.Namespace) -> int:
     if out is not None and out.suffix not in _FORMATS:
         raise UsageError(f"--out {str(out)!r} is not allowed: must end in {', '.join(_FORMATS)}")
     damaged: list[str] = []
-    made = tables(read_cells(arguments.runs, damaged.append))
+    folders = [path for path in arguments.runs if path.suffix != ".json"]
+    made = tables(read_cells(folders, damaged.append))
+    made += [
+        table for path in arguments.runs if path.suffix == ".json" for table in read_json(path)
+    ]
     for reason in damaged:
         print(f"normwise: skipped: {reason}", file=sys.stderr)
     if damaged and not made:
         return 1
+    text = _written(made, ".md" if out is None else out.suffix, _names(arguments.curves))
     if out is None:
-        print(as_markdown(made))
-        return 1 if damaged else 0
-    if out.suffix == ".html":
-        from normwise.lab.report.runs import render
-
-        text = render(made)
-    elif out.suffix == ".json":
-        text = json.dumps(as_data(made), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        print(text.decode())
     else:
-        text = {".md": as_markdown, ".tex": as_latex, ".csv": as_csv}[out.suffix](made)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, text.encode())
-    print(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, text)
+        print(out)
     return 1 if damaged else 0
+
+
+def _written(made: list[ResultTable], suffix: str, curves: list[str]) -> bytes:
+    """The tables, or a picture of their curves, as a file's bytes."""
+    from normwise.figures import document, png
+    from normwise.lab.report.runs import picture, render
+    from normwise.lab.running.export import as_csv, as_json, as_latex, as_markdown
+
+    if suffix in (".png", ".svg"):
+        figure = picture(made, curves)
+        return png(figure) if suffix == ".png" else document(figure).encode()
+    write = {
+        ".html": render,
+        ".json": as_json,
+        ".md": as_markdown,
+        ".tex": as_latex,
+        ".csv": as_csv,
+    }[suffix]
+    return write(made).encode()

@@ -23,15 +23,15 @@ from normwise.decay import Cautious
 from normwise.figures.tables import Table
 from normwise.geometry import View
 from normwise.lab.checks import within
-from normwise.lab.contenders import Contender, parse
 from normwise.lab.data.files import data_root
 from normwise.lab.data.own import fingerprint
 from normwise.lab.digits import default_folder
 from normwise.lab.errors import UsageError
 from normwise.lab.imports import place
 from normwise.lab.methods import Inspected, Method, Setting
+from normwise.lab.optimizers import OptimizerSpec, parse
 from normwise.lab.parallel import ALONE, Processes
-from normwise.lab.recipes import Cell, Recipe, Training, read
+from normwise.lab.recipes import Recipe, RecipeCell, Training, read
 from normwise.lab.recipes.schema import MOST_SEEDS
 from normwise.lab.running.cell import check_device
 from normwise.lab.running.events import Observer, Planned, ignore
@@ -39,8 +39,7 @@ from normwise.lab.running.executors import check_trust, run_cells
 from normwise.lab.running.invariant import Analyzed, invariant_views
 from normwise.lab.running.pace import Pace, fitted, pace
 from normwise.lab.running.prepare import make_optimizer
-from normwise.lab.running.results import RECIPE, Done, read_cells, tables
-from normwise.lab.running.results import Table as Numbers
+from normwise.lab.running.results import RECIPE, Done, ResultTable, read_cells, tables
 from normwise.lab.store import write_atomically
 from normwise.lab.tasks.kinds import is_own, kind
 from normwise.lab.tasks.own import give, metrics_of
@@ -76,7 +75,7 @@ class Result:
     folder: Path
     headline: str
     summary: dict[str, Any]
-    tables: list[Numbers]
+    tables: list[ResultTable]
     table: Table
 
     @property
@@ -186,7 +185,7 @@ class Contest:
 
     Args:
         task: ``MODULE:FACTORY``, or the name of an object that was given.
-        optimizers: names as :func:`normwise.lab.contenders.parse` reads them.
+        optimizers: names as :func:`normwise.lab.optimizers.parse` reads them.
         lrs, weight_decays: to choose from (default: one that is usual).
         lrs_gradient, lrs_other: the same for methods whose steps are as long as the gradient, and
             for all others (default: ``lrs``).
@@ -231,15 +230,15 @@ class Contest:
     @cached_property
     def _code(self) -> list[str]:
         """The user's functions that are called, ``MODULE:FACTORY``."""
-        named = [self.task, *(c.code or "" for c in self._contenders)]
+        named = [self.task, *(c.code or "" for c in self._specs)]
         return [name for name in named if is_code(name)]
 
     @cached_property
-    def _contenders(self) -> tuple[Contender, ...]:
+    def _specs(self) -> tuple[OptimizerSpec, ...]:
         found = tuple(parse(text) for text in self.optimizers)
-        for contender in found:
-            if found.count(contender) > 1:
-                raise UsageError(f"optimizer {str(contender)!r} is listed twice; list each once")
+        for spec in found:
+            if found.count(spec) > 1:
+                raise UsageError(f"optimizer {str(spec)!r} is listed twice; list each once")
         return found
 
     @cached_property
@@ -316,35 +315,33 @@ class Contest:
         """The optimizers, by the names of their folders."""
         _ = self.inspected
         found: dict[str, Method] = {}
-        for contender in self._contenders:
-            rules = tuple(describe(self._made(contender)))
-            name = re.sub(r"[^\w.+-]+", "-", str(contender)).strip("-.")
-            found[name] = Method(
-                name, _label(contender), contender, rules, self._settings(contender, rules[0])
-            )
+        for spec in self._specs:
+            rules = tuple(describe(self._made(spec)))
+            name = re.sub(r"[^\w.+-]+", "-", str(spec)).strip("-.")
+            found[name] = Method(name, _label(spec), spec, rules, self._settings(spec, rules[0]))
         return found
 
-    def _made(self, contender: Contender) -> Optimizer:
+    def _made(self, spec: OptimizerSpec) -> Optimizer:
         """The optimizer on the network, only to be described."""
         problem = self._problem
         # Of some decay, without which a policy has nothing to say.
-        training = Training(1, 1, str(contender), lr=1e-3, weight_decay=1e-4)
+        training = Training(1, 1, str(spec), lr=1e-3, weight_decay=1e-4)
         views, _, report = self._analyzed
         params = dict(problem.model.named_parameters())
         with trusting(self.trust):
             by_parameter: dict[Tensor, View] = {params[name]: view for name, view in views.items()}
             return make_optimizer(problem.model, training, by_parameter, report)
 
-    def _settings(self, contender: Contender, rule: UpdateRule) -> tuple[Setting, ...]:
+    def _settings(self, spec: OptimizerSpec, rule: UpdateRule) -> tuple[Setting, ...]:
         gradient = rule.update is Update.GRADIENT
         own = self.lrs_gradient if gradient else self.lrs_other
         lrs = own or self.lrs or ((0.1,) if gradient else (1e-3,))
-        if "sphere" in contender.wrappers and not (own or self.lrs):
+        if "sphere" in spec.wrappers and not (own or self.lrs):
             lrs = (_ANGLE,)
-        decoupled = rule.coupling is Coupling.DECOUPLED or Cautious() in contender.policies
+        decoupled = rule.coupling is Coupling.DECOUPLED or Cautious() in spec.policies
         usual = 1e-2 if decoupled and not gradient else 1e-4
-        takes_none = rule.coupling is Coupling.NONE and not contender.decays
-        if ("sphere" in contender.wrappers and not contender.decays) or takes_none:
+        takes_none = rule.coupling is Coupling.NONE and not spec.decays
+        if ("sphere" in spec.wrappers and not spec.decays) or takes_none:
             usual = 0.0
         found = [Setting(*pair) for pair in product(lrs, self.weight_decays or (usual,))]
         return tuple(dict.fromkeys(found))
@@ -394,14 +391,14 @@ class Contest:
         return self.inspected.metrics[0]
 
     def _written(self, method: Method, setting: Setting) -> dict[str, Any]:
-        contender = method.contender
-        inner = str(replace(contender, decays=()) if contender.decays else "")
+        spec = method.spec
+        inner = str(replace(spec, decays=()) if spec.decays else "")
         if not inner:
-            inner = contender.name if contender.wrappers else _BASELINES.get(contender.name, "")
+            inner = spec.name if spec.wrappers else _BASELINES.get(spec.name, "")
         baseline = re.sub(r"[^\w.+-]+", "-", inner).strip("-.")
         written: dict[str, Any] = {
             "label": method.label,
-            "settings": {"optimizer": str(contender), **_written(setting)},
+            "settings": {"optimizer": str(spec), **_written(setting)},
         }
         return {**written, "baseline": baseline} if baseline in self.methods else written
 
@@ -464,14 +461,14 @@ class Contest:
             lambda: self._report(where.folder, text, chosen, swept, tables(done))
         )
 
-    def _sweep_cells(self, recipe: Recipe) -> list[Cell]:
+    def _sweep_cells(self, recipe: Recipe) -> list[RecipeCell]:
         return [
             cell
             for name, method in self.methods.items()
             for cell in recipe.cells(SWEEP, 1, [name], [s.row for s in method.settings])
         ]
 
-    def _trained(self, where: _Where, cells: Sequence[Cell], text: str) -> list[Done]:
+    def _trained(self, where: _Where, cells: Sequence[RecipeCell], text: str) -> list[Done]:
         trust = tuple(self.trust)
         check_trust(cells, trust)
         out = where.folder / "cells"
@@ -537,7 +534,7 @@ class Contest:
     def _identity(self) -> dict[str, Any]:
         shared = {"seeds": self.seeds, "device": self.device, **self.defaults}
         methods = {
-            name: {"optimizer": str(m.contender), "settings": [_written(s) for s in m.settings]}
+            name: {"optimizer": str(m.spec), "settings": [_written(s) for s in m.settings]}
             for name, m in self.methods.items()
         }
         with trusting(self.trust):
@@ -625,7 +622,7 @@ class Contest:
         text: str,
         chosen: dict[str, Setting],
         swept: Sequence[Done],
-        made: list[Numbers],
+        made: list[ResultTable],
     ) -> Result:
         from normwise.lab.report.own import Answer, render
 
@@ -669,6 +666,6 @@ def _written(setting: Setting) -> dict[str, float]:
     return {"lr": setting.lr, "weight_decay": setting.weight_decay}
 
 
-def _label(contender: Contender) -> str:
-    inner = _LABELS.get(contender.name, contender.name.rpartition(":")[2])
-    return str(replace(contender, name=inner))
+def _label(spec: OptimizerSpec) -> str:
+    inner = _LABELS.get(spec.name, spec.name.rpartition(":")[2])
+    return str(replace(spec, name=inner))

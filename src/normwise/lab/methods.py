@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from normwise.lab.contenders import Contender
+from normwise.lab.optimizers import OptimizerSpec
 from normwise.lab.tasks.problem import Metric
 from normwise.updates import UpdateRule
 
@@ -32,14 +32,14 @@ class Method:
     Args:
         name: of its folder.
         label: as a reader sees it.
-        contender: what it is.
+        spec: what it is.
         rules: what its steps do, one for each group of parameters that it steps otherwise.
         settings: those that it may choose from.
     """
 
     name: str
     label: str
-    contender: Contender
+    spec: OptimizerSpec
     rules: tuple[UpdateRule, ...]
     settings: tuple[Setting, ...]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from normwise.lab.contenders import MATRICES_ONLY
 from normwise.lab.methods import Inspected, Method, Setting
+from normwise.lab.optimizers import MATRICES_ONLY
 
 __all__ = ["code"]
 
@@ -38,14 +38,14 @@ def code(method: Method, setting: Setting, inspected: Inspected) -> str:
         setting: its learning rate and weight decay.
         inspected: the network's invariant weights.
     """
-    contender = method.contender
+    spec = method.spec
     names = list(inspected.invariant)
-    needs_views = bool(contender.wrappers) or any(d.name == "corrected" for d in contender.decays)
-    by_role = contender.name in MATRICES_ONLY
+    needs_views = bool(spec.wrappers) or any(d.name == "corrected" for d in spec.decays)
+    by_role = spec.name in MATRICES_ONLY
     needs_report = by_role or (needs_views and len(names) > _SHOWN)
     lines = ["import torch", "import normwise"]
-    if contender.code is not None:
-        module, _, factory = contender.code.partition(":")
+    if spec.code is not None:
+        module, _, factory = spec.code.partition(":")
         lines.append(f"from {module} import {factory}")
     lines.append("")
     if needs_report:
@@ -71,14 +71,14 @@ def code(method: Method, setting: Setting, inspected: Inspected) -> str:
         ]
     lines.append("")
     lines += _by_role(method, setting) if by_role else _plain(method, setting)
-    lines += [f"optimizer = normwise.{w}(optimizer, invariant)" for w in contender.wrappers[::-1]]
+    lines += [f"optimizer = normwise.{w}(optimizer, invariant)" for w in spec.wrappers[::-1]]
     return "\n".join([*lines, *_decays(method)]) + "\n"
 
 
 def _plain(method: Method, setting: Setting) -> list[str]:
-    name = method.contender.name
-    if method.contender.code is not None:
-        maker, more = method.contender.code.partition(":")[2], ""
+    name = method.spec.name
+    if method.spec.code is not None:
+        maker, more = method.spec.code.partition(":")[2], ""
     elif name in _CLASSES:
         maker, more = _CLASSES[name]
     else:
@@ -91,7 +91,7 @@ def _plain(method: Method, setting: Setting) -> list[str]:
         '    {"params": vectors, "weight_decay": 0.0},  # biases, gains',
         "]",
     ]
-    if "sphere" in method.contender.wrappers and setting.weight_decay:
+    if "sphere" in method.spec.wrappers and setting.weight_decay:
         lines[0] = lines[0].replace("]", " and p not in invariant]")
         lines[3:3] = [
             '    {"params": list(invariant), "weight_decay": 0.0},  # their norms are fixed'
@@ -112,7 +112,7 @@ def _by_role(method: Method, setting: Setting) -> list[str]:
         "    ),",
         ")",
     ]
-    if "sphere" in method.contender.wrappers and setting.weight_decay:
+    if "sphere" in method.spec.wrappers and setting.weight_decay:
         lines += [
             "for group in optimizer.param_groups:",
             '    if not invariant.keys().isdisjoint(group["params"]):',
@@ -123,7 +123,7 @@ def _by_role(method: Method, setting: Setting) -> list[str]:
 
 def _decays(method: Method) -> list[str]:
     lines, schedules = [], []
-    for decay in method.contender.decays:
+    for decay in method.spec.decays:
         if decay.name in _POLICIES:
             on = ", on=list(invariant)" if decay.name == "corrected" else ""
             lines.append(f"normwise.decay.{_POLICIES[decay.name]}.attach(optimizer{on})")

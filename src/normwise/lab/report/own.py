@@ -13,11 +13,11 @@ from normwise.figures import Axis, Line, Lines, Spacing, marks
 from normwise.figures.tables import Cell, Column, Row, Table
 from normwise.lab.methods import Inspected, Method, Setting
 from normwise.lab.report.code import code
-from normwise.lab.report.curves import QUANTITIES, listed
+from normwise.lab.report.curves import QUANTITIES
 from normwise.lab.report.pages import page
 from normwise.lab.report.runs import chart, quantities
-from normwise.lab.running.results import Done, Entry, finished, paired
-from normwise.lab.running.results import Table as Numbers
+from normwise.lab.running.results import Done, Entry, ResultTable, finished, paired
+from normwise.lab.summary import listed
 from normwise.updates import Coupling, UpdateRule
 
 __all__ = ["Answer", "render"]
@@ -43,7 +43,7 @@ class Answer:
     methods: Mapping[str, Method]
     chosen: Mapping[str, Setting]
     swept: Sequence[Done]
-    tables: Sequence[Numbers]
+    tables: Sequence[ResultTable]
 
     @cached_property
     def ranked(self) -> list[Entry]:
@@ -358,7 +358,7 @@ class Answer:
         )
 
 
-def _spread(entry: Entry, table: Numbers) -> Cell:
+def _spread(entry: Entry, table: ResultTable) -> Cell:
     spread, digits = entry.spread, table.metric.digits
     if spread is None:
         return Cell("–")
@@ -373,7 +373,7 @@ def _percent(share: float) -> str:
 def _does(method: Method) -> str:
     """What a method does to each kind of weights that it steps otherwise."""
     said = list(dict.fromkeys(f"{rule.name}: {_rule(rule)}" for rule in method.rules))
-    decays = "+".join(map(str, method.contender.decays))
+    decays = "+".join(map(str, method.spec.decays))
     return " | ".join(said) + (f" | when and how weights decay: {decays}" if decays else "")
 
 

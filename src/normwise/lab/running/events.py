@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from normwise.lab.recipes.schema import Cell
+from normwise.lab.recipes.schema import RecipeCell
 from normwise.monitor import Monitor
 
 __all__ = [
@@ -45,7 +45,7 @@ class Started:
         monitor: of its scale-invariant weights; none where there are none, or they are sharded.
     """
 
-    cell: Cell
+    cell: RecipeCell
     monitor: Monitor | None
 
 
@@ -62,7 +62,7 @@ class Progress:
         seconds_left: estimated from the steps since it was started.
     """
 
-    cell: Cell
+    cell: RecipeCell
     share: float
     loss: float
     growth: float | None
@@ -80,7 +80,7 @@ class Measured:
         wrong: which test examples are classified wrongly, where that has a meaning.
     """
 
-    cell: Cell
+    cell: RecipeCell
     record: dict[str, Any]
     times: dict[str, Any]
     wrong: list[int] | None
@@ -95,7 +95,7 @@ class Finished:
         result: the content of its ``result.json``, or a status ``skipped`` and an error.
     """
 
-    cell: Cell
+    cell: RecipeCell
     result: dict[str, Any]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from normwise.lab.errors import UsageError
 from normwise.lab.parallel import ALONE
-from normwise.lab.recipes.schema import Cell
+from normwise.lab.recipes.schema import RecipeCell
 from normwise.lab.running.cell import one_thread
 from normwise.lab.running.trainer import Diverged, Trainer
 from normwise.lab.trust import trusting
@@ -43,7 +43,7 @@ class Pace:
         return self.start + epochs * self.steps * self.step + (epochs + 1) * self.test
 
 
-def pace(cells: Iterable[Cell], root: Path, device: str, trust: Iterable[str]) -> Pace:
+def pace(cells: Iterable[RecipeCell], root: Path, device: str, trust: Iterable[str]) -> Pace:
     """How fast these trainings are, the mean over as many as can be tried in a few seconds.
 
     Nothing is written.
@@ -69,7 +69,7 @@ def pace(cells: Iterable[Cell], root: Path, device: str, trust: Iterable[str]) -
     )
 
 
-def _pace(cell: Cell, root: Path, device: torch.device) -> Pace:
+def _pace(cell: RecipeCell, root: Path, device: torch.device) -> Pace:
     begin = time.perf_counter()
     trainer = Trainer(cell, Path(), root, device, ALONE)
     made = time.perf_counter()

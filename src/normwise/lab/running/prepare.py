@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 from normwise.decay import L2, DecayScheduler, Decoupled, EpsilonShiftedL2, Policy, Schedule, Window
 from normwise.geometry import View
 from normwise.invariance import Report
-from normwise.lab.contenders import parse
 from normwise.lab.errors import UsageError
+from normwise.lab.optimizers import parse
 from normwise.lab.recipes.schema import Training
 from normwise.optim import SGDP, AdamP
 from normwise.reparam import CenteredWeightNorm, WeightNorm, WeightStandardization, reparametrize
+from normwise.theory import sgd_without_decay
 
-__all__ = ["decay_within_window", "make_optimizer", "normalize_weights"]
+__all__ = ["decay_within_window", "decayed_lrs", "make_optimizer", "normalize_weights"]
 
 _NORMALIZATION = {"WN": WeightNorm, "CWN": CenteredWeightNorm, "WS": WeightStandardization}
 _POLICY: dict[str, Policy] = {
@@ -55,8 +56,11 @@ def make_optimizer(
     for name, p in model.named_parameters():
         if p.requires_grad:
             bias = name.rpartition(".")[2] == "bias"
-            also = {"no-biases": not bias, "all": True}.get(training.decay_on, False)
-            decays = (p.ndim > 1 and p not in spared) or also
+            decays = {
+                "no-biases": p.ndim > 1 or not bias,
+                "invariant": p in views,
+                "all": True,
+            }.get(training.decay_on, p.ndim > 1 and p not in spared)
             (decayed if decays else others).append(p)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": training.weight_decay},
@@ -77,9 +81,30 @@ def make_optimizer(
                 model, weight_decay=training.weight_decay, eps=training.epsilon_shift
             )
         shifted.attach(optimizer)
-    if training.coupling != "own" and training.weight_decay > 0:
+    if training.coupling == "translated":
+        if not decayed:
+            raise UsageError(
+                "coupling translated needs scale-invariant weights, and there are none"
+            )
+        optimizer.param_groups[0]["weight_decay"] = 0.0
+    elif training.coupling != "own" and training.weight_decay > 0:
         _POLICY[training.coupling].attach(optimizer)
     return optimizer
+
+
+def decayed_lrs(training: Training, steps: int) -> list[float]:
+    """The learning rate of the weights that decay, at each step.
+
+    Raises:
+        UsageError: if float32 cannot hold the run that it is translated to.
+    """
+    lrs = [training.lr * training.factor(step, steps) for step in range(steps)]
+    if training.coupling != "translated":
+        return lrs
+    try:
+        return list(sgd_without_decay(lrs, training.weight_decay, training.momentum).lrs)
+    except ValueError as error:
+        raise UsageError(f"coupling translated: {error}") from None
 
 
 def _depthwise(model: nn.Module) -> list[nn.Conv2d]:

@@ -13,7 +13,7 @@ from normwise.lab.data.examples import checked_parts, checked_workers
 from normwise.lab.errors import UsageError
 from normwise.lab.imports import reason
 from normwise.lab.tasks.problem import Evaluation, Metric
-from normwise.lab.tasks.supervised import Loss, Supervised, checked_defaults
+from normwise.lab.tasks.supervised import Supervised, TrainingLoss, checked_defaults
 
 __all__ = ["Stepped", "lightning"]
 
@@ -64,7 +64,7 @@ def lightning(
     problem = Stepped(
         make_module,
         checked_parts(train, test, validation),
-        Loss(_unused, ()),
+        TrainingLoss(_unused, ()),
         (),
         defaults,
         collate=collate,

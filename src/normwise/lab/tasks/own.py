@@ -19,7 +19,7 @@ from normwise.lab.tasks.problem import Metric, Problem
 from normwise.lab.tasks.supervised import Supervised
 from normwise.lab.trust import GIVEN, check_trusted, is_library
 
-__all__ = ["Options", "build", "give", "metrics_of"]
+__all__ = ["OwnOptions", "build", "give", "metrics_of"]
 
 # Problems that have no module that another process could find them in.
 _given: dict[str, Any] = {}
@@ -28,7 +28,7 @@ _made: dict[tuple[str, str], Supervised] = {}
 
 
 @dataclass(frozen=True)
-class Options:
+class OwnOptions:
     """What a recipe may set.
 
     Args:
@@ -64,7 +64,7 @@ def give(name: str, problem: Any) -> str:
     return task
 
 
-def build(task: str, options: Options, root: Path, device: torch.device) -> Problem:
+def build(task: str, options: OwnOptions, root: Path, device: torch.device) -> Problem:
     """The problem with a network that is drawn from torch's global generator.
 
     Raises:
@@ -83,7 +83,7 @@ def build(task: str, options: Options, root: Path, device: torch.device) -> Prob
     return _made[key].fresh(device, options.held_out)
 
 
-def _problem(task: str, found: Any, options: Options) -> Any:
+def _problem(task: str, found: Any, options: OwnOptions) -> Any:
     if options.data:
         from normwise.lab.tasks.named import named
 
@@ -135,7 +135,7 @@ def _call(task: str, factory: Callable[[], Any]) -> Any:
         raise UsageError(f"{task!r} raised {reason(error)}") from error
 
 
-def _other(task: str, made: Any, found: Any, options: Options) -> Problem:
+def _other(task: str, made: Any, found: Any, options: OwnOptions) -> Problem:
     """A problem of a class of the user's own, whose network its factory draws."""
     if not isinstance(made, Problem):
         raise UsageError(

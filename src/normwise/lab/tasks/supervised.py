@@ -110,7 +110,7 @@ MEASURES: dict[str, Measure] = {
 
 
 @dataclass(frozen=True)
-class Loss:
+class TrainingLoss:
     """A loss by name.
 
     Args:
@@ -124,13 +124,15 @@ class Loss:
     shifted: bool = False
 
 
-LOSSES: dict[str, Loss] = {
-    "cross-entropy": Loss(_cross_entropy, ("accuracy", "cross-entropy")),
-    "binary-cross-entropy": Loss(_elementwise(F.binary_cross_entropy_with_logits), ("accuracy",)),
-    "mse": Loss(_MSE, ("rmse", "mae")),
-    "l1": Loss(_L1, ("mae", "rmse")),
-    "huber": Loss(_elementwise(F.huber_loss), ("mae", "rmse")),
-    "next-token": Loss(_cross_entropy, ("perplexity", "accuracy"), shifted=True),
+LOSSES: dict[str, TrainingLoss] = {
+    "cross-entropy": TrainingLoss(_cross_entropy, ("accuracy", "cross-entropy")),
+    "binary-cross-entropy": TrainingLoss(
+        _elementwise(F.binary_cross_entropy_with_logits), ("accuracy",)
+    ),
+    "mse": TrainingLoss(_MSE, ("rmse", "mae")),
+    "l1": TrainingLoss(_L1, ("mae", "rmse")),
+    "huber": TrainingLoss(_elementwise(F.huber_loss), ("mae", "rmse")),
+    "next-token": TrainingLoss(_cross_entropy, ("perplexity", "accuracy"), shifted=True),
 }
 
 LossLike = str | Callable[[Any, Any], Tensor]
@@ -201,7 +203,7 @@ def supervised(
     if isinstance(loss, str):
         how, default = LOSSES[loss], LOSSES[loss].measures
     else:
-        how, default = Loss(loss, ()), ()
+        how, default = TrainingLoss(loss, ()), ()
     wanted = default if metrics is None else metrics
     wanted = (wanted,) if isinstance(wanted, str | Measure) else tuple(wanted)
     for measure in wanted:
@@ -250,7 +252,7 @@ class Supervised(Problem):
         self,
         make_model: Callable[[], nn.Module],
         parts: Mapping[str, Any],
-        loss: Loss,
+        loss: TrainingLoss,
         measures: tuple[Measure, ...],
         defaults: Mapping[str, Any],
         *,

@@ -21,7 +21,7 @@ from normwise.lab.errors import UsageError, nearest
 from normwise.lab.imports import attribute
 from normwise.lab.trust import check_trusted
 
-__all__ = ["KNOWN", "MATRICES_ONLY", "POLICIES", "Contender", "Decay", "parse", "split"]
+__all__ = ["KNOWN", "MATRICES_ONLY", "POLICIES", "Decay", "OptimizerSpec", "parse", "split"]
 
 # What a recipe calls by a name alone; normwise.lab.running.prepare makes them.
 KNOWN = ("sgd", "sgdp", "adam", "adamw", "adamp")
@@ -75,7 +75,7 @@ class Decay:
 
 
 @dataclass(frozen=True)
-class Contender:
+class OptimizerSpec:
     """An optimizer that is compared.
 
     Args:
@@ -174,8 +174,8 @@ class Contender:
         return kind(groups, lr=lr, **options)
 
 
-def parse(text: str) -> Contender:
-    """A contender by its name; nothing is imported but for torch's own.
+def parse(text: str) -> OptimizerSpec:
+    """An optimizer by its name; nothing is imported but for torch's own.
 
     Args:
         text: such as ``sgdp``, ``torch:NAdam``, ``mine.py:make_optimizer`` or
@@ -187,7 +187,7 @@ def parse(text: str) -> Contender:
     base, *decays = split(text, "+")
     if decays:
         inner = parse(base)
-        return Contender(inner.name, inner.wrappers, tuple(map(_decay, decays)))
+        return OptimizerSpec(inner.name, inner.wrappers, tuple(map(_decay, decays)))
     wrapper = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", text)
     if wrapper:
         name = wrapper[1]
@@ -198,20 +198,20 @@ def parse(text: str) -> Contender:
         if inner.decays:
             raise UsageError(
                 f"{text.strip()!r} is not allowed: write the decay last, "
-                f"{Contender(inner.name, (name, *inner.wrappers), inner.decays)}"
+                f"{OptimizerSpec(inner.name, (name, *inner.wrappers), inner.decays)}"
             )
-        return Contender(inner.name, (name, *inner.wrappers))
+        return OptimizerSpec(inner.name, (name, *inner.wrappers))
     name = text.strip()
     if name.lower() in KNOWN:
-        return Contender(name.lower())
+        return OptimizerSpec(name.lower())
     if name.startswith("torch:"):
         _torch_class(name)
-        return Contender(name)
+        return OptimizerSpec(name)
     module, colon, factory = name.partition(":")
     if colon:
         module = module.removesuffix(".py").replace("/", ".") if module.endswith(".py") else module
         if _PLACE.fullmatch(f"{module}:{factory}"):
-            return Contender(f"{module}:{factory}")
+            return OptimizerSpec(f"{module}:{factory}")
     hint = nearest(name, KNOWN).removesuffix(")")
     raise UsageError(
         f"unknown optimizer {name!r}: {hint}, torch:CLASS, MODULE:FACTORY, tangential(…), "
