@@ -113,7 +113,9 @@ class Layout:
 
     @functools.cached_property
     def _lengths(self) -> Tensor:
-        return torch.bincount(self.slots, minlength=self.count)
+        # Not torch.bincount, which waits for the device.
+        lengths = torch.zeros(self.count, dtype=torch.int64, device=self.slots.device)
+        return lengths.index_add_(0, self.slots, torch.ones_like(self.slots))
 
 
 def lay_out(p: Any, view: View) -> Layout:

@@ -150,7 +150,7 @@ def test_a_plan_is_that_of_the_optimizer_itself(name, capsys):
 
 
 def test_every_optimizer_that_is_offered_is_planned():
-    assert set(OPTIMIZERS) == {*MAKERS, "lion"}
+    assert set(OPTIMIZERS) == {*MAKERS, "lion", "sphere"}
 
 
 @pytest.mark.parametrize("name", ["sgd", "sgdp", "adamw", "adamp", MUON])
@@ -207,6 +207,20 @@ def test_muon_plans_matrices_and_names_what_it_leaves():
     assert "Muon takes matrices only, and not conv." in str(found)
     with pytest.raises(ValueError, match="no weight to plan for that muon can train"):
         plan(Settings("muon", 0.02, 0.1, 100), weights[:1])
+
+
+def test_of_a_sphere_the_angle_is_the_learning_rates_and_norms_stay():
+    settings = Settings("sphere", 0.1, 0.0, 100, schedule="cosine")
+    found = plan(settings, [Weights("linear", 8, 27, 3.0, (8, 27))])
+    (row,) = found.rows
+    assert (row.norm, row.final_norm, row.settles) == (3.0, 3.0, 0.0)
+    assert row.angle == pytest.approx(math.atan(0.1))
+    norms, angles = found.trajectory(row.weights)
+    assert norms == [3.0] * 100
+    assert angles == pytest.approx([math.atan(lr) for lr in settings.lrs()])
+    assert "Norms are fixed" in str(found)
+    with pytest.raises(ValueError, match="norms on spheres do not decay, but weight_decay is"):
+        plan(Settings("sphere", 0.1, 0.1, 100), [row.weights])
 
 
 def test_a_network_without_invariant_weights_is_told_what_to_do(tmp_path, monkeypatch, capsys):

@@ -24,12 +24,14 @@ __all__ = ["Perturbation", "buffers_kept"]
 class Perturbation(ABC):
     """Base of :class:`AWP` and :class:`RWP`; not for direct use.
 
-    Attributes:
-        gamma: γ; may be changed between steps, to warm up for example. At 0 a step is plain.
-        names: the weights that are perturbed, by their names in the model.
+    Args:
         model: whose weights are perturbed.
         optimizer: that steps them.
+        gamma: γ; may be changed between steps, to warm up for example. At 0 a step is plain.
         views: whose slices are perturbed in proportion to their norms.
+
+    Attributes:
+        names: the weights that are perturbed, by their names in the model.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, gamma: float, views: Views) -> None:

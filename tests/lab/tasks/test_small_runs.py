@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from normwise.lab.recipes import Cell, find
+from normwise.lab.recipes import RecipeCell, find
 from normwise.lab.running.cell import run_cell
 from normwise.lab.tasks.kinds import kind
 
@@ -32,7 +32,7 @@ MARGIN = {
 }
 
 
-def tiny(name: str) -> Cell:
+def tiny(name: str) -> RecipeCell:
     cell = find(name).cells("small", seeds=1, methods=["adamp"])[0]
     training = replace(cell.training, epochs=2, batch_size=16, evaluate_every=2)
     pytest.importorskip(NEEDS.get(name, "torch"), reason="the task is judged or trained by it")
