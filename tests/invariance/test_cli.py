@@ -56,6 +56,8 @@ def test_a_factory_of_ones_own(inspect):
     generator = torch.Generator().manual_seed(0)
     report = analyze(net, torch.randn(4, 6, generator=generator))
     assert out == f"{report}\n\n{report.advice(0.01, 1e-3)}\n"
+    code, out, _ = inspect("inspected_network:build", "--batch", "4x6", "--summary")
+    assert (code, out) == (0, f"{report.summary()}\n")
     code, out, _ = inspect("inspected_network:build", "--batch", "4x6", "--json")
     assert code == 0
     assert Report.from_json(out).views() == report.views()

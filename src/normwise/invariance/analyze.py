@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from normwise.checks import check_at_least_one, check_model, check_switch
 from normwise.geometry import View
 from normwise.invariance.euler import Evidence, Finding, chance_of_error, index_sets
 from normwise.invariance.explain import Explainer
@@ -70,8 +71,13 @@ def analyze(
             are not differentiable, NaN, or differ from one run to the next.
         RuntimeError: if the forward raises.
     """
-    if draws < 1:
-        raise ValueError(f"Invalid number of draws: {draws}; must be 1 or more")
+    check_model(model)
+    check_at_least_one("number of draws", draws)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"Invalid seed: {seed!r}; must be a whole number")
+    check_switch("joint", joint)
+    if factory is not None and not callable(factory):
+        raise TypeError(f"Invalid factory: {factory!r}; must be a function without arguments")
     if mode not in ("train", "eval"):
         raise ValueError(f"Invalid mode: {mode!r}; must be 'train' or 'eval'")
     with torch.inference_mode(False), torch.enable_grad():

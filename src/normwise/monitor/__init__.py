@@ -36,9 +36,20 @@ from normwise.monitor.quantities import (
 )
 from normwise.monitor.triggers import Trigger, every, first, log_spaced
 from normwise.monitor.watched import Layer
+from normwise.monitor.whole import (
+    SPECTRAL,
+    Imbalance,
+    L2Share,
+    OfEach,
+    OscillationRate,
+    UtilizedRank,
+    WeightQuantity,
+    spectral,
+)
 from normwise.monitor.writers import JsonLines, MLflow, Parquet, TensorBoard, WandB
 
 __all__ = [
+    "SPECTRAL",
     "STANDARD",
     "Aggregate",
     "Alarm",
@@ -54,7 +65,9 @@ __all__ = [
     "GradientCosine",
     "GradientNorm",
     "GradientPush",
+    "Imbalance",
     "JsonLines",
+    "L2Share",
     "LargeAngularUpdate",
     "LargestInverseNorm",
     "Layer",
@@ -63,6 +76,8 @@ __all__ = [
     "Monitor",
     "Norm",
     "NotFinite",
+    "OfEach",
+    "OscillationRate",
     "Parquet",
     "Quantity",
     "RadialShare",
@@ -74,9 +89,12 @@ __all__ = [
     "TensorBoard",
     "Trigger",
     "UpdateAboveExpected",
+    "UtilizedRank",
     "WandB",
+    "WeightQuantity",
     "every",
     "first",
     "log_spaced",
+    "spectral",
     "standard_rules",
 ]

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normwise.checks import check_report
 from normwise.figures.tables import paragraph
 from normwise.geometry import View
 from normwise.monitor.alarms import Alarm, AlarmError, AlarmRule, standard_rules
@@ -29,6 +30,7 @@ from normwise.monitor.sharded import (
 )
 from normwise.monitor.triggers import Trigger, at_least_one, every
 from normwise.monitor.watched import Bucket, Layer, WatchedWeights
+from normwise.monitor.whole import WeightQuantity
 from normwise.sharding import is_sharded
 from normwise.theory import angle_at, equilibrium_of, norm_after, time_to_equilibrium
 from normwise.updates import Update, UpdateRule, describe, rule_of
@@ -50,6 +52,7 @@ class _Taken:
 
     step: int
     rules: list[UpdateRule]  # of each layer
+    whole: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by quantity and layer
 
 
 @dataclass
@@ -59,6 +62,7 @@ class _Batch:
     taken: list[_Taken]
     values: list[Tensor]  # of each bucket: (measurements, quantities, rows)
     first_bad: list[Tensor]  # of each bucket: (rows,)
+    whole: list[tuple[list[tuple[int, int, int]], Tensor]]  # measurement, quantity, layer
     events: list[Any]
 
     def arrived(self) -> bool:
@@ -89,6 +93,9 @@ class Monitor:
             channel, embeddings as a whole; then it is for you to know which are scale-invariant.
         every: when to measure: the first step and every so many, or a trigger (default: 100).
         quantities: what to measure (default: :data:`normwise.monitor.STANDARD`).
+        of_weights: what to measure of whole weights besides, each on a schedule of its own, such as
+            ``spectral(every(500))``; NaN at other measurements. DTensors are refused with it
+            (default: nothing).
         writers: where measurements go: any callables, such as those of
             :mod:`normwise.monitor.writers`. One that has ``close()`` is closed with the monitor.
             One that fails is dropped, with one warning of the logger ``normwise.monitor``.
@@ -128,6 +135,7 @@ class Monitor:
         *,
         every: int | Trigger = 100,
         quantities: Sequence[Quantity] = STANDARD,
+        of_weights: Sequence[WeightQuantity] = (),
         writers: Sequence[Writer] = (),
         alarms: OnAlarm = "log",
         rules: Sequence[AlarmRule] | None = None,
@@ -149,6 +157,7 @@ class Monitor:
             )
         _check_types("optimizer", optimizers, Optimizer, "a torch optimizer")
         _check_types("quantity", quantities, Quantity, "a Quantity, such as Norm()")
+        _check_types("of_weights", of_weights, WeightQuantity, "a WeightQuantity")
         _check_types("writer", writers, Callable, "a function of a Measurement")
         _check_types("rule", rules or (), AlarmRule, "an AlarmRule, such as NotFinite()")
         _check_types("check_finite", [check_finite], Trigger | None, "a trigger, such as every(1)")
@@ -160,6 +169,8 @@ class Monitor:
         self._keep, self._stride, self._received = keep, 1, 0
         self._quantities = tuple(quantities)
         self._names = tuple(q.name for q in self._quantities)
+        self._of_weights = tuple(of_weights)
+        self._model = model
         self._rules = tuple(standard_rules() if rules is None else rules)
         self._check_names()
         self.writers = list(writers)
@@ -173,6 +184,9 @@ class Monitor:
         views, knows = _views(model, [g for _, g in every_group], report, names, groups)
         self._layout = WatchedWeights(views, names, groups, owners)
         self._knows_invariance = knows
+        for layer, p in zip(self._layout.layers, self._layout.params, strict=True):
+            if of_weights and is_sharded(p):
+                raise ValueError(f"{layer.name} is a DTensor, of which of_weights measures nothing")
         self._results: list[Tensor] | None = None
         self._first_bad: list[Tensor] | None = None
         self._before: dict[int, Tensor] = {}  # by bucket
@@ -203,7 +217,7 @@ class Monitor:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of what is known of a layer: the quantities, and the predicted equilibrium."""
-        return (*self._names, *PREDICTIONS)
+        return (*self._names, *PREDICTIONS, *(q.name for q in self._of_weights))
 
     def series(self, name: str) -> tuple[list[int], Tensor]:
         """The steps measured so far, and a quantity of each layer at them.
@@ -243,7 +257,6 @@ class Monitor:
         """The pictures of :meth:`plot` one by one, as ``<svg>`` elements to put into a page.
 
         Raises:
-            ImportError: without matplotlib.
             ValueError: if nothing has been measured yet.
         """
         from normwise.monitor.plots import panels
@@ -323,7 +336,7 @@ class Monitor:
         if which == 0:
             while self._under_way and self._under_way[0].arrived():
                 self._receive(self._under_way.pop(0))
-            if self._open is None and self._trigger(self.step + 1):
+            if self._open is None and self._is_measured(self.step + 1):
                 gone = UpdateRule("", self.update, math.nan)
                 self._open = _Taken(self.step + 1, [gone] * len(self._layout.layers))
                 self._due = {bucket.owner for bucket in self._layout.buckets}
@@ -336,6 +349,9 @@ class Monitor:
     @torch.no_grad()
     def _after_step(self, which: int, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.step += which == 0
+        if which == 0:
+            for quantity in self._of_weights:
+                quantity.after_step(self._model, self.layers)
         if self._check_finite is not None and self._check_finite(self.step):
             self._check_shapes()
             self._look_for_bad(which)
@@ -346,12 +362,26 @@ class Monitor:
         self._measure(which, before)
         self._due.remove(which)
         if not self._due and self._open is not None:
+            self._open.whole = self._measure_whole(self._open.step)
             self._taken.append(self._open)
             self._open = None
             if len(self._taken) == self._fetch_every:
                 self._send()
                 if not self._under_way[0].events:
                     self._receive(self._under_way.pop(0))
+
+    def _is_measured(self, step: int) -> bool:
+        return self._trigger(step) or any(q.when(step) for q in self._of_weights)
+
+    def _measure_whole(self, step: int) -> dict[tuple[int, int], Tensor]:
+        """The quantities of whole weights that are due."""
+        index = {name: i for i, name in enumerate(self.layers)}
+        return {
+            (row, index[name]): value.detach().reshape(())
+            for row, quantity in enumerate(self._of_weights)
+            if quantity.when(step)
+            for name, value in quantity(self._model, self.layers).items()
+        }
 
     def _buckets_of(self, which: int) -> list[tuple[int, Bucket | ShardedWeight]]:
         """The weights that one of the optimizers steps, numbered among all."""
@@ -465,13 +495,20 @@ class Monitor:
         count = len(self._taken)
         values = [_to_host(results[:count]) for results in self._results]
         first_bad = [_to_host(first) for first in self._first_bad or ()]
+        places: dict[torch.device, list[tuple[int, int, int]]] = {}
+        scalars: dict[torch.device, list[Tensor]] = {}
+        for number, taken in enumerate(self._taken):
+            for (row, layer), value in taken.whole.items():
+                places.setdefault(value.device, []).append((number, row, layer))
+                scalars.setdefault(value.device, []).append(value.double())
+        whole = [(at, _to_host(torch.stack(scalars[device]))) for device, at in places.items()]
         events = []
         for device in {b.device for b in self._layout.buckets}:
             if device.type == "cuda":
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types here
                 event.record(torch.cuda.current_stream(device))
                 events.append(event)
-        self._under_way.append(_Batch(self._taken, values, first_bad, events))
+        self._under_way.append(_Batch(self._taken, values, first_bad, whole, events))
         self._taken = []
         if self._open is not None:
             for results in self._results:
@@ -482,8 +519,13 @@ class Monitor:
     def _receive(self, batch: _Batch) -> None:
         values = torch.cat([v.double() for v in batch.values], dim=2)
         first_bad = torch.cat(batch.first_bad) if batch.first_bad else None
-        for taken, slices in zip(batch.taken, values, strict=True):
-            layers = self._layout.layers
+        layers = self._layout.layers
+        whole = torch.full(
+            (len(batch.taken), len(self._of_weights), len(layers)), math.nan, dtype=torch.float64
+        )
+        for places, found in batch.whole:
+            whole[tuple(torch.tensor(places).T)] = found
+        for taken, slices, of_weights in zip(batch.taken, values, whole, strict=True):
             rules = tuple(
                 self._gated(rule.converted(float), layer, slices)
                 for rule, layer in zip(taken.rules, layers, strict=True)
@@ -495,7 +537,7 @@ class Monitor:
                 taken.step,
                 layers,
                 self.names,
-                torch.cat([measured, predicted]),
+                torch.cat([measured, predicted, of_weights]),
                 slices,
                 lrs,
                 None if first_bad is None else torch.where(first_bad <= taken.step, first_bad, 0),
@@ -582,8 +624,8 @@ class Monitor:
             self._on_alarm(alarm)
 
     def _check_names(self) -> None:
-        if len(set(self._names)) < len(self._names):
-            raise ValueError(f"two quantities have one name: {', '.join(self._names)}")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"two quantities have one name: {', '.join(self.names)}")
         for rule in self._rules:
             missing = set(rule.needs) - set(self._names)
             if missing:
@@ -603,6 +645,8 @@ def _prediction(
     time = math.nan
     try:
         found = equilibrium_of(rule, **_known(square, layer))
+        if rule.norm == "fixed":
+            return present, found.angle, 0.0
         if 0 < found.norm < math.inf and 0 < present < math.inf:
             time = time_to_equilibrium(rule, present / found.norm)
     except ValueError:  # beyond where one exists
@@ -747,6 +791,7 @@ def _views(
                 raise ValueError(f"the model has no parameter {name!r}")
             views[by_name[name]] = view if isinstance(view, View) else View.parse(view)
     elif report is not None:
+        check_report(report, "a mapping from names, or")
         views = dict(report.parameter_views(model))
         if not views:
             knows = False

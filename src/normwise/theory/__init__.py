@@ -2,11 +2,9 @@
 
 from normwise.theory.curvature import scaled_hessian_trace, scaled_jacobian_norm
 from normwise.theory.decay_schedule import (
-    AdamWWithDecay,
-    AdamWWithoutDecay,
+    AdamWSchedule,
     PlannedGroups,
-    SGDWithDecay,
-    SGDWithoutDecay,
+    SGDSchedule,
     adamw_schedule_limit,
     adamw_with_decay,
     adamw_without_decay,
@@ -55,12 +53,10 @@ from normwise.theory.utilization import Utilization, utilization, utilized_ranks
 from normwise.updates import Update
 
 __all__ = [
-    "AdamWWithDecay",
-    "AdamWWithoutDecay",
+    "AdamWSchedule",
     "Equilibrium",
     "PlannedGroups",
-    "SGDWithDecay",
-    "SGDWithoutDecay",
+    "SGDSchedule",
     "Update",
     "Utilization",
     "adamw_angle",

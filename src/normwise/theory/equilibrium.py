@@ -92,14 +92,17 @@ def equilibrium_of(
 
     Returns:
         The norm, and the RMS angle per step. Infinite and 0 without decay. NaN where no closed form
-        is known, as with a fixed norm, L2 of normalized updates, or unknown optimizers.
+        is known, as with a fixed norm, L2 of normalized updates, or unknown optimizers. Of relative
+        steps on a fixed norm, whatever it is, the angle is η, or arctan η where the step leads off
+        the sphere and back. That takes steps to be tangential; momentum leads outward, so that they
+        turn by less, to second order in μη/(1 − μ).
 
     Raises:
         ValueError: for δ of 1 or more, or L2 with ηλ above (1 − √μ)², where the weight swings
             through zero instead; for numbers out of their range.
     """
     if rule.norm == "fixed":
-        return Equilibrium(math.nan, math.nan)
+        return Equilibrium(math.nan, _relative_angle(rule))
     decay, lr = _number(rule.shrink), _number(rule.lr)
     if decay == 0 and rule.coupling in (Coupling.L2, Coupling.DECOUPLED, Coupling.NONE):
         return Equilibrium(math.inf, 0.0)
@@ -133,6 +136,8 @@ def time_to_equilibrium(rule: UpdateRule, start: float, tolerance: float = 0.1) 
     """
     check_positive(start=start)
     decay = _number(rule.shrink)
+    if rule.update.is_relative:
+        return 0.0 if rule.norm == "fixed" else math.nan
     if not decay > 0 or rule.is_projected is None or rule.norm == "fixed":
         return math.inf if decay == 0 else math.nan
     _check_decay(rule)
@@ -218,6 +223,8 @@ def angle_at(
         ValueError: for a norm that is not positive.
     """
     check_positive(norm=norm)
+    if rule.update.is_relative:
+        return _relative_angle(rule)
     if rule.is_projected is None:
         return math.nan
     growth = _growth(rule, gradient_square, entries, shape, 0.0)
@@ -255,6 +262,8 @@ def norm_trajectory(
     """
     check_positive(start=start)
     rates = list(checked(lrs))
+    if rule.update.is_relative:
+        return [start if rule.norm == "fixed" else math.nan] * (len(rates) + 1)
     decay = _number(rule.shrink_per_lr)
     peak = max(rates, default=0.0)
     _check_decay(replace(rule, lr=peak, decay_per_step=peak * _number(rule.weight_decay)))
@@ -266,6 +275,14 @@ def norm_trajectory(
         added = _added(lr**2 * growth / square**half, turning)
         squares.append(((1 - lr * decay) ** 2 + added) * square)
     return [math.sqrt(square) for square in squares]
+
+
+def _relative_angle(rule: UpdateRule) -> float:
+    """The angle of a step whose length is a share of the norm; NaN of any other."""
+    lr = _number(rule.lr)
+    if rule.update is Update.ROTATION:
+        return lr
+    return math.atan(lr) if rule.update is Update.RELATIVE else math.nan
 
 
 def _turning(rule: UpdateRule) -> float:

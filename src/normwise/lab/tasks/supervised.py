@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pickle import PicklingError
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from normwise.lab.data.ahead import Ahead
+from normwise.lab.data.folders import processes_asked_for
 from normwise.lab.errors import UsageError, nearest
+from normwise.lab.imports import reason
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
 __all__ = ["LOSSES", "MEASURES", "Measure", "Supervised", "supervised"]
@@ -109,7 +115,7 @@ MEASURES: dict[str, Measure] = {
 
 
 @dataclass(frozen=True)
-class Loss:
+class TrainingLoss:
     """A loss by name.
 
     Args:
@@ -123,13 +129,15 @@ class Loss:
     shifted: bool = False
 
 
-LOSSES: dict[str, Loss] = {
-    "cross-entropy": Loss(_cross_entropy, ("accuracy", "cross-entropy")),
-    "binary-cross-entropy": Loss(_elementwise(F.binary_cross_entropy_with_logits), ("accuracy",)),
-    "mse": Loss(_MSE, ("rmse", "mae")),
-    "l1": Loss(_L1, ("mae", "rmse")),
-    "huber": Loss(_elementwise(F.huber_loss), ("mae", "rmse")),
-    "next-token": Loss(_cross_entropy, ("perplexity", "accuracy"), shifted=True),
+LOSSES: dict[str, TrainingLoss] = {
+    "cross-entropy": TrainingLoss(_cross_entropy, ("accuracy", "cross-entropy")),
+    "binary-cross-entropy": TrainingLoss(
+        _elementwise(F.binary_cross_entropy_with_logits), ("accuracy",)
+    ),
+    "mse": TrainingLoss(_MSE, ("rmse", "mae")),
+    "l1": TrainingLoss(_L1, ("mae", "rmse")),
+    "huber": TrainingLoss(_elementwise(F.huber_loss), ("mae", "rmse")),
+    "next-token": TrainingLoss(_cross_entropy, ("perplexity", "accuracy"), shifted=True),
 }
 
 LossLike = str | Callable[[Any, Any], Tensor]
@@ -150,18 +158,21 @@ def supervised(
     warmup: float = 0.0,
     target: str | None = None,
     validation: Any = None,
+    workers: int | None = None,
     name: str = "",
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Supervised:
     """Your network and your data, to be compared on.
 
     Examples are tensors, arrays or numbers in tuples, of which the last is the target, or in dicts,
-    of which one entry is; the rest are the network's arguments. Of a network's output that has
-    ``logits``, these count.
+    of which one entry is; the rest are the network's arguments, those of a dict by name as far as
+    the network takes them. Of a network's output that has ``logits``, these count.
 
     Args:
         make_model: makes the network, with weights drawn from torch's generator.
-        train: what to learn from: a map-style dataset, or an iterable one with a length, whose own
-            order is kept. Examples are made when they are needed, and nothing is copied.
+        train: what to learn from: a map-style dataset, one of Hugging Face's ``datasets``, or an
+            iterable one with a length, whose own order is kept. Examples are made when they are
+            needed, and nothing is copied.
         test: what to test on.
         loss: ``"cross-entropy"``, ``"binary-cross-entropy"``, ``"mse"``, ``"l1"``, ``"huber"``;
             ``"next-token"`` for language, where examples are sequences of token ids; or a function
@@ -175,7 +186,11 @@ def supervised(
         warmup: the share of the steps in which the learning rate rises from 0 (default: 0).
         target: which entry of a dict is the target (default: labels, label, target, targets or y).
         validation: what settings are chosen by (default: a tenth of ``train``).
+        workers: processes that make batches of map-style data ahead of need, to the same bits; the
+            data must be such that they can be sent to one (default: the environment's
+            ``NORMWISE_WORKERS``, or none).
         name: as a reader sees it (default: that of the network's class).
+        facts: what a reader should know of the data (default: nothing).
 
     Returns:
         A problem, for :func:`normwise.lab.compare` and recipes.
@@ -190,15 +205,10 @@ def supervised(
             f"make_model is of type {type(make_model).__name__}; must be a function that makes a "
             "network, so that every method and seed starts from one of its own"
         )
-    for option, value in (("batch_size", batch_size), ("epochs", epochs)):
-        if type(value) is not int or value < 1:
-            raise UsageError(f"{option} {value!r} is not allowed: must be a whole number above 0")
-    if schedule not in _SCHEDULES:
-        raise UsageError(f"unknown schedule {schedule!r}: {nearest(str(schedule), _SCHEDULES)}")
     if isinstance(loss, str):
         how, default = LOSSES[loss], LOSSES[loss].measures
     else:
-        how, default = Loss(loss, ()), ()
+        how, default = TrainingLoss(loss, ()), ()
     wanted = default if metrics is None else metrics
     wanted = (wanted,) if isinstance(wanted, str | Measure) else tuple(wanted)
     for measure in wanted:
@@ -207,12 +217,62 @@ def supervised(
     measures = [MEASURES[m] if isinstance(m, str) else m for m in wanted]
     if not measures:
         measures = [Measure(_lower("loss", "test loss"), how.of)]
+    return Supervised(
+        make_model,
+        checked_parts(train, test, validation),
+        how,
+        tuple(measures),
+        checked_defaults(batch_size, schedule, epochs, warmup),
+        collate=collate,
+        target=target,
+        workers=checked_workers(workers),
+        name=name,
+        facts=facts,
+    )
+
+
+def checked_defaults(batch_size: int, schedule: str, epochs: int, warmup: float) -> dict[str, Any]:
+    """The settings of a training, by name.
+
+    Raises:
+        UsageError: for a value that is not allowed.
+    """
+    for option, value in (("batch_size", batch_size), ("epochs", epochs)):
+        if type(value) is not int or value < 1:
+            raise UsageError(f"{option} {value!r} is not allowed: must be a whole number above 0")
+    if schedule not in _SCHEDULES:
+        raise UsageError(f"unknown schedule {schedule!r}: {nearest(str(schedule), _SCHEDULES)}")
+    return {"batch_size": batch_size, "schedule": schedule, "epochs": epochs, "warmup": warmup}
+
+
+def checked_parts(train: Any, test: Any, validation: Any) -> dict[str, Any]:
+    """The parts of the data, by name.
+
+    Raises:
+        UsageError: for one that has no length, or is empty.
+    """
     parts = {"train": train, "test": test}
     parts |= {} if validation is None else {"validation": validation}
     for part, data in parts.items():
         _check_data(part, data)
-    defaults = {"batch_size": batch_size, "schedule": schedule, "epochs": epochs, "warmup": warmup}
-    return Supervised(make_model, parts, how, tuple(measures), collate, target, defaults, name)
+    return {part: _as_tensors(data) for part, data in parts.items()}
+
+
+def checked_workers(workers: int | None) -> int:
+    """How many processes make batches; what the environment says counts where nothing is given."""
+    if workers is None:
+        return processes_asked_for() or 0
+    if type(workers) is not int or workers < 0:
+        raise UsageError(f"workers {workers!r} is not allowed: must be a whole number from 0")
+    return workers
+
+
+def _as_tensors(data: Any) -> Any:
+    """A dataset of Hugging Face's whose examples are plain lists gives tensors instead."""
+    if hasattr(data, "with_format") and hasattr(data, "features"):
+        chosen = getattr(data, "format", None) or {}
+        return data.with_format("torch") if chosen.get("type") is None else data
+    return data
 
 
 def _check_data(part: str, data: Any) -> None:
@@ -238,26 +298,45 @@ class Supervised(Problem):
         self,
         make_model: Callable[[], nn.Module],
         parts: Mapping[str, Any],
-        loss: Loss,
+        loss: TrainingLoss,
         measures: tuple[Measure, ...],
+        defaults: Mapping[str, Any],
+        *,
         collate: Callable[[list[Any]], Any] | None,
         target: str | None,
-        defaults: Mapping[str, Any],
+        workers: int,
         name: str,
+        facts: Mapping[str, Any],
     ) -> None:
         self.make_model, self.parts, self._loss, self.measures = make_model, parts, loss, measures
         self._collate, self._target, self.name = collate or default_collate, target, name
+        self._workers, self._facts = workers, dict(facts)
+        self._takes: frozenset[str] | None = None
         self.defaults = dict(defaults)
         self.metrics = tuple(measure.metric for measure in measures)
         self.device = torch.device("cpu")
         self.baseline = {}
-        self._train = _Part("train", parts["train"])
-        self._test = _Part("test", parts["test"])
-        self._describe()
+        # By the share that is held out: workers are started once, whatever the number of networks.
+        self._readings: dict[float, _Reading] = {}
+        self._divide(0.0)
 
-    def _describe(self) -> None:
-        self.examples = len(self._train)
-        self.facts = {"train_examples": self.examples, "test_examples": len(self._test)}
+    def _divide(self, held_out: float) -> None:
+        """Learn from one part of the data, and test on another."""
+        if held_out not in self._readings:
+            train, test = _Part("train", self.parts["train"]), _Part("test", self.parts["test"])
+            if held_out and "validation" in self.parts:
+                test = _Part("validation", self.parts["validation"])
+            elif held_out:
+                train, test = train.divided(held_out)
+            parts = {"train": train, "test": test}
+            self._readings[held_out] = _Reading(parts, self._collate, self._workers)
+        self._reading = self._readings[held_out]
+        self.examples = len(self._reading.parts["train"])
+        self.facts = {
+            "train_examples": self.examples,
+            "test_examples": len(self._reading.parts["test"]),
+            **self._facts,
+        }
 
     def fresh(self, device: torch.device, held_out: float = 0.0) -> Supervised:
         """The same data, and a network that is drawn now.
@@ -274,8 +353,10 @@ class Supervised(Problem):
         new = copy.copy(self)
         try:
             model = self.make_model()
+        except UsageError:
+            raise
         except Exception as error:
-            raise UsageError(f"make_model raised {_reason(error)}") from error
+            raise UsageError(f"make_model raised {reason(error)}") from error
         if not isinstance(model, nn.Module):
             raise UsageError(
                 f"make_model returned an object of type {type(model).__name__}; must be an "
@@ -284,16 +365,13 @@ class Supervised(Problem):
         if not any(p.requires_grad and p.numel() for p in model.parameters()):
             raise UsageError(f"the network ({type(model).__name__}) has no parameters to train")
         new.model, new.device = model.to(device), device
-        if held_out and "validation" in self.parts:
-            new._test = _Part("validation", self.parts["validation"])
-        elif held_out:
-            new._train, new._test = self._train.divided(held_out)
-        new._describe()
+        new._takes = _argument_names(model)
+        new._divide(held_out)
         return new
 
     def batches(self, size: int, draw: Generator) -> Tensor:
         """The examples of each step; those of an iterable dataset stay in their order."""
-        if not self._train.iterable:
+        if not self._reading.parts["train"].iterable:
             return super().batches(size, draw)
         steps = self.examples // size
         return torch.arange(steps * size).view(steps, size)
@@ -304,40 +382,36 @@ class Supervised(Problem):
 
     def stream(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[Any]:
         """The batch of each step; an iterable dataset is run through up to the first."""
-        read = self._train.reader(int(steps[0, 0]) if len(steps) else 0)
-        for chosen, draw in zip(steps, draws, strict=True):
-            with _seeded(draw):
-                batch = self._made(self._train.name, read(chosen.tolist()), chosen.tolist())
-            yield batch
+        return self._batches("train", map(Tensor.tolist, steps), draws)
 
-    def _made(self, part: str, examples: list[Any], numbers: list[int]) -> Any:
-        """A batch on the device, split into arguments and target, and found to be finite."""
-        try:
-            batch = self._collate(examples)
-        except Exception as error:
-            raise UsageError(
-                f"the {part} data cannot be made a batch ({_reason(error)}): give a collate"
-            ) from error
-        for tensor in _tensors(batch):
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise UsageError(
-                    f"the {part} data hold NaN or infinity, in one of the examples "
-                    f"{_some(numbers)}: clean them, or fill the gaps"
-                )
-        return self._split(_moved(batch, self.device))
+    def _tests(self) -> Iterator[tuple[list[int], Any]]:
+        """The numbers of the test examples, and their batches."""
+        size, count = self.defaults["batch_size"], len(self._reading.parts["test"])
+        numbers = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+        draws = (Generator().manual_seed(some[0]) for some in numbers)
+        return zip(numbers, self._batches("test", numbers, draws), strict=True)
+
+    def _batches(
+        self, part: str, numbers: Iterable[list[int]], draws: Iterable[Generator]
+    ) -> Iterator[Any]:
+        """Batches of these examples on the device, split into arguments and target."""
+        jobs = (
+            (part, some, int(torch.randint(2**31, (), generator=draw)))
+            for some, draw in zip(numbers, draws, strict=True)
+        )
+        for batch in self._reading.run(part, jobs):
+            yield self._split(_moved(batch, self.device))
 
     def _split(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Positional and named arguments of the network, and the target."""
         if isinstance(batch, Mapping):
-            named = dict(batch)
-            key = self._target or next((k for k in _TARGETS if k in named), None)
-            if key is not None and key in named:
-                target = named.pop(key)
-                return (), named, target
-            if self._loss.shifted and "input_ids" in named:
-                ids = named["input_ids"]
-                return (), {"input_ids": ids[:, :-1]}, ids[:, 1:]
-            keys = ", ".join(map(str, named))
+            key = self._target or next((k for k in _TARGETS if k in batch), None)
+            named = {k: v for k, v in batch.items() if k != key and self._takes_named(k)}
+            if self._loss.shifted and "input_ids" in batch:
+                return (), *_shifted(named, batch["input_ids"], batch.get(key))
+            if key is not None and key in batch:
+                return (), named, batch[key]
+            keys = ", ".join(map(str, batch))
             raise UsageError(
                 f"no target {(self._target or 'labels')!r} among the examples' entries {keys}: "
                 "give target="
@@ -351,6 +425,9 @@ class Supervised(Problem):
             "an example is one value, and no target: must be a tuple (input, target) or a dict"
         )
 
+    def _takes_named(self, name: str) -> bool:
+        return self._takes is None or name in self._takes
+
     def _output(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         try:
             out = self.model(*args, **named)
@@ -360,7 +437,7 @@ class Supervised(Problem):
             shapes = ", ".join(_shape(value) for value in (*args, *named.values()))
             raise UsageError(
                 f"the network ({type(self.model).__name__}) fails on a batch of {shapes}: "
-                f"{_reason(error)}"
+                f"{reason(error)}"
             ) from error
         if isinstance(out, Mapping) and "logits" in out:
             return out["logits"]
@@ -374,7 +451,7 @@ class Supervised(Problem):
         except Exception as error:
             raise UsageError(
                 f"the network's output ({_shape(output)}) does not fit the loss or metric with "
-                f"targets ({_shape(target)}): {_reason(error)}"
+                f"targets ({_shape(target)}): {reason(error)}"
             ) from error
 
     def _check_labels(self, output: Any, target: Any) -> None:
@@ -411,12 +488,7 @@ class Supervised(Problem):
         self.model.eval()
         totals, counts = [0.0] * len(self.measures), [0] * len(self.measures)
         wrong: list[int] | None = []
-        size = self.defaults["batch_size"]
-        read = self._test.reader(0)
-        for start in range(0, len(self._test), size):
-            numbers = list(range(start, min(start + size, len(self._test))))
-            with _seeded(Generator().manual_seed(start)):
-                args, named, target = self._made(self._test.name, read(numbers), numbers)
+        for numbers, (args, named, target) in self._tests():
             output = self._output(args, named)
             for i, measure in enumerate(self.measures):
                 values = self._applied(measure.of, output, target)
@@ -490,15 +562,110 @@ class _Part:
         try:
             return self.data[place]
         except Exception as error:
+            raise UsageError(f"example {place} of the {self.name} data: {reason(error)}") from error
+
+
+class _Reading(Dataset[Any]):
+    """Makes batches on the processor, in this process or another.
+
+    A job is the name of a part, the numbers of its examples, and a seed of what they draw. What
+    comes of it is a batch, or the error that says why there is none.
+
+    Args:
+        parts: by name.
+        collate: makes a batch of examples.
+        workers: how many other processes there are to be.
+    """
+
+    def __init__(
+        self, parts: dict[str, _Part], collate: Callable[[list[Any]], Any], workers: int
+    ) -> None:
+        self.parts, self.collate, self.workers = parts, collate, workers
+        self._ahead: Ahead | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ahead": None}
+
+    def run(self, part: str, jobs: Iterable[tuple[str, list[int], int]]) -> Iterator[Any]:
+        """What comes of jobs on one part, in order; that of workers ends an earlier run."""
+        if not self.workers or self.parts[part].iterable:
+            return self.in_turn(jobs)
+        if self._ahead is None:
+            self._ahead = Ahead(self, self.workers)
+        return self._apart(self._ahead.run(jobs))
+
+    @staticmethod
+    def _apart(batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except (AttributeError, TypeError, PicklingError) as error:  # as pickle says it
             raise UsageError(
-                f"example {place} of the {self.name} data: {_reason(error)}"
+                f"the data cannot be sent to workers ({reason(error)}): define their class and "
+                "collate in a module, or ask for no workers"
             ) from error
+
+    def __getitem__(self, job: tuple[str, list[int], int]) -> Any:
+        try:
+            return self._made(job, self.parts[job[0]].reader(job[1][0]))
+        except UsageError as error:
+            return error
+
+    def in_turn(self, jobs: Iterable[tuple[str, list[int], int]]) -> Iterator[Any]:
+        """What comes of jobs on one part; an iterable dataset is run through once."""
+        read: Callable[[list[int]], list[Any]] | None = None
+        for job in jobs:
+            read = read or self.parts[job[0]].reader(job[1][0])
+            yield self._made(job, read)
+
+    def _made(self, job: tuple[str, list[int], int], read: Callable[[list[int]], list[Any]]) -> Any:
+        _, numbers, seed = job
+        part = self.parts[job[0]].name
+        with _seeded(seed):
+            examples = read(numbers)
+            try:
+                batch = self.collate(examples)
+            except Exception as error:
+                raise UsageError(
+                    f"the {part} data cannot be made a batch ({reason(error)}): give a collate"
+                ) from error
+        for tensor in _tensors(batch):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise UsageError(
+                    f"the {part} data hold NaN or infinity, in one of the examples "
+                    f"{_some(numbers)}: clean them, or fill the gaps"
+                )
+        return batch
+
+
+def _argument_names(model: nn.Module) -> frozenset[str] | None:
+    """What a network can be given by name; None if it takes anything."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters)
+
+
+def _shifted(
+    named: dict[str, Any], ids: Tensor, labels: Tensor | None
+) -> tuple[dict[str, Any], Tensor]:
+    """Arguments without the last place of each sequence, and what stands one place on.
+
+    Where ``attention_mask`` is 0 nothing is predicted.
+    """
+    wanted = ids if labels is None else labels
+    mask = named.get("attention_mask")
+    if mask is not None:
+        wanted = wanted.masked_fill(mask == 0, -100)
+    cut = {
+        k: v[:, :-1] if isinstance(v, Tensor) and v.shape == ids.shape else v
+        for k, v in named.items()
+    }
+    return cut, wanted[:, 1:]
 
 
 @contextmanager
-def _seeded(draw: Generator) -> Iterator[None]:
-    """Inside, what datasets draw, from whichever usual generator, depends on ``draw`` alone."""
-    seed = int(torch.randint(2**31, (), generator=draw))
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, what datasets draw, from whichever usual generator, depends on ``seed`` alone."""
     state = random.getstate()
     random.seed(seed)
     numpy = _numpy()
@@ -555,8 +722,3 @@ def _shape(value: Any) -> str:
 def _some(numbers: list[int]) -> str:
     shown = ", ".join(map(str, numbers[:4]))
     return shown if len(numbers) <= 4 else f"{shown}, … ({len(numbers)} in all)"
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
