@@ -1,12 +1,16 @@
 """Time optimizer steps side by side: ours, torch's fused and foreach, and other packages.
 
 All peers take turns in one process, so that whatever else the machine does falls on all of them;
-what is reported is the median over the rounds, the quartiles, and the ratio to torch's fused
-optimizer of the same family. Gradients are as a network with normalization gives them: orthogonal
-to each output channel of weights of four dimensions, anything for the others.
+what is reported is the median over the rounds, the quartiles, the ratio to torch's fused optimizer
+of the same family, and how many bytes per second are moved of those that a step must read and
+write, beside the best of some streams that take their turns too. Gradients are as a network with
+normalization gives them: orthogonal to each output channel of weights of four dimensions, anything
+for the others.
 
     python benchmarks/optimizers.py
     python benchmarks/optimizers.py --models resnet50 gpt2 --rounds 50 --json speed.json
+    python benchmarks/optimizers.py --models small --rounds 300
+    python benchmarks/optimizers.py --stock      # ours as they are without Numba
     python benchmarks/optimizers.py --scaling --plot scaling.png
     python benchmarks/optimizers.py --device cuda
 
@@ -33,6 +37,7 @@ from torch import Tensor
 
 import normwise
 from normwise.figures import Axis, Chart, Dots, Figure, Line, Lines, Series, Spacing, marks, save
+from normwise.optim import kernels as optim_kernels
 
 Shape = tuple[int, ...]
 Step = Callable[[], object]
@@ -95,10 +100,22 @@ def gpt2() -> Iterator[Shape]:
     yield from [(768,), (768,)]
 
 
+def small() -> Iterator[Shape]:
+    """A toy of nine tensors, which is stepped in two groups: all of a step is overhead."""
+    yield from [(8, 3, 3, 3), (8,), (8,), (16, 8, 3, 3), (16,), (16,)]
+    yield from [(32, 16), (10, 256), (10,)]
+
+
 # Other packages that have AdamP, and what they are called here.
 PACKAGES = {"adamp": "official", "pytorch_optimizer": "pytorch_optimizer"}
 
-MODELS = {"resnet50": resnet50, "mobilenet_v2": mobilenet_v2, "vit_b_16": vit_b_16, "gpt2": gpt2}
+MODELS = {
+    "resnet50": resnet50,
+    "mobilenet_v2": mobilenet_v2,
+    "vit_b_16": vit_b_16,
+    "gpt2": gpt2,
+    "small": small,
+}
 
 
 @dataclass
@@ -114,7 +131,8 @@ class Result:
     ratio: float  # of the median to torch's fused
     first: float
     extra_bytes: int
-    of_bandwidth: float
+    bytes_per_second: float  # of what a step must read and write
+    best_stream: float  # likewise, of what moves the most in the same run
 
 
 def parameters(shapes: Iterator[Shape], device: str) -> list[Tensor]:
@@ -132,7 +150,15 @@ def parameters(shapes: Iterator[Shape], device: str) -> list[Tensor]:
     return params
 
 
-def peers(params: list[Tensor], kernels: bool) -> dict[str, dict[str, Callable[[], object]]]:
+def groups_of(model: str, params: list[Tensor]) -> list[Tensor] | list[dict[str, object]]:
+    """What optimizers are made of: the toy's vectors are a group of their own, without decay."""
+    if model != "small":
+        return params
+    vectors = [p for p in params if p.ndim < 2]
+    return [{"params": [p for p in params if p.ndim > 1]}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def peers(params: object, kernels: bool) -> dict[str, dict[str, Callable[[], object]]]:
     """Constructors by family; the first of each is what the others are compared with."""
     adam = {"lr": 1e-7, "weight_decay": 1e-2}
     sgd = {"lr": 1e-7, "momentum": 0.9, "weight_decay": 1e-4}
@@ -172,12 +198,16 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+# What a step is timed by.
+clock = time.perf_counter
+
+
 def seconds(step: Step, device: str) -> float:
     wait(device)
-    start = time.perf_counter()
+    start = clock()
     step()
     wait(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_bytes(step: Step, device: str) -> int:
@@ -204,30 +234,33 @@ def measure(
 ) -> list[Result]:
     params = parameters(shapes, device)
     entries = sum(p.numel() for p in params)
-    # What memory can do takes its turn among the peers. An addition in place reads what it writes,
-    # as a step does; a copy would bring in its target unasked, which no count of bytes shows.
-    source = torch.ones(max(1 << 24, entries), device=device)
-    target = torch.zeros_like(source)
+    streams = streams_of(max(1 << 24, entries), device)
     results = []
-    for family, makers in peers(params, kernels).items():
+    for family, makers in peers(groups_of(model, params), kernels).items():
         optimizers = {peer: make() for peer, make in makers.items()}
         steps: dict[str, Step] = {peer: o.step for peer, o in optimizers.items()}
         first = {peer: seconds(step, device) for peer, step in steps.items()}
         for step in steps.values():
             step()
         extra = {peer: peak_bytes(step, device) for peer, step in steps.items()}
-        times: dict[str, list[float]] = {peer: [] for peer in steps}
-        streams = []
+        times: dict[str, list[float]] = {peer: [] for peer in [*steps, *streams]}
+        turns = dict(steps)
+        if entries > IN_CACHE:
+            turns |= {name: stream for name, (stream, _) in streams.items()}
+        else:  # a stream would drive out of the cache what steps find there
+            for name, (stream, _) in streams.items():
+                times[name] = [seconds(stream, device) for _ in range(10)]
         for _ in range(rounds):
-            streams.append(seconds(lambda: target.add_(source), device))
-            for peer, step in steps.items():
-                times[peer].append(seconds(step, device))
-        per_second = 3 * source.nbytes / statistics.median(streams)
+            for name, turn in turns.items():
+                if entries <= IN_CACHE:  # after its own step, not another's
+                    turn()
+                times[name].append(seconds(turn, device))
+        best = max(moved / statistics.median(times[n]) for n, (_, moved) in streams.items())
         fused = statistics.median(times[next(iter(times))])
         # Read w, g and the moments, write w and the moments.
         traffic = 4 * entries * (7 if family == "Adam" else 5)
-        for peer, taken in times.items():
-            low, median, high = statistics.quantiles(taken, n=4)
+        for peer in steps:
+            low, median, high = statistics.quantiles(times[peer], n=4)
             results.append(
                 Result(
                     model,
@@ -239,10 +272,33 @@ def measure(
                     median / fused,
                     first[peer],
                     extra[peer],
-                    traffic / median / per_second,
+                    traffic / median,
+                    best,
                 )
             )
     return results
+
+
+# Weights, gradients and moments of so many entries, or less, are in cache.
+IN_CACHE = 1 << 20
+
+
+def streams_of(entries: int, device: str) -> dict[str, tuple[Step, int]]:
+    """What memory can do, and the bytes that each moves.
+
+    An addition in place reads what it writes, as a step does; a copy would bring in its target
+    unasked, which no count of bytes shows. torch's AdamW of one long weight has nothing but its
+    seven streams.
+    """
+    source = torch.ones(entries, device=device)
+    target = torch.zeros_like(source, requires_grad=True)
+    target.grad = torch.zeros_like(source)
+    adamw = torch.optim.AdamW([target], lr=1e-7, fused=True)
+    plain = target.detach()
+    return {
+        "addition": (lambda: plain.add_(source), 3 * source.nbytes),
+        "AdamW of one weight": (adamw.step, 7 * source.nbytes),
+    }
 
 
 def scaling(rounds: int, device: str, kernels: bool) -> list[Result]:
@@ -256,7 +312,7 @@ def scaling(rounds: int, device: str, kernels: bool) -> list[Result]:
     return results
 
 
-HEADER = ("", "ms", "quartiles", "÷ fused", "first, ms", "extra, MB", "of bandwidth")
+HEADER = ("", "ms", "quartiles", "÷ fused", "first, ms", "extra, MB", "GB/s", "of best")
 
 
 def row(r: Result) -> tuple[str, ...]:
@@ -267,7 +323,8 @@ def row(r: Result) -> tuple[str, ...]:
         f"{r.ratio:.2f}",
         f"{1e3 * r.first:.0f}",
         f"{r.extra_bytes / 1e6:.1f}",
-        f"{100 * r.of_bandwidth:.0f}%",
+        f"{r.bytes_per_second / 1e9:.1f}",
+        f"{100 * r.bytes_per_second / r.best_stream:.0f}%",
     )
 
 
@@ -343,21 +400,31 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=30, help="steps of each peer (default: 30)")
     parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of one thread: where others use the machine too"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--stock", action="store_true", help="ours as without a compiler")
     parser.add_argument("--scaling", action="store_true", help="1e5 to 1e8 parameters instead")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="needs matplotlib")
     options = parser.parse_args()
+    if options.cpu_time:
+        global clock
+        clock, options.threads = time.thread_time, 1
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.stock:
+        optim_kernels._BACKENDS.update(optim_kernels._STOCK)
     compiler = "triton" if options.device == "cuda" else "numba"
-    kernels = importlib.util.find_spec(compiler) is not None
+    kernels = options.stock or importlib.util.find_spec(compiler) is not None
     if not kernels:
         print(f"no {compiler} here: ours take the multi-tensor step")
     machine = {
         "torch": torch.__version__,
         "processor": torch.cuda.get_device_name() if options.device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
+        "clock": clock.__name__,
     }
     print(", ".join(f"{key}: {value}" for key, value in machine.items()))
     results: list[Result] = []

@@ -292,3 +292,20 @@ def computing_dtype(dtype: torch.dtype) -> torch.dtype:
 def at_least_float32(t: Tensor) -> Tensor:
     """``t`` itself, or its float32 copy if it is float16 or bfloat16."""
     return t.to(computing_dtype(t.dtype))
+
+
+def memory_layout(w: Tensor, view: View) -> tuple[int, int, int] | None:
+    """The shape (outer, slices, inner) that ``w`` has in memory order, if it is dense."""
+    dims = sorted((d for d in range(w.ndim) if w.shape[d] != 1), key=w.stride, reverse=True)
+    outer, slices, inner = 1, 1, 1
+    for d in reversed(dims):
+        if w.stride(d) != outer * slices * inner:
+            return None
+        if view.kind != "layer" and d == view.dim:
+            slices = view.count if view.kind == "blocks" else w.shape[d]
+            inner *= w.shape[d] // slices
+        elif slices == 1:
+            inner *= w.shape[d]
+        else:
+            outer *= w.shape[d]
+    return outer, slices, inner

@@ -120,6 +120,8 @@ class UpdateRule:
         wd_ratio: ρ, the factor on the decay of projected weights.
         delta: the threshold of the gate, a cosine times √entries.
         norm: ``"fixed"`` if each slice keeps its norm, else ``"free"``.
+        rounds_at_random: whether small steps of 16-bit weights work on average, by stochastic
+            rounding.
         changed_by: the wrappers and policies that have changed what the optimizer does.
     """
 
@@ -142,6 +144,7 @@ class UpdateRule:
     wd_ratio: float = 1.0
     delta: float = 0.0
     norm: Literal["free", "fixed"] = "free"
+    rounds_at_random: bool = False
     changed_by: tuple[str, ...] = ()
 
     @property

@@ -58,10 +58,12 @@ def require(compiler):
         pytest.skip(f"{compiler} is not installed")
 
 
-@pytest.fixture(params=["numba", "triton"])
+@pytest.fixture(params=["numba", "triton", "torch"])
 def compiler(request, monkeypatch):
     """Whose kernels ``fused=True`` takes on CPU tensors."""
     require(request.param)
+    if request.param == "torch":
+        monkeypatch.setitem(kernels._BACKENDS, "cpu", kernels._STOCK["cpu"])
     if request.param == "triton":
         use_triton_on_the_cpu(monkeypatch, log_block=8)
     return request.param

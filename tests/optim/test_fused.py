@@ -80,8 +80,8 @@ def unit_rows(rows):
 
 
 # Slices of so many entries are more than one program or thread takes at a time.
-LONG = {"numba": 33_000, "triton": 1_100, "cuda": 17_000}
-WIDEST = {"numba": (70, 400), "triton": (12, 70), "cuda": (70, 400)}
+LONG = {"numba": 33_000, "triton": 1_100, "torch": 66_000, "cuda": 17_000}
+WIDEST = {"numba": (70, 400), "triton": (12, 70), "torch": (70, 400), "cuda": (70, 400)}
 
 
 def shapes(compiler):
@@ -263,7 +263,12 @@ def check_examples(count, compiler, dtypes, seed=0):
 # Interpreted kernels take a tenth of a second a step: a few sets for every day, many at leisure.
 some = pytest.mark.parametrize(
     ("compiler", "count"),
-    [("numba", 170), ("triton", 4), pytest.param("triton", 100, marks=pytest.mark.slow)],
+    [
+        ("numba", 170),
+        ("torch", 60),
+        ("triton", 4),
+        pytest.param("triton", 100, marks=pytest.mark.slow),
+    ],
     indirect=["compiler"],
 )
 
@@ -280,14 +285,14 @@ def test_in_float64_a_step_is_the_reference_to_1e_12(compiler, count):
 
 @some
 def test_mixed_dtypes_and_half_precision(compiler, count):
-    half = [torch.bfloat16] if compiler == "numba" else [torch.bfloat16, torch.float16]
+    half = [torch.bfloat16, torch.float16] if compiler == "triton" else [torch.bfloat16]
     check_examples(count, compiler, [torch.float32, torch.float64, *half])
 
 
 def parameters(compiler="numba", dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     shapes = [(5,), (6, 4), (4, 3, 3, 3), (2, LONG[compiler])]
-    if compiler == "numba":
+    if compiler != "triton":
         shapes.append((40, 300))
     return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
 
@@ -474,13 +479,45 @@ def test_without_numba_asking_names_the_extra(without_numba):
         normwise.AdamP([w], fused=True)
 
 
-def test_without_numba_the_default_says_once_what_it_does(without_numba, caplog):
-    params = [torch.ones(600, 600, requires_grad=True)]
+@pytest.mark.parametrize(("shape", "level"), [((600, 600), "INFO"), ((1100, 1100), "WARNING")])
+def test_without_numba_the_default_says_once_what_it_does(shape, level, without_numba, caplog):
+    params = [torch.ones(shape, requires_grad=True)]
     optimizer = normwise.AdamP(params)
     with caplog.at_level(logging.INFO, logger="normwise"):
         run(params, optimizer, 3)
-    assert [r.levelname for r in caplog.records] == ["INFO"]
+    assert [r.levelname for r in caplog.records] == [level]
     assert "normwise[cpu]" in caplog.text
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("view", ["auto", "channel", None])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_without_numba_a_default_step_is_the_reference(name, view, nesterov, dtype, monkeypatch):
+    installed = kernels._is_installed
+    monkeypatch.setattr(kernels, "_is_installed", lambda c: c != "numba" and installed(c))
+    options = {"nesterov": nesterov, "weight_decay": 0.1}
+    if name != "sgdw":
+        options["view"] = view
+    ends = []
+    for how in ({}, {"foreach": False}):
+        params = parameters("torch", dtype)
+        run(params, MAKERS[name](params, **options, **how), 4)
+        ends.append([p.detach().double() for p in params])
+    assert_close(*ends, tolerance=1e-12 if dtype == torch.float64 else 2e-2)
+
+
+def test_an_unused_row_of_a_gradient_and_a_weight_of_zeros_are_steps_like_any(compiler):
+    ends = []
+    for how in ({"fused": True}, {"foreach": False}):
+        params = [*parameters(compiler), torch.zeros(3, 5, requires_grad=True)]
+        optimizer = normwise.AdamP(params, **how)
+        for step in range(3):
+            set_gradients(params, step)
+            params[1].grad[2] = 0.0
+            optimizer.step()
+        ends.append([p.detach() for p in params])
+    assert_close(*ends, tolerance=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -506,6 +543,7 @@ def test_importing_normwise_imports_no_compiler():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_without_a_directory_to_write_to_the_kernels_are_compiled_anew(numba):
     code = """
 import logging, sys
@@ -520,3 +558,37 @@ assert torch.allclose(w, torch.ones(3, 2)), w
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "set NUMBA_CACHE_DIR" in done.stdout
+
+
+class LibraryWithoutOpenMP:
+    def __init__(self, path):
+        pass
+
+    def __getattr__(self, name):
+        raise AttributeError(f"undefined symbol: {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_where_torch_has_no_openmp_to_start_numbas_threads_do_the_work(dtype, numba, monkeypatch):
+    from normwise import cpu_kernels as cpu
+
+    def step():
+        params = [p.to(dtype).detach().requires_grad_() for p in parameters()]
+        optimizer = normwise.AdamP(params, fused=True)
+        run(params, optimizer, 3)
+        plan = optimizer._plans[0]._planned[0].plan
+        return params, int(plan.counter[0])
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        expected, _ = step()
+        monkeypatch.setattr(cpu.ctypes, "CDLL", LibraryWithoutOpenMP)
+        cpu.openmp.cache_clear()
+        assert cpu.openmp() is None
+        params, threads = step()
+    finally:
+        cpu.openmp.cache_clear()
+        torch.set_num_threads(before)
+    assert threads == 2  # so many have asked for chunks
+    assert all(torch.equal(a, b) for a, b in zip(params, expected, strict=True))

@@ -19,8 +19,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from normwise.checks import check_number
 from normwise.decay.attached import check_unscheduled, split_groups
-from normwise.decay.checks import check_number
+from normwise.decay.fused import Shift, take_, takes
 from normwise.geometry import View, at_least_float32, unit
 from normwise.sharding import Layout, is_sharded, lay_out, local, sum_over_ranks_
 from normwise.updates import Coupling, UpdateRule, attached_to
@@ -137,6 +138,30 @@ class _Weight:
                 "groups, whose slices cannot be told apart in the shards of a DTensor"
             )
         return lay_out(self.tensor, self.view)
+
+    def shifts(
+        self,
+        w: Tensor,
+        coupling: str,
+        group: DecayGroup,
+        lr: float | Tensor,
+        *,
+        maximize: bool,
+    ) -> list[Shift]:
+        """What a step adds to the gradient or the weight ``w``, group by group; [] if ``w`` is a
+        DTensor or not on the CPU, where no number is read from a tensor."""
+        if is_sharded(w) or w.device.type != "cpu" or w.grad is None:
+            return []
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            return []
+        if coupling == "coupled":
+            target, factor = w.grad, -group.weight_decay if maximize else group.weight_decay
+        else:
+            target, factor = w, -group.weight_decay * float(lr)
+        pairs = zip(w.chunk(self.groups), target.chunk(self.groups), strict=True)
+        if self.groups == 1:
+            pairs = zip((w,), (target,), strict=True)
+        return [Shift(a, b, self.view, self.scale, float(factor), group.eps) for a, b in pairs]
 
     def decay(self, eps: float) -> Tensor:
         if self.groups == 1:
@@ -312,6 +337,16 @@ class EpsilonShiftedL2:
             tensors = [(w, p) for w in weights if (p := w.tensor) in lr and p.grad is not None]
             if tensors and group.weight_decay != 0:
                 work.append((group, tensors))
+        if grad_scale is None and found_inf is None:
+            shifts = [
+                shift
+                for group, tensors in work
+                for w, p in tensors
+                for shift in w.shifts(p, coupling, group, lr[p], maximize=p in ascending)
+            ]
+            if takes(shifts):
+                take_(shifts)
+                return
         of_all = iter(_decays([(w, group.eps) for group, ws in work for w, _ in ws]))
         for group, tensors in work:
             decays = [next(of_all) for _ in tensors]

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from normwise.checks import check_number
 from normwise.decay.attached import check_unscheduled, label, scheduled, split_groups
-from normwise.decay.checks import check_number
+from normwise.decay.fused import Spare, take_, takes
 from normwise.protocols import AnalysisReport
 from normwise.updates import Coupling, UpdateRule, attached_to, own_rule
 
@@ -163,9 +164,17 @@ class Policy:
                 )
 
     def _before_step(
-        self, optimizer: Optimizer, group: dict[str, Any], reference: Number, closure: bool
+        self,
+        optimizer: Optimizer,
+        group: dict[str, Any],
+        reference: Number,
+        closure: bool,
+        room: list[Tensor],
     ) -> Any:
-        """Prepare a group for a step; what is returned is handed to :meth:`_after_step`."""
+        """Prepare a group for a step; what is returned is handed to :meth:`_after_step`.
+
+        ``room`` is kept for the group from step to step, to be filled with what it needs.
+        """
         own, effect = self._effect_on(optimizer, group, reference)
         value = effect.weight_decay
         if value is not None and _takes(optimizer, group, own, effect):
@@ -275,8 +284,8 @@ class Cautious(Decoupled):
     """Decoupled decay of those entries alone that the step moves towards zero, or not ([CWD]).
 
     w ← w − u − d·1[u∘w ≥ 0]∘w, where u is what the optimizer took from w, measured around its step,
-    whichever optimizer it is. That costs a copy of the weights for the time of the step and seven
-    multi-tensor operations.
+    whichever optimizer it is. That costs a copy of the weights, which on the CPU is kept from step
+    to step, and one pass over them where Numba is installed, else seven multi-tensor operations.
 
     Args:
         weight_decay: λ (default: what the groups have).
@@ -284,7 +293,12 @@ class Cautious(Decoupled):
     """
 
     def _before_step(
-        self, optimizer: Optimizer, group: dict[str, Any], reference: Number, closure: bool
+        self,
+        optimizer: Optimizer,
+        group: dict[str, Any],
+        reference: Number,
+        closure: bool,
+        room: list[Tensor],
     ) -> Any:
         shrink = self._effect_on(optimizer, group, reference)[1].shrink
         group["weight_decay"] = 0.0
@@ -292,7 +306,7 @@ class Cautious(Decoupled):
         params = [torch.view_as_real(p) if p.is_complex() else p for p in _with_gradient(group)]
         if not params or (not isinstance(shrink, Tensor) and shrink == 0):
             return None
-        return shrink, params, torch._foreach_mul(params, 1)
+        return shrink, params, _copies(params, room)
 
     def _after_step(self, optimizer: Optimizer, memo: Any) -> None:
         if memo is None:
@@ -301,6 +315,11 @@ class Cautious(Decoupled):
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:  # a step that a fused optimizer skips leaves u = 0
             shrink = shrink * (1 - _scalar(found_inf))
+        if not isinstance(shrink, Tensor):
+            spares = [Spare(w, p, shrink) for w, p in zip(before, params, strict=True)]
+            if takes(spares):
+                take_(spares)
+                return
         # 1 where u·w >= 0, else 0, by signs: the product of two small numbers could vanish.
         taken = list(torch._foreach_sub(before, params))
         torch._foreach_sign_(taken)
@@ -392,6 +411,7 @@ class AttachedPolicy:
             self._lrs.update(dict.fromkeys(group["params"], lr))
         # Of each group, for the time of a step: its own options, and the policy's memo.
         self._in_step: list[tuple[dict[str, Any], dict[str, Any], Any]] = []
+        self._rooms: dict[int, list[Tensor]] = {}
         self._hooks = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -476,10 +496,11 @@ class AttachedPolicy:
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._restore()  # of a step that has raised past the guard
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is self
-        for _, group in self.groups():
+        for i, group in self.groups():
             kept: dict[str, Any] = {key: group[key] for key in _SWAPPED if key in group}
             self._in_step.append((group, kept, None))
-            memo = self.policy._before_step(optimizer, group, self._lr(group), closure is not None)
+            lr, room = self._lr(group), self._rooms.setdefault(i, [])
+            memo = self.policy._before_step(optimizer, group, lr, closure is not None, room)
             self._in_step[-1] = group, kept, memo
 
     @torch.no_grad()
@@ -557,6 +578,21 @@ def _act(optimizer: Optimizer, group: dict[str, Any], params: list[Tensor], effe
     penalties = list(torch._foreach_mul(params, 1))
     _scale_(penalties, value if grad_scale is None else value * _scalar(grad_scale))
     torch._foreach_add_(grads, penalties)
+
+
+def _copies(params: list[Tensor], room: list[Tensor]) -> list[Tensor]:
+    """Copies of weights; on the CPU in memory that is kept, since new memory is slow there."""
+    alike = len(room) == len(params) and all(
+        (copy.shape, copy.stride(), copy.dtype) == (p.shape, p.stride(), p.dtype)
+        for copy, p in zip(room, params, strict=True)
+    )
+    if alike:
+        torch._foreach_copy_(room, params)
+        return room
+    copies = list(torch._foreach_mul(params, 1))
+    plain = all(type(p) in (Tensor, torch.nn.Parameter) and p.device.type == "cpu" for p in params)
+    room[:] = copies if plain and not torch.compiler.is_compiling() else []
+    return copies
 
 
 def _with_gradient(group: dict[str, Any]) -> list[Tensor]:

@@ -84,6 +84,7 @@ class NormwiseOptimizer(Optimizer):
             nesterov=rule.nesterov,
             scale=1.0,
             takes_tensor=True,
+            rounds_at_random=bool(group.get("stochastic_rounding")),
             **{key: group[key] for key in ("view", "wd_ratio", "delta", "norm") if key in group},
             **directions,
             **decoupled(group, decay_scale),

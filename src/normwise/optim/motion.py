@@ -55,8 +55,9 @@ class RadialBrake:
 
     def __post_init__(self) -> None:
         for name in ("outward", "inward"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"Invalid {name}: {getattr(self, name)}; must be from 0 to 1")
+            check_number(name, value := getattr(self, name))
+            if value > 1:
+                raise ValueError(f"Invalid {name}: {value}; must be from 0 to 1")
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from normwise.geometry import View, computing_dtype
 from normwise.optim.displaced import Others
+from normwise.optim.kernels import takes_split
 from normwise.optim.projection import (
     BATCHED_ENTRIES,
     ViewOption,
     batch,
     is_alias,
-    retraction,
     unbatch_,
 )
 from normwise.optim.step import (
@@ -36,17 +36,25 @@ from normwise.optim.step import (
     descend_,
     round_back_,
 )
-from normwise.optim.sums import channel_sums, divisor
+from normwise.optim.sums import (
+    GG,
+    SHUT,
+    WU,
+    WW,
+    channel_sums,
+    cosine,
+    divisor,
+    retraction_from_sums,
+    shrunk,
+)
 from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
 
 if TYPE_CHECKING:
-    from normwise.optim.kernels.cpu import CPUPlan
+    from normwise.optim.kernels import cpu, cuda
+
+    KernelPlan = cpu.CPUPlan | cuda.CUDAPlan
 
 __all__ = ["Exchange"]
-
-# Sums over a slice: ⟨w, u⟩, ‖w‖², then for the gate ⟨w, g⟩, ‖g‖², or for a fixed norm ⟨w, u⟩, ‖u‖².
-WU, WW, WG, GG, SHUT = range(5)
-UU = GG
 
 _CHANNEL, _LAYER = View.channel(), View.layer()
 
@@ -76,13 +84,13 @@ class _DeferredPlan:
     """A fused step that was put off.
 
     Attributes:
-        plan, params: what :meth:`CPUPlan.finish_` is called with.
+        plan, params: what :meth:`~CPUPlan.finish_` is called with.
         layouts: of the weights.
         pieces: sums over what this rank has of their slices, if those are split.
         sums: what is exchanged of each weight.
     """
 
-    plan: CPUPlan
+    plan: KernelPlan
     params: Sequence[Tensor]
     layouts: list[Layout]
     pieces: list[Tensor]
@@ -210,7 +218,10 @@ class Exchange:
         )
 
     def defer_plan_(
-        self, layouts: Mapping[Tensor, Layout], plan: CPUPlan, params: Sequence[Tensor]
+        self,
+        layouts: Mapping[Tensor, Layout],
+        plan: KernelPlan,
+        params: Sequence[Tensor],
     ) -> None:
         """Put off the end of a fused step until :meth:`finish_`."""
         of_params = [layouts[p] for p in params]
@@ -221,7 +232,7 @@ class Exchange:
                 for piece, layout in zip(pieces, of_params, strict=True)
             ]
         else:
-            pieces, sums = [], list(torch.split(torch.from_numpy(plan.totals()), 1))
+            pieces, sums = [], list(torch.split(plan.totals(), 1))
         self._plans.append(_DeferredPlan(plan, params, of_params, pieces, sums))
 
     def finish_(self, others: Others | None = None) -> None:
@@ -263,7 +274,7 @@ class _AfterExchange:
     def end_(self, *tensors: Any, foreach: bool) -> None:
         self.exchange.defer_(self.layouts, *tensors, foreach=foreach)
 
-    def end_plan_(self, plan: CPUPlan, params: Sequence[Tensor]) -> None:
+    def end_plan_(self, plan: KernelPlan, params: Sequence[Tensor]) -> None:
         self.exchange.defer_plan_(self.layouts, plan, params)
 
     @property
@@ -279,8 +290,8 @@ class _AfterExchange:
         return View.channel(view.dim) if isinstance(view, View) and view.kind == "blocks" else view
 
     def may_be_fused(self, params: Sequence[Tensor]) -> bool:
-        """Whether it is the CPU's kernel that takes it, if one does."""
-        return all(p.numel() > 0 and p.device.type == "cpu" for p in params)
+        """Whether the kernels for these shards, none of them empty, wait for an exchange."""
+        return all(p.numel() > 0 and takes_split(p) for p in params)
 
 
 def _lay_out(p: Any, view: ViewOption) -> Layout:
@@ -296,8 +307,9 @@ def _finish_plan_(step: _DeferredPlan) -> None:
     if step.plan.split and step.plan.gated:
         _replace_gate_(step)
     elif not step.plan.split:
-        totals = torch.cat(step.sums).numpy()
-        step.plan.replace_totals(totals, [layout.shape.numel() for layout in step.layouts])
+        step.plan.replace_totals(
+            torch.cat(step.sums), [layout.shape.numel() for layout in step.layouts]
+        )
     else:
         for here, sums, layout in zip(step.pieces, step.sums, step.layouts, strict=True):
             if here is not sums:
@@ -358,7 +370,7 @@ def _finish_(deferred: _Deferred) -> None:
     if step.norm == "fixed":
         for b in deferred.batches:
             for i, sums in zip(b.members, b.sums, strict=True):
-                factors = b.layout.by_channel(_retraction(sums, deferred.step_sizes[i]))
+                factors = b.layout.by_channel(retraction_from_sums(sums, deferred.step_sizes[i]))
                 slices = b.layout.channels.slices(deferred.weights[i])
                 slices.mul_(factors.to(slices.dtype).view(-1, *(1 for _ in slices.shape[1:])))
     round_back_(deferred.params, deferred.weights, step.stochastic_rounding)
@@ -372,7 +384,7 @@ def _channel_sums(u: Tensor, w: Tensor, other: Tensor | None) -> Tensor:
 
 def _shut(sums: Tensor, entries: int, dtype: torch.dtype, delta: float, eps: float) -> Tensor:
     """Whether a channel's cosine shuts the gate of the channel view, for each weight."""
-    return ~(_cosine(sums, dtype, eps) < delta / math.sqrt(entries)).all(0)
+    return ~(cosine(sums, dtype, eps) < delta / math.sqrt(entries)).all(0)
 
 
 def _gated_coefficients(
@@ -384,7 +396,7 @@ def _gated_coefficients(
         The multiple of each channel of ``w`` to subtract, shape ``(channels, members)``; and
         whether the gate is open, shape ``(members,)``.
     """
-    by_channel = _shrunk(sums if b.layout.view == _CHANNEL else b.channel_sums, eps)
+    by_channel = shrunk(sums if b.layout.view == _CHANNEL else b.channel_sums, eps)
     if b.layout.view == _CHANNEL:
         by_channel = b.layout.by_channel(by_channel)
         shut = _shut(sums, b.entries, dtype, delta, eps)
@@ -394,25 +406,6 @@ def _gated_coefficients(
     evidence = total[:, GG] > 0
     channel_open = evidence & ~shut
     layer_gate = delta / math.sqrt(b.entries * b.layout.shape[0])
-    layer_open = evidence & (_cosine(total, dtype, eps) < layer_gate)
-    by_layer = torch.where(layer_open, _shrunk(total, eps), 0)
+    layer_open = evidence & (cosine(total, dtype, eps) < layer_gate)
+    by_layer = torch.where(layer_open, shrunk(total, eps), 0)
     return torch.where(channel_open, by_channel, by_layer), channel_open | layer_open
-
-
-def _cosine(sums: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
-    """|⟨g, w⟩| / (max(‖w‖, eps)·max(‖g‖, eps))."""
-    guard = max(eps, torch.finfo(dtype).tiny)
-    norms = [sums[..., square].sqrt().clamp_min(guard) for square in (WW, GG)]
-    return sums[..., WG].abs() / norms[0] / norms[1]
-
-
-def _shrunk(sums: Tensor, eps: float) -> Tensor:
-    """⟨w, u⟩/(‖w‖ + eps)²: the multiple of w that the official code subtracts."""
-    return sums[..., WU] / divisor((sums[..., WW].sqrt() + eps).square())
-
-
-def _retraction(sums: Tensor, step_size: float | Tensor) -> Tensor:
-    """‖w‖/‖w − σu‖ of slices whose u has lost its radial part; 0 for a slice that is zero."""
-    tangential = (sums[:, UU] - sums[:, WU].square() / divisor(sums[:, WW])).clamp_min(0)
-    norm = sums[:, WW].sqrt()
-    return retraction(norm, torch.hypot(norm, step_size * tangential.sqrt()))

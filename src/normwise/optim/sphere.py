@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from normwise.checks import check_optimizer
 from normwise.geometry import View, computing_dtype
 from normwise.optim.displaced import Batch, Displaced, Displacements, Item
 from normwise.optim.groups import check_number, names_of
@@ -349,6 +350,7 @@ def sphere(
     check_number("floor", floor)
     if floor and update == "relative":
         raise ValueError("floor is for update='raw': a relative update is as long as lr says")
+    check_optimizer(optimizer)
     _check_step(optimizer)
     if gains is not None:
         _add_gains(optimizer, gains)

@@ -7,9 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from normwise.optim.projection import retraction
 from normwise.optim.step import scalar_dtype
 
-__all__ = ["channel_sums", "divisor"]
+__all__ = [
+    "GG",
+    "SHUT",
+    "UU",
+    "WG",
+    "WU",
+    "WW",
+    "channel_sums",
+    "cosine",
+    "divisor",
+    "retraction_from_sums",
+    "shrunk",
+]
+
+# Sums over a slice: ⟨w, u⟩, ‖w‖², then for the gate ⟨w, g⟩, ‖g‖², or for a fixed norm ⟨w, u⟩, ‖u‖².
+WU, WW, WG, GG, SHUT = range(5)
+UU = GG
 
 # Sums are taken of pieces of this many entries, whose copies in float64 stay in a CPU's cache.
 _SUMMED_ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 24}
@@ -38,3 +55,22 @@ def channel_sums(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) ->
 def divisor(t: Tensor) -> Tensor:
     """``t``, but where it is zero, a divisor that makes zero of zero."""
     return torch.where(t == 0, 1, t)
+
+
+def cosine(sums: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    """|⟨g, w⟩| / (max(‖w‖, eps)·max(‖g‖, eps))."""
+    guard = max(eps, torch.finfo(dtype).tiny)
+    norms = [sums[..., square].sqrt().clamp_min(guard) for square in (WW, GG)]
+    return sums[..., WG].abs() / norms[0] / norms[1]
+
+
+def shrunk(sums: Tensor, eps: float) -> Tensor:
+    """⟨w, u⟩/(‖w‖ + eps)²: the multiple of w that the official code subtracts."""
+    return sums[..., WU] / divisor((sums[..., WW].sqrt() + eps).square())
+
+
+def retraction_from_sums(sums: Tensor, step_size: float | Tensor) -> Tensor:
+    """‖w‖/‖w − σu‖ of slices whose u has lost its radial part; 0 for a slice that is zero."""
+    tangential = (sums[:, UU] - sums[:, WU].square() / divisor(sums[:, WW])).clamp_min(0)
+    norm = sums[:, WW].sqrt()
+    return retraction(norm, torch.hypot(norm, step_size * tangential.sqrt()))

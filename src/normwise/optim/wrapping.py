@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from normwise.checks import check_optimizer, check_report
 from normwise.geometry import View
 from normwise.optim.groups import as_view_option, check_not_flattened, names_of
 from normwise.optim.joint import Family, Joint, Symmetries, families_of, with_views
@@ -154,9 +155,11 @@ def resolve_views(
         required: whether there must be a weight (default: True).
 
     Raises:
+        TypeError: for what is no optimizer, or no views and no report.
         ValueError: if a view does not fit its weight, if a weight is not one of the optimizer's or
             has fewer than two dimensions, or if no weight is left.
     """
+    check_optimizer(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params:
         check_not_flattened(p, f"of {wrapper}")
@@ -181,6 +184,7 @@ def _resolved_mapping(
     if isinstance(views, Mapping):
         mapping = views
     else:
+        check_report(views, "a view, its spelling, a mapping from parameters, or")
         mapping = {p: view for p, view in views.parameter_views().items() if p.ndim > 1}
     by_name = {name: p for p, name in names_of(optimizer).items()}
     known = set(params)

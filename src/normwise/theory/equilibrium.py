@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from normwise.theory._checks import check, check_below_one, check_positive, checked
 from normwise.theory.decay_schedule import sgd_decay_limit
@@ -32,6 +33,7 @@ __all__ = [
     "epsilon_shifted_equilibrium",
     "equilibrium_of",
     "lion_equilibrium_angle",
+    "norm_after",
     "norm_trajectory",
     "sgd_angle",
     "sgd_equilibrium",
@@ -140,6 +142,61 @@ def time_to_equilibrium(rule: UpdateRule, start: float, tolerance: float = 0.1) 
         return math.inf if decay == 0 else math.nan
     _check_decay(rule)
     return _steps(decay, _power(rule), start, tolerance)
+
+
+def norm_after(
+    rule: UpdateRule,
+    norm: float,
+    steps: int,
+    *,
+    gradient_square: float = math.nan,
+    entries: int = 0,
+    shape: Sequence[int] = (),
+) -> float:
+    """The expected norm some steps on, at a constant η: :func:`norm_trajectory` in closed form.
+
+    With p = 4 where updates are gradients and 2 where they have a length of their own, ‖w‖^p
+    relaxes by (1 − δ)^p per step towards that of the equilibrium; without decay it grows evenly.
+    What projected steps add changes with the norm, so that a path of theirs is halved until each
+    part changes it by little.
+
+    Args:
+        rule: as of :func:`equilibrium_of`.
+        norm: now.
+        steps: how many.
+        gradient_square: as of :func:`equilibrium_of`.
+        entries: as of :func:`equilibrium_of`.
+        shape: as of :func:`equilibrium_of`.
+
+    Returns:
+        The norm; NaN where no closed form is known.
+
+    Raises:
+        ValueError: as :func:`equilibrium_of`; for a norm that is not positive.
+    """
+    check_positive(norm=norm)
+    if rule.norm == "fixed":
+        return norm
+    if rule.is_projected is None:
+        return math.nan
+    _check_decay(rule)
+    power = _power(rule)
+    growth = _growth(rule, gradient_square, entries, shape, 0.0)
+    # Per step, of ‖w‖^p.
+    added = power / 2 * _added(growth / norm**power, _turning(rule)) * norm**power
+    kept = (1 - _number(rule.shrink)) ** power
+    left: float = kept**steps
+    total = added * (steps if kept == 1 else (1 - left) / (1 - kept))
+    result: float = (norm**power * left + total) ** (1 / power)
+    if rule.is_projected and steps > 1 and abs(result / norm - 1) > 0.05:
+        known: dict[str, Any] = {
+            "gradient_square": gradient_square,
+            "entries": entries,
+            "shape": shape,
+        }
+        half = norm_after(rule, norm, steps // 2, **known)
+        return norm_after(rule, half, steps - steps // 2, **known)
+    return result
 
 
 def angle_at(

@@ -1,7 +1,7 @@
 """Fused steps: one launch for all tensors of a device and dtype, the projection included.
 
-``cpu`` is compiled by Numba, ``cuda`` by Triton; each has a plan of its own.
-Neither is imported before a step needs it.
+``cpu`` is compiled by Numba, ``cuda`` by Triton; ``stock`` does without a compiler, by torch's own
+fused kernels on the CPU. Each has a plan of its own, imported when a step needs it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = [
     "Step",
     "check_available",
     "takes_scaler",
+    "takes_split",
     "use_fused",
 ]
 
@@ -40,6 +41,7 @@ class Backend:
     """Kernels for a kind of device: what compiles them, and what they take."""
 
     module: str
+    plan: str
     compiler: str
     extra: str
     dtypes: tuple[torch.dtype, ...]
@@ -50,12 +52,17 @@ class Backend:
     takes_scaler: bool
     # Whether one plan takes the weights of several groups, each with options of its own.
     takes_groups: bool
+    # Whether slices may lie on several ranks, whose sums are exchanged before the step ends.
+    takes_split: bool
+    # Whether Adam's Nesterov momentum, and learning rates within buffers, are to be had.
+    takes_every_rule: bool = True
 
 
 _WIDE = (torch.float32, torch.float64, torch.bfloat16)
 _BACKENDS = {
     "cpu": Backend(
         "cpu",
+        "CPUPlan",
         "numba",
         "cpu",
         _WIDE,
@@ -63,9 +70,11 @@ _BACKENDS = {
         stochastic_rounding=False,
         takes_scaler=False,
         takes_groups=True,
+        takes_split=True,
     ),
     "cuda": Backend(
         "cuda",
+        "CUDAPlan",
         "triton",
         "cuda",
         (*_WIDE, torch.float16),
@@ -73,12 +82,41 @@ _BACKENDS = {
         stochastic_rounding=True,
         takes_scaler=True,
         takes_groups=False,
+        takes_split=True,
     ),
+}
+# What takes a step where the compiler is not installed.
+_STOCK = {
+    "cpu": Backend(
+        "stock",
+        "StockPlan",
+        "torch",
+        "cpu",
+        (torch.float32, torch.float64),
+        0,
+        stochastic_rounding=False,
+        takes_scaler=False,
+        takes_groups=True,
+        takes_split=False,
+        takes_every_rule=False,
+    )
 }
 # Plans of so many sets of weights are kept, for what alternates, such as frozen and thawed layers.
 KEPT_PLANS = 8
 # Memory that is there lies above, nearly always: below, a tensor's storage may be gone.
 LOWEST_ADDRESS = 1 << 32
+
+
+# From so many entries on a slower step is worth a warning.
+_LARGE = 1 << 20
+
+
+def _backend(device: str) -> Backend | None:
+    """What takes fused steps on a kind of device."""
+    backend = _BACKENDS.get(device)
+    if backend is not None and not _is_installed(backend.compiler):
+        return _STOCK.get(device)
+    return backend
 
 
 def check_available(params: Sequence[Tensor], *, stochastic_rounding: bool = False) -> None:
@@ -124,23 +162,24 @@ def use_fused(
     if group["foreach"] is not None or group["differentiable"]:
         return False
     device = params[0].device.type
-    backend = _BACKENDS.get(device)
-    if backend is None or (group["stochastic_rounding"] and not backend.stochastic_rounding):
+    backend, best = _backend(device), _BACKENDS.get(device)
+    if best is None or (group["stochastic_rounding"] and not (backend or best).stochastic_rounding):
         return False
-    if not _have_entries((*params, *others), backend.worthwhile_entries):
+    every = (*params, *others)
+    if not _have_entries(every, (backend or best).worthwhile_entries):
         return False
     if not all(
-        type(p) in _PLAIN_TYPES and p.dtype in backend.dtypes and p.device.type == device
+        type(p) in _PLAIN_TYPES and p.dtype in best.dtypes and p.device.type == device
         for p in params
     ):
         return False
-    if not _is_installed(backend.compiler):
+    if backend is not best:
         _say_once(
-            f"optimizer steps on {device} are faster with {backend.compiler.capitalize()}: "
-            f'pip install "normwise[{backend.extra}]"; taking the plain step'
+            f"optimizer steps on {device} are faster with {best.compiler.capitalize()}: "
+            f'pip install "normwise[{best.extra}]"; taking a plain step',
+            logging.WARNING if _have_entries(every, _LARGE) else logging.INFO,
         )
-        return False
-    return True
+    return backend is not None and all(p.dtype in backend.dtypes for p in params)
 
 
 def _have_entries(params: Sequence[Tensor], least: int) -> bool:
@@ -154,8 +193,14 @@ def _have_entries(params: Sequence[Tensor], least: int) -> bool:
 
 def takes_scaler(p: Tensor) -> bool:
     """Whether the kernels for a parameter do what a GradScaler leaves to a fused step."""
-    backend = _BACKENDS.get(p.device.type)
+    backend = _backend(p.device.type)
     return backend is not None and backend.takes_scaler
+
+
+def takes_split(p: Tensor) -> bool:
+    """Whether the kernels for a parameter wait for sums of slices that lie on several ranks."""
+    backend = _backend(p.device.type)
+    return backend is not None and backend.takes_split
 
 
 @functools.cache
@@ -164,8 +209,13 @@ def _is_installed(compiler: str) -> bool:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
-    logger.info(message)
+def _say_once(message: str, level: int = logging.INFO) -> None:
+    logger.log(level, message)
+
+
+def _is_usual(rule: AdamRule | SGDRule) -> bool:
+    """Whether torch's fused kernels make these directions."""
+    return not (rule.nesterov if isinstance(rule, AdamRule) else rule.lr_in_buffer)
 
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
@@ -269,7 +319,7 @@ class FusedPlans:
         for number, part in enumerate(parts):
             for i, (p, grad, *moments) in enumerate(zip(*part.tensors, strict=True)):
                 takes = _takes(p, grad, moments, part)
-                backend = _BACKENDS.get(p.device.type)
+                backend = _backend(p.device.type)
                 if not takes or (p.numel() == 0 and len(moments) == 3):
                     # An empty weight has nothing but a step count.
                     by_kind.setdefault((None, number), []).append((place, number, i))
@@ -333,15 +383,17 @@ def _plan(
     if kind[0] is None:
         return _Planned(None, places, within, of_parts, takes_groups=False)
     weights = [params[i] for i in places]
-    backend = _BACKENDS[weights[0].device.type]
-    module: Any = importlib.import_module(f"{__name__}.{backend.module}")
+    backend = _backend(weights[0].device.type)
+    assert backend is not None
+    make = getattr(importlib.import_module(f"{__name__}.{backend.module}"), backend.plan)
     if backend.takes_groups:
         groups = [of_parts.index(number) for number in numbers]
         steps = [parts[i].step for i in of_parts]
-        plan = module.CPUPlan(weights, steps, groups, split=parts[0].ending.split)
+        plan = make(weights, steps, groups, split=parts[0].ending.split)
     else:
         step = parts[of_parts[0]].step
-        plan = module.CUDAPlan(weights, step.view, step.norm)
+        split = parts[of_parts[0]].ending.split
+        plan = make(weights, step.view, step.norm, split=split)
     return _Planned(plan, places, within, of_parts, backend.takes_groups)
 
 
@@ -375,8 +427,10 @@ def _check_memory(t: Tensor) -> None:
 
 def _takes(p: Tensor, grad: Tensor, states: Sequence[Tensor | None], part: Part) -> bool:
     """Whether the kernels can take a weight. Its step count is brought to its device."""
-    backend = _BACKENDS.get(p.device.type)
+    backend = _backend(p.device.type)
     if backend is None or p.dtype not in backend.dtypes:
+        return False
+    if not (backend.takes_every_rule or _is_usual(part.step.rule)):
         return False
     moments = [m for m in states[:2] if m is not None]
     if not all(_is_plain(t) and t.device == p.device for t in (p, grad, *moments)):

@@ -23,20 +23,33 @@ written on a guess. A right guess, which is nearly every one, costs no second lo
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numba
-import numba.extending
 import numpy as np
 import torch
 from numba import types
-from numba.extending import overload
+
+from normwise.cpu_kernels import (
+    CACHE_LINE as CACHE_LINE,
+)
+from normwise.cpu_kernels import (
+    TYPES,
+    _address,
+    _array,
+    _as_written,
+    _carray,
+    _inlined,
+    _narrowed,
+    _size_of,
+    _take_number,
+    _widened,
+    compile_with_cache,
+)
 
 # A chunk has at most this many entries: five float32 arrays of it fill half of a 1 MiB L2 cache.
 LONGEST = 1 << 15
@@ -46,7 +59,6 @@ TYPICAL = 1 << 14
 SHORT = 48
 # Sums in float32 have at most this many terms, in dozens of lanes, before float64 takes over.
 SEGMENT = 1 << 10
-CACHE_LINE = 64
 # Below this many entries in all a second thread costs more than it saves.
 PARALLEL_ENTRIES = 1 << 15
 
@@ -121,130 +133,6 @@ STEP, DENOMINATOR, DECAY, DECAY_PROJECTED, BY_LAYER_COEFFICIENT = range(5)
     PASS,
     THREADS,
 ) = range(12)
-
-# Sums may be reordered and products contracted; nothing is assumed about NaN, infinity or zero.
-_OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "error_model": "numpy",  # x/0 is not an exception, which would keep loops from being vectorized
-    "fastmath": {"reassoc", "contract"},
-}
-logger = logging.getLogger(__name__)
-
-
-# What is only called from other kernels is kept with them. Numba's own types do not say what its
-# decorators return.
-_inlined: Any = functools.partial(numba.njit, **_OPTIONS)
-# Products that must stay grouped as they are written.
-_as_written: Any = functools.partial(numba.njit, **{**_OPTIONS, "fastmath": {"contract"}})
-_intrinsic: Any = numba.extending.intrinsic
-_carray: Any = numba.carray
-
-
-def compile_with_cache(compiler: Callable[..., Any], signature: Any, function: Any) -> Any:
-    """Compile a function, or load it from Numba's cache; no fault of the cache is an error.
-
-    Where there is no directory to write to, the disk is full, or a file is damaged, it is compiled
-    anew, and a damaged index is emptied.
-
-    Args:
-        compiler: ``numba.njit`` or ``numba.cfunc``.
-        signature: the types of the function, for which it is compiled at once.
-        function: what to compile.
-    """
-    try:
-        return compiler(signature, cache=True, **_OPTIONS)(function)
-    except Exception as error:  # of reading: whatever a damaged pickle or machine code brings
-        logger.warning(
-            "Numba's cache cannot be used (%s: %s): compiling %s anew in this process; free its "
-            "disk or set NUMBA_CACHE_DIR",
-            type(error).__name__,
-            str(error).partition("\n")[0],
-            function.__name__.strip("_"),
-        )
-    with contextlib.suppress(Exception):
-        numba.njit(cache=True)(function)._cache.flush()
-    return compiler(signature, cache=False, **_OPTIONS)(function)
-
-
-@_intrinsic
-def _pointer(context: Any, address: Any, like: Any) -> Any:
-    """The address as a pointer to values of the type of ``like``."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like)(address, like), generate
-
-
-@_intrinsic
-def _address(context: Any, pointer: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ptrtoint(arguments[0], context.get_value_type(types.int64))
-
-    return types.int64(pointer), generate
-
-
-@_intrinsic
-def _take_number(context: Any, address: Any) -> Any:
-    """Add 1 to the int64 at an address, atomically; return what was there."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        int64 = context.get_value_type(types.int64)
-        pointer = builder.inttoptr(arguments[0], int64.as_pointer())
-        return builder.atomic_rmw("add", pointer, int64(1), "monotonic")
-
-    return types.int64(address), generate
-
-
-@_intrinsic
-def _bits_to_float(context: Any, bits: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
-
-    return types.float32(types.uint32), generate
-
-
-@_intrinsic
-def _float_to_bits(context: Any, value: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
-
-    return types.uint32(types.float32), generate
-
-
-def _widened(x):
-    """A stored entry as a number to compute with; bfloat16 is stored as its bits, a uint16."""
-
-
-@overload(_widened, inline="never")
-def _overload_widened(x):
-    if x == types.uint16:
-        return lambda x: _bits_to_float(np.uint32(x) << np.uint32(16))
-    return lambda x: x
-
-
-def _narrowed(x, like):
-    """A number as an entry to store, rounded to nearest even."""
-
-
-@overload(_narrowed, inline="never")
-def _overload_narrowed(x, like):
-    if like != types.uint16:
-        return lambda x, like: x
-
-    def to_bfloat16(x, like):
-        bits = _float_to_bits(x)
-        half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-        if x != x:
-            return np.uint16(0x7FC0)
-        return np.uint16((bits + half) >> np.uint32(16))
-
-    return to_bfloat16
-
-
-@_inlined
-def _array(address, length, like):
-    return _carray(_pointer(address, like), length)
 
 
 @_as_written
@@ -651,15 +539,6 @@ def _chunk(block, number, scratch, like):
         chunk_sums[OPEN], chunk_sums[SAFE] = is_open, is_safe
 
 
-@_intrinsic
-def _size_of(context: Any, value: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        size = context.get_abi_sizeof(context.get_value_type(signature.args[0]))
-        return context.get_value_type(types.int64)(size)
-
-    return types.int64(value), generate
-
-
 def _prepare(tensors, factors, options, is_adam):
     """Count the steps, make the factors of weights, and expect of the gate what it did before.
 
@@ -740,11 +619,6 @@ def _add_up(tensor, chunks, sums, chunk_sums):
                 totals[s, column] += sums[chunks[chunk, SLOT] + s - first, column]
 
 
-_TYPES = {
-    torch.float32: types.float32,
-    torch.float64: types.float64,
-    torch.bfloat16: types.uint16,
-}
 _INT_TABLE, _TABLE = types.int64[:, ::1], types.float64[:, ::1]
 
 
@@ -769,7 +643,7 @@ class Kernels:
 def kernels(dtype: torch.dtype) -> Kernels:
     """The kernels for weights of a dtype. The compiler is only now asked to work."""
     prepare, decide = _for_all_dtypes()
-    task = compile_with_cache(numba.cfunc, types.void(types.CPointer(_TYPES[dtype])), _take_chunks)
+    task = compile_with_cache(numba.cfunc, types.void(types.CPointer(TYPES[dtype])), _take_chunks)
     return Kernels(prepare, task.address, decide, task)
 
 

@@ -13,6 +13,7 @@ Programs share out a list of chunks, which together hold all weights. There are 
                 and writes ``w ← α·w − σ·u``: decay and projection are both multiples of w.
 ``decide``      adds up what the first pass found of a weight: slices that several programs shared,
                 and in ``"auto"`` whether the gate opens.
+``finish``      computes α and σ of slices that lie on several ranks, from exchanged sums.
 ``second_pass`` writes the weights that the first could not, and corrects those that it wrote on a
                 wrong guess of the gate, as ``_cpu_numba`` explains.
 
@@ -75,7 +76,8 @@ DENOMINATOR = tl.constexpr(13)  # ° 1/√(1 − β2^t)
 DECAY = tl.constexpr(14)  # ° of a weight that is not projected
 DECAY_PROJECTED = tl.constexpr(15)  # °
 BY_LAYER_COEFFICIENT = tl.constexpr(16)  # °
-TENSOR_COLUMNS = tl.constexpr(17)
+TOTALS = tl.constexpr(17)  # ° four sums as of a chunk, and whether a channel shuts the gate
+TENSOR_COLUMNS = tl.constexpr(22)
 # Columns of the tables of chunks.
 TENSOR = tl.constexpr(0)
 SLICE = tl.constexpr(1)  # its first slice
@@ -88,11 +90,14 @@ WW = tl.constexpr(7)  # °
 WZ = tl.constexpr(8)  # °
 ZZ = tl.constexpr(9)  # °
 CHUNK_COLUMNS = tl.constexpr(10)
-# Columns of the table of slices °: α and σ; or in "auto" the coefficient of the radial part.
+# Columns of the table of slices °: α and σ; or in "auto" the coefficient of the radial part; and of
+# slices that lie on several ranks four sums, in the order of the chunks'.
 KEEP = tl.constexpr(0)
 COEFFICIENT = tl.constexpr(0)
 ADD = tl.constexpr(1)
 SLICE_COLUMNS = tl.constexpr(2)
+SUMS = tl.constexpr(2)
+SPLIT_SLICE_COLUMNS = tl.constexpr(6)
 # Modes: what a weight's slices are for.
 FREE = tl.constexpr(0)
 EXPLICIT = tl.constexpr(1)
@@ -115,12 +120,26 @@ STOCHASTIC = tl.constexpr(32)
 GATED = tl.constexpr(64)  # the view is "auto"
 LR_ON_DEVICE = tl.constexpr(128)
 WEIGHT_DECAY_ON_DEVICE = tl.constexpr(256)
+SPLIT = tl.constexpr(512)  # slices lie on several ranks: nothing is written before an exchange
+# Parts of ``decide``: what it adds up here, and what it decides; between them ranks exchange.
+ADD_UP = tl.constexpr(1)
+DECIDE = tl.constexpr(2)
 
 
 @triton.jit
 def _get(table, column):
     """A float64 of a table."""
     return tl.load((table + column).to(tl.pointer_type(tl.float64), bitcast=True))
+
+
+@triton.jit
+def _slice(slices, number, how: tl.constexpr):
+    """Where in the table of slices a slice is."""
+    if SPLIT & how:
+        at = slices + number * SPLIT_SLICE_COLUMNS
+    else:
+        at = slices + number * SLICE_COLUMNS
+    return at
 
 
 @triton.jit
@@ -446,10 +465,16 @@ def first_pass(
         wu, ww, wz, zz = _sums(w, u, g if GATED & how else u, row, fixed, compute)
 
     whole = row & (s * 0 + pieces == 0)
-    if GATED & how:
+    if SPLIT & how:
+        at_sums = _slice(slices, tl.load(about + SLOT) + s, how) + SUMS
+        _set(at_sums, 0, wu, whole)
+        _set(at_sums, 1, ww, whole)
+        _set(at_sums, 2, wz, whole)
+        _set(at_sums, 3, zz, whole)
+    elif GATED & how:
         guess = s * 0 + guess
         coefficient = _radial_coefficient(wu, ww, eps)
-        at_slot = slices + (slot + s) * SLICE_COLUMNS
+        at_slot = _slice(slices, slot + s, how)
         gate = delta / tl.sqrt(length.to(tl.float64))
         is_open = _is_orthogonal(wz, ww, zz, guard, gate) | (row == 0)
         # In half precision what was rounded away cannot be corrected.
@@ -470,23 +495,24 @@ def first_pass(
         _set(chunk, WZ, tl.sum(wz, 0))
         _set(chunk, ZZ, tl.sum(zz, 0))
 
-    if looped:
-        if pieces == 0:
-            for start in range(begin, end, columns):
-                c = start + tl.arange(0, columns)
-                at = _places(s, c, length, inner, n, strided)
-                mask = row[:, None] & (c < end)[None, :]
-                _, u = _direction(
-                    state, about, tensor, at, mask, False, aligned, how, dtype, compute
-                )
-                mask = mask & write[:, None]
-                w = tl.load(w_at + at, mask, other=0).to(compute)
-                w = _combined(w, u, keep[:, None], add[:, None], compute)
-                tl.store(w_at + at, _rounded(w, at, state, tensor, seed, how, dtype), mask)
-    else:
-        w = _combined(w, u, keep[:, None], add[:, None], compute)
-        mask = mask & write[:, None]
-        tl.store(w_at + at, _rounded(w, at, state, tensor, seed, how, dtype), mask)
+    if not (SPLIT & how):
+        if looped:
+            if pieces == 0:
+                for start in range(begin, end, columns):
+                    c = start + tl.arange(0, columns)
+                    at = _places(s, c, length, inner, n, strided)
+                    mask = row[:, None] & (c < end)[None, :]
+                    _, u = _direction(
+                        state, about, tensor, at, mask, False, aligned, how, dtype, compute
+                    )
+                    mask = mask & write[:, None]
+                    w = tl.load(w_at + at, mask, other=0).to(compute)
+                    w = _combined(w, u, keep[:, None], add[:, None], compute)
+                    tl.store(w_at + at, _rounded(w, at, state, tensor, seed, how, dtype), mask)
+        else:
+            w = _combined(w, u, keep[:, None], add[:, None], compute)
+            mask = mask & write[:, None]
+            tl.store(w_at + at, _rounded(w, at, state, tensor, seed, how, dtype), mask)
 
 
 @triton.jit
@@ -508,6 +534,7 @@ def decide(
     slices,
     how: tl.constexpr,
     block: tl.constexpr,
+    parts: tl.constexpr,
 ):
     """Add up what the first pass found of a weight; decide its gate; say if it needs a second.
 
@@ -524,36 +551,55 @@ def decide(
     guard, eps, delta = _get(state, GUARD), _get(state, EPS), _get(state, DELTA)
     length = tl.load(about + LENGTH).to(tl.float64)
     gate = delta / tl.sqrt(length)
-    wu = 0.0 * gate
-    ww = 0.0 * gate
-    wz = 0.0 * gate
-    zz = 0.0 * gate
-    is_open = (n * 0 + 1).to(tl.int64)
-    safe = is_open
-    if pieces > 0:
-        for s in range(n):
-            a, b, c, d, _, _ = _added_up(
-                chunks, first + s * pieces, first + (s + 1) * pieces, block
-            )
-            slot = slices + (tl.load(about + SLOT) + s) * SLICE_COLUMNS
-            if GATED & how:
-                _set(slot, COEFFICIENT, _radial_coefficient(a, b, eps))
-                is_open = is_open & _is_orthogonal(c, b, d, guard, gate).to(tl.int64)
-                wu += a
-                ww += b
-                wz += c
-                zz += d
-            else:
-                keep, step = _explicit_factors(
-                    a, b, d, _get(about, STEP), _get(about, DECAY_PROJECTED), mode == FIXED
+    if ADD_UP & parts:
+        wu = 0.0 * gate
+        ww = 0.0 * gate
+        wz = 0.0 * gate
+        zz = 0.0 * gate
+        is_open = (n * 0 + 1).to(tl.int64)
+        safe = is_open
+        if pieces > 0:
+            for s in range(n):
+                a, b, c, d, _, _ = _added_up(
+                    chunks, first + s * pieces, first + (s + 1) * pieces, block
                 )
-                _set(slot, KEEP, keep)
-                _set(slot, ADD, -step)
-        tl.store(about + REVISIT, is_open * 0 + 1)
-        safe = is_open * 0
-    elif GATED & how:
-        wu, ww, wz, zz, is_open, safe = _added_up(chunks, first, last, block)
-    if GATED & how:
+                slot = _slice(slices, tl.load(about + SLOT) + s, how)
+                if SPLIT & how:
+                    _set(slot, SUMS, a)
+                    _set(slot, SUMS + 1, b)
+                    _set(slot, SUMS + 2, c)
+                    _set(slot, SUMS + 3, d)
+                elif GATED & how:
+                    _set(slot, COEFFICIENT, _radial_coefficient(a, b, eps))
+                    is_open = is_open & _is_orthogonal(c, b, d, guard, gate).to(tl.int64)
+                    wu += a
+                    ww += b
+                    wz += c
+                    zz += d
+                else:
+                    keep, step = _explicit_factors(
+                        a, b, d, _get(about, STEP), _get(about, DECAY_PROJECTED), mode == FIXED
+                    )
+                    _set(slot, KEEP, keep)
+                    _set(slot, ADD, -step)
+            tl.store(about + REVISIT, is_open * 0 + 1)
+            safe = is_open * 0
+        elif GATED & how:
+            wu, ww, wz, zz, is_open, safe = _added_up(chunks, first, last, block)
+        if GATED & how:
+            _set(about, TOTALS, wu)
+            _set(about, TOTALS + 1, ww)
+            _set(about, TOTALS + 2, wz)
+            _set(about, TOTALS + 3, zz)
+            # A weight without a gradient shuts nothing.
+            _set(about, TOTALS + 4, ((is_open == 0) & (zz > 0)).to(tl.float64))
+            tl.store(about + REVISIT, (safe == 0).to(tl.int64))
+    if (GATED & how) and (DECIDE & parts) and not (SPLIT & how):
+        if parts == DECIDE:
+            wu, ww = _get(about, TOTALS), _get(about, TOTALS + 1)
+            wz, zz = _get(about, TOTALS + 2), _get(about, TOTALS + 3)
+            is_open = (_get(about, TOTALS + 4) == 0).to(tl.int64)
+            safe = 1 - tl.load(about + REVISIT)
         by_layer = (zz > 0) & _is_orthogonal(wz, ww, zz, guard, delta / tl.sqrt(length * n))
         by_channel = (zz > 0) & (is_open != 0)
         decision = tl.where(by_channel, BY_CHANNEL, tl.where(by_layer, BY_LAYER, SHUT))
@@ -567,6 +613,32 @@ def decide(
         # A random gradient passes the layer gate now and then; that says nothing of the next.
         settled = (decision == before) | (before == UNKNOWN)
         tl.store(about + GUESS, tl.where(settled, decision, guess))
+
+
+@triton.jit
+def finish(state, tensors, slices, how: tl.constexpr, block: tl.constexpr):
+    """α and σ of slices that lie on several ranks, from sums that these have exchanged."""
+    if SCALED & how:
+        if tl.load(state + SKIP) != 0:
+            return
+    about = tensors + tl.program_id(0).to(tl.int64) * TENSOR_COLUMNS
+    mode, n = tl.load(about + MODE), tl.load(about + SLICES)
+    if mode == FREE:
+        return
+    tl.store(about + REVISIT, n * 0 + 1)
+    for start in range(0, n, block):
+        s = start + tl.arange(0, block)
+        mask = s < n
+        at = _slice(slices, tl.load(about + SLOT) + s, how)
+        sums = (at + SUMS).to(tl.pointer_type(tl.float64), bitcast=True)
+        wu, ww = tl.load(sums, mask, other=0), tl.load(sums + 1, mask, other=0)
+        uu = tl.load(sums + 3, mask, other=0)
+        fixed = mask & (s * 0 + mode == FIXED)
+        keep, step = _explicit_factors(
+            wu, ww, uu, _get(about, STEP), _get(about, DECAY_PROJECTED), fixed
+        )
+        _set(at, KEEP, keep, mask)
+        _set(at, ADD, -step, mask)
 
 
 @triton.jit
@@ -625,10 +697,10 @@ def second_pass(
         at = start + tl.arange(0, block)
         mask = at < end
         s = (at // tl.load(about + INNER)) % tl.load(about + SLICES)
-        values = (slices + (tl.load(about + SLOT) + s) * SLICE_COLUMNS).to(
+        values = _slice(slices, tl.load(about + SLOT) + s, how).to(
             tl.pointer_type(tl.float64), bitcast=True
         )
-        if GATED & how:
+        if (GATED & how) and not (SPLIT & how):
             coefficient = tl.load(values + COEFFICIENT, mask, other=0)
             decision, acted = s * 0 + tl.load(about + DECISION), s * 0 + tl.load(about + ACTED)
             layer, step = _get(about, BY_LAYER_COEFFICIENT), _get(about, STEP)

@@ -6,8 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from normwise.geometry import View
+from normwise.geometry import View, memory_layout
 from normwise.optim.projection import ViewOption
+
+__all__ = ["Mode", "memory_layout", "mode", "slicing"]
 
 Mode = Literal["free", "explicit", "fixed", "auto"]
 
@@ -26,20 +28,3 @@ def mode(w: Tensor, view: ViewOption, norm: str) -> Mode:
     if view == "auto":
         return "auto"
     return "fixed" if norm == "fixed" else "explicit"
-
-
-def memory_layout(w: Tensor, view: View) -> tuple[int, int, int] | None:
-    """The shape (outer, slices, inner) that ``w`` has in memory order, if it is dense."""
-    dims = sorted((d for d in range(w.ndim) if w.shape[d] != 1), key=w.stride, reverse=True)
-    outer, slices, inner = 1, 1, 1
-    for d in reversed(dims):
-        if w.stride(d) != outer * slices * inner:
-            return None
-        if view.kind != "layer" and d == view.dim:
-            slices = view.count if view.kind == "blocks" else w.shape[d]
-            inner *= w.shape[d] // slices
-        elif slices == 1:
-            inner *= w.shape[d]
-        else:
-            outer *= w.shape[d]
-    return outer, slices, inner

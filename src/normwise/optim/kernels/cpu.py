@@ -1,53 +1,21 @@
-"""Plans of fused steps on the CPU, and the threads that run them; the kernel is ``_cpu_numba``."""
+"""Plans of fused steps on the CPU; the kernel is ``_cpu_numba``."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from normwise.cpu_kernels import run_on_threads
 from normwise.geometry import computing_dtype
 from normwise.optim.kernels import _cpu_numba as k
 from normwise.optim.kernels._layout import memory_layout, mode, slicing
 from normwise.optim.step import AT_ONCE, AdamRule, Ending, SGDRule, Step
 
 Table = np.ndarray[Any, Any]
-
-
-@functools.cache
-def _openmp() -> Callable[..., None] | None:
-    """``GOMP_parallel`` of the OpenMP library that torch runs on, if it has one.
-
-    Threads of our own would compete with torch's, which spin for milliseconds after an operator.
-    """
-    for library in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        path = Path(torch.__file__).parent / "lib" / library
-        if path.exists():
-            try:
-                start = ctypes.CDLL(str(path)).GOMP_parallel
-            except (OSError, AttributeError):
-                return None
-            start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-            start.restype = None
-            return start
-    return None
-
-
-# ctypes lets go of the interpreter's lock during either call.
-_DIRECTLY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-@functools.cache
-def _kernels(dtype: torch.dtype) -> tuple[k.Kernels, Callable[[int], None]]:
-    """What is compiled for a dtype, and how one thread calls it."""
-    compiled = k.kernels(dtype)
-    return compiled, _DIRECTLY(compiled.take_chunks)
 
 
 _MODES = {"free": k.FREE, "explicit": k.EXPLICIT, "fixed": k.FIXED, "auto": k.AUTO}
@@ -153,7 +121,7 @@ class CPUPlan:
             k.CHUNK_SUMS: self.chunk_sums,
             k.OPTIONS: self.options,
         }
-        self._kernels, self._directly = _kernels(self.dtype)
+        self._kernels = k.kernels(self.dtype)
         for entry, array in pointed_to.items():
             self.block[entry] = array.ctypes.data
         self.block[k.N_CHUNKS] = n_chunks
@@ -236,21 +204,21 @@ class CPUPlan:
         self.factors[shut, k.DECAY_PROJECTED] = self.factors[shut, k.DECAY]
         self.tensors[:, k.MODE] = k.EXPLICIT  # in the second pass
 
-    def totals(self) -> Table:
+    def totals(self) -> Tensor:
         """What this rank knows of the gate of each weight in ``"auto"``, all of whose channels are
         whole: ⟨w, u⟩, ‖w‖², ⟨w, g⟩, ‖g‖², and whether a channel shuts it; shape ``(weights, 5)``.
         """
         self._decide()
         sums = np.add.reduceat(self.chunk_sums[:, : k.GG + 1], self.tensors[:, k.FIRST])
         shut = (sums[:, k.GG] > 0) & (self.tensors[:, k.DECISION] != k.BY_CHANNEL)
-        return np.concatenate([sums, shut[:, None]], 1)
+        return torch.from_numpy(np.concatenate([sums, shut[:, None]], 1))
 
-    def replace_totals(self, totals: Table, entries: Sequence[int]) -> None:
+    def replace_totals(self, totals: Tensor, entries: Sequence[int]) -> None:
         """Let the gate decide by the totals of whole weights, of which these are the entries."""
-        first = self.tensors[:, k.FIRST]
+        first, found = self.tensors[:, k.FIRST], totals.numpy()
         self.chunk_sums[:, : k.GG + 1] = 0
-        self.chunk_sums[first, : k.GG + 1] = totals[:, : k.GG + 1]
-        self.chunk_sums[first[totals[:, k.GG + 1] > 0], k.OPEN] = 0
+        self.chunk_sums[first, : k.GG + 1] = found[:, : k.GG + 1]
+        self.chunk_sums[first[found[:, k.GG + 1] > 0], k.OPEN] = 0
         # The layer's threshold is delta/√entries; the kernel knows the entries of the shard.
         here = self.tensors[:, k.OUTER : k.INNER + 1].prod(1)
         self.chunk_sums[first, k.WG] *= np.sqrt(np.array(entries) / here)
@@ -269,11 +237,7 @@ class CPUPlan:
     def _pass(self, number: int, threads: int) -> None:
         self.block[k.PASS], self.block[k.THREADS] = number, threads
         self.counter[:] = 0
-        start = _openmp() if threads > 1 else None
-        if start is None:
-            self._directly(self._block_at)
-        else:
-            start(self._kernels.take_chunks, self._block_at, threads, 0)
+        run_on_threads(self._kernels.take_chunks, self._block_at, threads)
 
 
 def _options(step: Step, dtype: torch.dtype) -> list[float]:

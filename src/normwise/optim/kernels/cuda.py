@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from normwise.optim.kernels import AdamRule, SGDRule, Step
 from normwise.optim.kernels import _cuda_triton as kernels
 from normwise.optim.kernels._layout import memory_layout, mode, slicing
 from normwise.optim.projection import ViewOption
+from normwise.optim.step import AT_ONCE, Ending
 
 # The kernels' constants as numbers.
 k: Any = SimpleNamespace(
@@ -111,6 +112,7 @@ class CUDAPlan:
         view: as in :func:`normwise.optim.projection.project_`.
         norm: ``"free"`` or ``"fixed"``.
         log_block: the base-2 logarithm of the entries of a tile (default: 12).
+        split: whether the slices are pieces of slices that lie on several ranks (default: False).
     """
 
     def __init__(
@@ -119,10 +121,12 @@ class CUDAPlan:
         view: ViewOption,
         norm: str,
         log_block: int = LOG_BLOCK,
+        *,
+        split: bool = False,
     ) -> None:
         self.dtype, self.device = params[0].dtype, params[0].device
         self.log_block = log_block
-        self.gated = view == "auto"
+        self.split, self.gated = split, view == "auto"
         block = 1 << log_block
         layouts = []
         for p in params:
@@ -154,7 +158,7 @@ class CUDAPlan:
             row[k.MODE], row[k.PIECES], row[k.SLOT] = _MODES[kind], pieces, slots
             row[k.FIRST], row[k.LAST] = n_chunks, n_chunks + len(table)
             n_chunks += len(table)
-            if kind == "auto" or pieces:
+            if kind == "auto" or pieces or split:
                 # Most find nothing left to do: the fewer, the better.
                 runs.append(Tile(0, block).chunks(t, 1, size, block * BLOCKS_A_RUN))
                 slots += slices
@@ -163,7 +167,14 @@ class CUDAPlan:
         counts = [sum(map(len, tables)) for tables in chunks.values()]
         self.launches = list(zip(chunks, torch.split(self.chunks, counts), strict=True))
         self.runs = torch.cat(runs).to(self.device) if runs else None
-        self.slices = torch.zeros(slots, k.SLICE_COLUMNS, dtype=torch.int64, device=self.device)
+        columns = k.SPLIT_SLICE_COLUMNS if split else k.SLICE_COLUMNS
+        self.slices = torch.zeros(slots, columns, dtype=torch.int64, device=self.device)
+        self._pieces: list[Tensor] = []
+        if split:
+            width = 4 if self.gated or norm == "fixed" else 2
+            sums = self.slices.view(torch.float64)[:, k.SUMS : k.SUMS + width]
+            for slot, n in tensors[:, [k.SLOT, k.SLICES]].tolist():
+                self._pieces.append(sums.narrow(0, slot, n))
         size = k.ADDRESSES + len(params) * k.ADDRESS_COLUMNS
         self.state = torch.zeros(size, dtype=torch.int64, device=self.device)
         self._sent: list[int] = []
@@ -172,6 +183,10 @@ class CUDAPlan:
         self._seed: int | None = None
         # What Triton has compiled, by kernel, tile and all that a launch is specialized on.
         self._how: tuple[Any, ...] = ()
+        # What the end of a step needs of its beginning.
+        self._step: Step
+        self._parts_left = 0
+        self._left: tuple[dict[str, Any], int]
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def step_(
@@ -182,6 +197,7 @@ class CUDAPlan:
         exp_avg_sqs: Sequence[Tensor] | None,
         state_steps: Sequence[Tensor] | None,
         step: Step,
+        ending: Ending = AT_ONCE,
     ) -> None:
         """Update moments, step counts and weights, in place; nothing waits for the device.
 
@@ -190,6 +206,8 @@ class CUDAPlan:
             exp_avgs: first moments or momentum buffers; None for a momentum of 0.
             exp_avg_sqs, state_steps: second moments and step counts; None for SGD.
             step: what kind of step to take.
+            ending: what is told when the sums of this rank are there; the step ends with
+                :meth:`finish_`, until when the tensors must be kept.
         """
         nowhere = [0] * len(params)
         columns = [
@@ -212,6 +230,7 @@ class CUDAPlan:
             k.GATED: self.gated,
             k.LR_ON_DEVICE: lr is not None,
             k.WEIGHT_DECAY_ON_DEVICE: weight_decay is not None,
+            k.SPLIT: self.split,
         }
         how = sum(flag for flag, is_set in flags.items() if is_set)
         aligned = not any(address % 16 for column in columns[:4] for address in column)
@@ -222,7 +241,7 @@ class CUDAPlan:
         block = 1 << self.log_block
         pointers = [self.state if x is None else x for x in (lr, weight_decay, scale, found_inf)]
         self._how = (how, aligned, *((x.dtype, x.data_ptr() % 16) for x in pointers))
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        with self._here():
             self._launch(
                 kernels.prepare,
                 math.ceil(len(params) / TENSORS_AT_A_TIME),
@@ -253,20 +272,77 @@ class CUDAPlan:
                     },
                     tile,
                 )
-            if self.runs is not None:
-                self._launch(
-                    kernels.decide,
-                    len(params),
-                    (self.state, self.tensors, self.chunks, self.slices),
-                    {"how": how, "block": CHUNKS_AT_A_TIME},
-                )
-                self._launch(
-                    kernels.second_pass,
-                    len(self.runs),
-                    (self.state, self.tensors, self.runs, self.slices, seed),
-                    {"how": how, **dtypes, "block": block},
-                )
+        self._step, self._parts_left = step, k.ADD_UP | k.DECIDE
+        self._left = {"how": how, **dtypes, "block": block}, seed
+        ending.end_plan_(self, params)
+
+    def sum_pieces(self) -> list[Tensor]:
+        """As of ``cpu.CPUPlan``: sums of the pieces of slices that are here."""
+        with self._here():
+            self._decide(k.ADD_UP)
+        return self._pieces
+
+    @property
+    def gate(self) -> tuple[float, float]:
+        """The step's ``delta`` and ``eps``."""
+        return self._step.delta, self._step.eps
+
+    def replace_gate(self, coefficients: Sequence[Tensor], opened: Tensor) -> None:
+        """As of ``cpu.CPUPlan``: let what was decided in ``"auto"`` end the step."""
+        for piece, coefficient in zip(self._pieces, coefficients, strict=True):
+            piece[:, 0], piece[:, 1] = coefficient, 1
+        numbers = self.tensors.view(torch.float64)
+        decays = numbers[:, k.DECAY], numbers[:, k.DECAY_PROJECTED]
+        numbers[:, k.DECAY_PROJECTED] = torch.where(opened, decays[1], decays[0])
+
+    def totals(self) -> Tensor:
+        """As of ``cpu.CPUPlan``: what this rank knows of the gate of each weight."""
+        with self._here():
+            self._decide(k.ADD_UP)
+        return self.tensors.view(torch.float64)[:, k.TOTALS : k.TOTALS + 5].clone()
+
+    def replace_totals(self, totals: Tensor, entries: Sequence[int]) -> None:
+        """Let the gate decide by the totals of whole weights, of which these are the entries."""
+        here = self.tensors[:, k.SLICES] * self.tensors[:, k.LENGTH]
+        whole = torch.tensor(entries, dtype=torch.float64, device=self.device)
+        numbers = self.tensors.view(torch.float64)[:, k.TOTALS : k.TOTALS + 5]
+        numbers.copy_(totals)
+        # The layer's threshold is delta/√entries; the kernel knows the entries of the shard.
+        numbers[:, 2] *= (whole / here).sqrt()
+
+    def finish_(self, params: Sequence[Tensor]) -> None:
+        """Decide, and take the second pass over what needs it."""
+        if self.runs is not None:
+            with self._here():
+                self._write_left(self.runs)
         torch.autograd.graph.increment_version(params)
+
+    def _write_left(self, runs: Tensor) -> None:
+        constants, seed = self._left
+        if self.split:
+            self._launch(
+                kernels.finish,
+                len(self.tensors),
+                (self.state, self.tensors, self.slices),
+                {"how": constants["how"], "block": CHUNKS_AT_A_TIME},
+            )
+        else:
+            self._decide(self._parts_left)
+        self._launch(
+            kernels.second_pass,
+            len(runs),
+            (self.state, self.tensors, runs, self.slices, seed),
+            constants,
+        )
+
+    def _decide(self, parts: int) -> None:
+        self._parts_left &= ~parts
+        self._launch(
+            kernels.decide,
+            len(self.tensors),
+            (self.state, self.tensors, self.chunks, self.slices),
+            {"how": self._left[0]["how"], "block": CHUNKS_AT_A_TIME, "parts": parts},
+        )
 
     def _launch(
         self,
@@ -282,13 +358,17 @@ class CUDAPlan:
         signature, after ``arguments``.
         """
         grid = (programs, 1, 1)
-        key = (kernel, tile, self._how)
+        key = (kernel, tile, constants.get("parts"), self._how)
         compiled = self._compiled.get(key)
         if compiled is None:
             warps = 4 if kernel is kernels.prepare else WARPS_GATED if self.gated else WARPS
             self._compiled[key] = kernel[grid](*arguments, **constants, num_warps=warps)
         else:
             compiled[grid](*arguments, *constants.values())
+
+    def _here(self) -> AbstractContextManager[None]:
+        """The device, current for launches."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _on_device(self, value: float | Tensor | None) -> Tensor | None:
         """A tensor that is to be read on the device; None for what the host knows."""

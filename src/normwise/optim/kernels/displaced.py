@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normwise.cpu_kernels import openmp
 from normwise.optim.kernels import _displaced_numba as k
 from normwise.optim.kernels._cpu_numba import (
     CACHE_LINE,
@@ -23,7 +24,7 @@ from normwise.optim.kernels._cpu_numba import (
     TENSOR,
 )
 from normwise.optim.kernels._layout import memory_layout
-from normwise.optim.kernels.cpu import Table, _chunks, _openmp
+from normwise.optim.kernels.cpu import Table, _chunks
 from normwise.optim.motion import Form, KernelStep, Outcome, resolution
 
 __all__ = ["DisplacedPlan"]
@@ -139,7 +140,7 @@ class DisplacedPlan:
     def _pass(self, number: int, threads: int) -> None:
         self._block[k.PASS] = number
         self._counter[:] = 0
-        start = _openmp() if threads > 1 else None
+        start = openmp() if threads > 1 else None
         if start is None:
             self._directly(self._block.ctypes.data)
         else:
