@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all gpu docs lint install clean
+.PHONY: demo test test-all coverage gpu docs lint package release sbom install clean
 
 demo: install
 	$(BIN)/normwise compare
@@ -14,6 +14,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+coverage: install
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" --cov --cov-report=term
 
 # On a machine with a CUDA device, in whatever environment PYTHON is of: it installs nothing.
 gpu:
@@ -28,6 +31,15 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+package: install
+	$(BIN)/python tools/release.py
+
+release: install
+	$(BIN)/python tools/release.py $(or $(VERSION),$(error say which: make release VERSION=0.2.0))
+
+sbom: install
+	$(BIN)/python tools/sbom.py build/sbom
 
 install: $(STAMP)
 

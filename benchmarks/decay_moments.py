@@ -4,8 +4,8 @@ An MLP on 1,000 images of MNIST, 14×14, under Adam with five couplings of the d
 learning rates and λ; the accuracy is on the 10,000 test images. All networks of one coupling, every
 cell and seed of the grid, are trained side by side as one batch of matrices::
 
-    NORMWISE_DATA=... python benchmarks/decay_moments.py run  moments.json
-    python benchmarks/decay_moments.py show moments.json docs/images/decay_moments.png
+    NORMWISE_DATA=... python benchmarks/decay_moments.py run  decay-moments.json
+    python benchmarks/decay_moments.py show decay-moments.json decay_moments.png
 
 ``NORMWISE_DATA`` is a directory with MNIST in its published IDX files, in it or in ``mnist/``.
 

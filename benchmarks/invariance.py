@@ -1,10 +1,13 @@
 """What an analysis costs, and what it spares AdamP.
 
     python benchmarks/invariance.py cost  [--threads 2] [--batch 2] [--size 64]
+    python benchmarks/invariance.py gpt2  [--threads 2]
     python benchmarks/invariance.py gates [--steps 500] [--seed 0]
 
 ``cost`` analyzes transformers' ResNet-50 at random weights and compares time and peak memory with
-one training step of the same network in float64. ``gates`` trains a network with a head that no
+one training step of the same network in float64. ``gpt2`` analyzes a GPT-2 of 12 layers and width
+128, all symmetries included, beside a search for symmetries of whole tensors alone, which takes a
+backward pass for each independent equation. ``gates`` trains a network with a head that no
 normalization follows, and counts the steps at which the cosine gate of AdamP decides wrongly.
 """
 
@@ -24,6 +27,8 @@ from torch import Tensor, nn
 import normwise
 from normwise.geometry import View
 from normwise.invariance import Report, analyze
+from normwise.invariance.nullspace import RowSpace, null_space
+from normwise.invariance.replica import Replica
 from normwise.optim.projection import gated_radial
 
 
@@ -48,9 +53,55 @@ def analysis(batch: int, size: int) -> None:
     assert len(report.views()) == 53
 
 
+def gpt2() -> tuple[nn.Module, dict[str, Tensor]]:
+    """12 layers, width 128, 4 heads, and a batch of 2 sequences of 32 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_layer": 12, "n_embd": 128, "n_head": 4, "n_positions": 64, "vocab_size": 256}
+    model: nn.Module = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **sizes))
+    return model, {"input_ids": torch.randint(0, 256, (2, 32))}
+
+
+def all_symmetries(batch: int, size: int) -> None:
+    report = analyze(*gpt2())
+    # Four families a layer of 128 units each, and the residual stream.
+    assert len(report.symmetries) == 4 * 12 + 1
+    assert all(row.kind in ("balanced", "none") for row in report)
+
+
+def whole_tensors(batch: int, size: int) -> None:
+    """The null space of the Euler products of whole tensors, from scratch."""
+    replica = Replica(*gpt2(), seed=0, mode="train")
+    names = list(replica.params)
+    rows: list[Tensor] = []
+    space: RowSpace | None = None
+    for point in range(len(names)):
+        replica.move(point)
+        outputs = replica.run(graph=True)
+        for draw in range(len(names)):
+            cotangents = replica.cotangents(outputs, 1000 * point + draw)
+            grads = replica.gradients(outputs, cotangents, names, retain=True)
+            row = torch.tensor(
+                [
+                    0.0 if g is None else float(replica.products(name, g).sum())
+                    for name, g in zip(names, grads, strict=True)
+                ],
+                dtype=torch.float64,
+            )
+            space = RowSpace(row.unsqueeze(0)) if space is None else space
+            if rows and not space.add(row):
+                break
+            rows.append(row)
+        if draw == 0:
+            break
+    null_space(torch.stack(rows))
+    print(f"  {len(rows)} backward passes for whole tensors")
+
+
 def _measured(function: Callable[[int, int], None], args: argparse.Namespace, pipe: Any) -> None:
     torch.set_num_threads(args.threads)
-    from transformers import ResNetForImageClassification  # noqa: F401 -- not part of the time
+    from transformers import GPT2LMHeadModel, ResNetForImageClassification  # noqa: F401 -- not part of the time
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start, cpu = time.perf_counter(), time.process_time()
@@ -61,15 +112,27 @@ def _measured(function: Callable[[int, int], None], args: argparse.Namespace, pi
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Each in a process of its own, since the peak of a process never falls."""
+    print(f"ResNet-50 at {args.batch}×3×{args.size}×{args.size}")
+    functions = {"training step, float64": training_step, "analysis": analysis}
+    memory = _compared(functions, args)
+    print(f"memory of the analysis: {memory[1] / memory[0]:.2f} × the training step's")
+
+
+def language(args: argparse.Namespace) -> None:
+    print("GPT-2, 12 layers of width 128, 2 sequences of 32 tokens")
+    _compared({"all symmetries": all_symmetries, "whole tensors alone": whole_tensors}, args)
+
+
+def _compared(
+    functions: dict[str, Callable[[int, int], None]], args: argparse.Namespace
+) -> list[float]:
+    """Time and peak memory of each, in a process of its own; the memory in MiB is returned."""
     context = multiprocessing.get_context("spawn")
-    print(
-        f"{platform.processor() or platform.machine()}, {args.threads} threads, torch "
-        f"{torch.__version__}, ResNet-50 at {args.batch}×3×{args.size}×{args.size}"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {args.threads} threads, torch {torch.__version__}")
     print(f"{'':24}{'wall, s':>10}{'CPU, s':>10}{'memory, MiB':>14}")
     memory = []
-    for name, function in (("training step, float64", training_step), ("analysis", analysis)):
+    for name, function in functions.items():
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_measured, args=(function, args, sender))
         process.start()
@@ -77,7 +140,7 @@ def cost(args: argparse.Namespace) -> None:
         process.join()
         memory.append(mebibytes)
         print(f"{name:24}{wall:10.1f}{cpu:10.1f}{mebibytes:14.0f}")
-    print(f"memory of the analysis: {memory[1] / memory[0]:.2f} × the training step's")
+    return memory
 
 
 def network_with_a_head() -> nn.Module:
@@ -153,14 +216,14 @@ def gates(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("cost", "gates"))
+    parser.add_argument("what", choices=("cost", "gpt2", "gates"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    {"cost": cost, "gates": gates}[args.what](args)
+    {"cost": cost, "gpt2": language, "gates": gates}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normwise as nw
+from normwise.figures import Axis, Figure, Line, Lines, Spacing, save
 from normwise.lab.data.texts import encode
 
 WIDTHS, DEPTHS = (32, 64, 128), (2, 4)
@@ -290,35 +291,25 @@ def spread(values: list[float]) -> str:
 
 
 def draw(found: dict[tuple[str, int, int], Curve], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    methods = [m for m in METHODS if any(key[0] == m for key in found)]
-    columns = -(-len(methods) // 2)
-    figure, axes = plt.subplots(2, columns, figsize=(3.2 * columns, 6), sharey=True, squeeze=False)
-    colours = dict(zip(WIDTHS, ("#0072b2", "#d55e00", "#00795a"), strict=True))
-    for axis, method in zip(axes.flat, methods, strict=False):
-        for (name, depth, width), curve in sorted(found.items()):
-            if name != method:
-                continue
-            rates = sorted(lr for lr in curve if math.isfinite(statistics.mean(curve[lr])))
-            means = [statistics.mean(curve[lr]) for lr in rates]
-            style = "-" if depth == DEPTHS[0] else "--"
-            label = f"{width} wide, {depth} deep"
-            axis.plot(rates, means, style, color=colours[width], label=label)
-            lr, loss = best(curve)
-            axis.plot([lr], [loss], "o", color=colours[width], markersize=4)
-        axis.set(title=method, xscale="log", xlabel="learning rate", ylim=(1.7, 2.8))
-    for axis in axes.flat[len(methods) :]:
-        axis.axis("off")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("validation loss (nats per character)")
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    lines, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="lower center", ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
+    """The losses over the learning rate: charts by method and depth, a line for each width."""
+    colours = dict(zip(WIDTHS, ("blue", "orange", "green"), strict=True))
+    x = Axis("learning rate, log scale", Spacing.LOG)
+    y = Axis("validation loss, nats per character", holds=(1.9, 2.8))
+    charts = []
+    for method, depth in itertools.product(METHODS, DEPTHS):
+        lines = []
+        for width in WIDTHS:
+            curve = found.get((method, depth, width), {})
+            means = {lr: statistics.mean(losses) for lr, losses in sorted(curve.items())}
+            # What is far above the best would flatten the rest.
+            shown = {lr: loss for lr, loss in means.items() if loss < 2.8}
+            label = f"{width} wide"
+            lines.append(
+                Line(label, label, tuple(shown), tuple(shown.values()), colour=colours[width])
+            )
+        charts.append(Lines(f"{method}, {depth} deep", "", x, y, tuple(lines)))
+    shown = tuple(chart for chart in charts if not chart.empty)
+    save(Figure("", shown, columns=2, width=1180), path)
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -8,16 +8,20 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
+import torch
 import yaml
 
 from normwise import cli
 from normwise.lab.recipes import ids
+from normwise.lab.running.export import read_json
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESULTS = ROOT / "docs" / "results"
+REPORTS = [path for path in sorted(RESULTS.rglob("*.json")) if path.stem in ids()]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -54,6 +58,8 @@ def test_every_code_block_has_a_language_that_is_run(page):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=identify)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    if "torch.optim.Muon" in page.read_text("utf-8") and not hasattr(torch.optim, "Muon"):
+        pytest.skip("Muon came with torch 2.9")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "docs"}
     for code in blocks(page, "python"):
@@ -169,6 +175,46 @@ def test_the_results_page_shows_what_the_data_says(recipe):
         if row["sd"] is not None:
             shown += f" ± {row['sd']:.2f}"
         assert f"| {shown} " in section, row["method"]
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
+def test_the_results_can_be_reported_again(path):
+    (recipe, *others) = {table.recipe.id for table in read_json(path)}
+    assert (recipe, others) == (path.stem, [])
+
+
+def lines_of(name):
+    text = (RESULTS / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_page_of_the_shift_shows_what_its_data_says():
+    page = (ROOT / "docs" / "epsilon-shifted-l2.md").read_text(encoding="utf-8")
+    words = {"bare": "plain", "shifted": "shifted"}
+    for run in lines_of("epsilon_shift.jsonl"):
+        if run["decay"] == "guarded" or run["steps"] != 6000:
+            continue
+        norm = "not normalized" if run["method"] == "none" else run["method"]
+        decay = "" if run["method"] == "none" else f", {words[run['decay']]}"
+        (row,) = (
+            r for r in page.splitlines() if r.startswith(f"| {norm}, {run['optimizer']}{decay} |")
+        )
+        largest = f"{run['largest']:.{'0f' if run['largest'] < 1000 else '0e'}}"
+        end = f"– ({run['failed_at']:,})" if run["failed_at"] else f"{run['accuracy']:.1f}"
+        column = 1 + [1e-2, 1e-3, 1e-4, 1e-5, 0].index(run["weight_decay"])
+        shown = f"{end}, {re.sub(r'e.0*', 'e', largest)}"
+        assert row.split("|")[1 + column].strip() == shown
+
+
+def test_the_page_of_the_shift_shows_the_accuracies_of_depthwise_filters():
+    page = (ROOT / "docs" / "epsilon-shifted-l2.md").read_text(encoding="utf-8")
+    found = {}
+    for run in lines_of("depthwise_standardization.jsonl"):
+        if run["steps"] == 2000:
+            found.setdefault(run["variant"], []).append(run["accuracy"])
+    for variant, values in found.items():
+        (row,) = (r for r in page.splitlines() if r.startswith(f"| {variant} "))
+        assert f"| {mean(values):.1f} ± {stdev(values):.1f} |" in row
 
 
 def pairs():

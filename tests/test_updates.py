@@ -44,6 +44,7 @@ class Stranger(torch.optim.Optimizer):
 
 
 optim = torch.optim
+needs_muon = pytest.mark.skipif(not hasattr(optim, "Muon"), reason="Muon came with torch 2.9")
 # Every optimizer with decoupled decay, or with L2 that a gradient-sized update takes.
 KNOWN_DECAY = {
     "SGD": lambda p: optim.SGD(p, lr=LR, momentum=MU, weight_decay=DECAY),
@@ -83,6 +84,9 @@ KNOWN_DECAY = {
         nw.tangential(optim.SGD(p, lr=LR, momentum=MU), "layer", wd_ratio=0.5), Decoupled(DECAY)
     ),
 }
+for name, version in (("Muon", "2.9"), ("Adam, decoupled", "2.7")):
+    if torch.__version__ < version:
+        del KNOWN_DECAY[name]
 
 
 def attached(optimizer, policy, **on):
@@ -122,7 +126,7 @@ def test_a_weight_without_a_gradient_shrinks_by_the_share_that_its_rule_gives(ki
         (lambda p: nw.AdamP(p, lr=LR), Update.NORMALIZED),
         (lambda p: optim.Rprop(p, lr=LR), Update.SIGN),
         (lambda p: Lion(p, LR, 0), Update.SIGN),
-        (lambda p: optim.Muon(p, lr=LR), Update.ORTHOGONALIZED),
+        pytest.param(lambda p: optim.Muon(p, lr=LR), Update.ORTHOGONALIZED, marks=needs_muon),
     ],
 )
 def test_the_first_update_is_as_long_as_the_rule_says(make, update):
@@ -142,6 +146,7 @@ def test_the_first_update_is_as_long_as_the_rule_says(make, update):
     assert lengths[1] / lengths[0] == pytest.approx(ratio, rel=0.02)
 
 
+@needs_muon
 @pytest.mark.parametrize(("shape", "adjustment"), [((6, 3), None), ((3, 6), "match_rms_adamw")])
 def test_muon_lengthens_its_step_by_the_shape(shape, adjustment):
     p = nn.Parameter(torch.zeros(shape))

@@ -18,7 +18,7 @@ from normwise.reparam import (
 )
 from normwise.updates import UpdateRule, describe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "AWP",

@@ -20,8 +20,6 @@ from normwise.geometry import View
 
 __all__ = ["Layout", "is_sharded", "lay_out", "lay_out_channels", "local", "sum_over_ranks_"]
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-
 
 def is_sharded(t: Any) -> TypeGuard[Any]:
     """Whether ``t`` is a DTensor; what DTensors need is not imported where there is none.
@@ -32,7 +30,7 @@ def is_sharded(t: Any) -> TypeGuard[Any]:
     Returns:
         True or False.
     """
-    if type(t) in _PLAIN or not isinstance(t, Tensor):
+    if type(t) is Tensor or type(t) is torch.nn.Parameter or not isinstance(t, Tensor):
         return False
     from torch.distributed.tensor import DTensor
 
@@ -115,7 +113,9 @@ class Layout:
 
     @functools.cached_property
     def _lengths(self) -> Tensor:
-        return torch.bincount(self.slots, minlength=self.count)
+        # Not torch.bincount, which waits for the device.
+        lengths = torch.zeros(self.count, dtype=torch.int64, device=self.slots.device)
+        return lengths.index_add_(0, self.slots, torch.ones_like(self.slots))
 
 
 def lay_out(p: Any, view: View) -> Layout:

@@ -45,6 +45,8 @@ class Update(Enum):
         NORMALIZED: each entry is divided by its own size: Adam and its kin.
         SIGN: each entry is −1 or 1: Lion.
         ORTHOGONALIZED: all singular values are brought near 1: Muon.
+        RELATIVE: it is η times as long as the weight, which is put back on its norm: hyperball.
+        ROTATION: the weight turns by η exactly, along a great circle.
         UNKNOWN: nothing is known of this optimizer; taken as normalized, as most are.
     """
 
@@ -52,11 +54,20 @@ class Update(Enum):
     NORMALIZED = "normalized"
     SIGN = "sign"
     ORTHOGONALIZED = "orthogonalized"
+    RELATIVE = "relative to the norm"
+    ROTATION = "a rotation by the learning rate"
     UNKNOWN = "not known"
 
     @property
+    def is_relative(self) -> bool:
+        """Whether η is an angle, or its tangent, whatever the norm and the gradient."""
+        return self in (Update.RELATIVE, Update.ROTATION)
+
+    @property
     def exponent(self) -> int:
-        """The power of the norm by which the effective learning rate falls: 2 or 1."""
+        """The power of the norm by which the effective learning rate falls: 2, 1 or 0."""
+        if self.is_relative:
+            return 0
         return 2 if self is Update.GRADIENT else 1
 
 
@@ -109,6 +120,8 @@ class UpdateRule:
         wd_ratio: ρ, the factor on the decay of projected weights.
         delta: the threshold of the gate, a cosine times √entries.
         norm: ``"fixed"`` if each slice keeps its norm, else ``"free"``.
+        rounds_at_random: whether small steps of 16-bit weights work on average, by stochastic
+            rounding.
         changed_by: the wrappers and policies that have changed what the optimizer does.
     """
 
@@ -131,6 +144,7 @@ class UpdateRule:
     wd_ratio: float = 1.0
     delta: float = 0.0
     norm: Literal["free", "fixed"] = "free"
+    rounds_at_random: bool = False
     changed_by: tuple[str, ...] = ()
 
     @property

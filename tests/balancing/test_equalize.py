@@ -141,3 +141,34 @@ def test_invariant_rows_get_one_range_and_statistics_follow(network):
     ranges = model[0].weight.abs().flatten(1).amax(1)
     torch.testing.assert_close(ranges, ranges[:1].expand(4), rtol=1e-5, atol=0)
     torch.testing.assert_close(model(x), before, rtol=1e-8, atol=1e-8)
+
+
+def test_the_search_takes_the_alpha_at_which_rounding_changes_the_readers_outputs_least(network):
+    """Against every α of the grid by itself, with the readers' outputs computed here."""
+    model, x, report = network("gated")
+    with torch.no_grad():
+        model.norm.weight[2] = 30
+    plain = {n: p.detach().clone() for n, p in model.named_parameters()}
+    h = model.norm(x).detach()
+
+    def error(alpha):
+        model.load_state_dict(plain)
+        nw.equalize(model, report, x, rule="awq", alpha=alpha, bits=3)
+        change = 0.0
+        for name in ("up", "gate"):
+            w, original = model.get_parameter(f"{name}.weight").detach(), plain[f"{name}.weight"]
+            factor = w / original
+            change += (h @ (round_weight(w, 3) / factor - original).T).square().sum().item()
+        return change
+
+    errors = [error(k / 20) for k in range(20)]
+    assert error("search") == pytest.approx(min(errors), rel=1e-9)
+    assert min(errors) < errors[0] / 2  # with an outlier, no scaling is far from the best
+
+
+def test_the_search_keeps_the_function_of_convolutions(network):
+    model, x, report = network("convolutions")
+    model.eval()
+    before = model(x)
+    nw.equalize(model, report, x, rule="awq", alpha="search", bits=4)
+    torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-9)

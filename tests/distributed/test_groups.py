@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -11,6 +12,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import normwise as nw
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, foreach=False)
+if not hasattr(torch.optim, "Muon"):
+    pytest.skip("Muon came with torch 2.9", allow_module_level=True)
 MUON = functools.partial(torch.optim.Muon, lr=0.02)
 
 

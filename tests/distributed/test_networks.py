@@ -1,4 +1,4 @@
-"""Twenty steps of real networks are those of a single process, however they are parallelized."""
+"""Steps of real networks are those of a single process, however they are parallelized."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import normwise
 
-STEPS = 20
+FEW_STEPS, MANY_STEPS = 6, 20
 BATCH = 8
 
 
@@ -129,12 +129,12 @@ def backward(model, kind, step, part=0, parts=1):
     nn.functional.cross_entropy(model(inputs), targets).backward()
 
 
-def on_one_process(kind, width, optimizer, known={}):  # noqa: B006 -- a cache
-    key = (kind, width, optimizer)
+def on_one_process(kind, width, optimizer, steps, known={}):  # noqa: B006 -- a cache
+    key = (kind, width, optimizer, steps)
     if key not in known:
         model = new_model(kind, width)
         optimizer = OPTIMIZERS[optimizer](model)
-        for step in range(STEPS):
+        for step in range(steps):
             optimizer.zero_grad()
             backward(model, kind, step)
             optimizer.step()
@@ -167,16 +167,16 @@ def parallelize(model, kind, how):
     return fully_shard(model, mesh=mesh), part, parts
 
 
-def difference(kind, width, how, optimizer):
+def difference(kind, width, how, optimizer, steps):
     """From one process, after all steps; and the most collectives in a step of the optimizer."""
-    expected = on_one_process(kind, width, optimizer)
+    expected = on_one_process(kind, width, optimizer, steps)
     model, part, parts = parallelize(new_model(kind, width), kind, how)
     plain = model.module if how == "DDP" else model
     optimizer = OPTIMIZERS[optimizer](plain)
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
         backward(model, kind, step, part, parts)
-        if step < STEPS - 1:
+        if step < steps - 1:
             optimizer.step()
     with CommDebugMode() as communication:
         optimizer.step()
@@ -187,8 +187,8 @@ def difference(kind, width, how, optimizer):
     return worst, sum(communication.get_comm_counts().values())
 
 
-def differences(kind, width, how, optimizers):
-    return {o: difference(kind, width, how, o) for o in optimizers}
+def differences(kind, width, how, optimizers, steps):
+    return {o: difference(kind, width, how, o, steps) for o in optimizers}
 
 
 FEW = ["AdamP", "SGDP fixed"]
@@ -196,13 +196,13 @@ COLLECTIVES = {"DDP": 0, "FSDP2": 1, "HSDP": 1, "TP": 1, "FSDP2+TP": 2}
 
 
 @pytest.mark.parametrize(
-    "optimizers",
-    [FEW, pytest.param([o for o in OPTIMIZERS if o not in FEW], marks=pytest.mark.slow)],
+    ("optimizers", "steps"),
+    [(FEW, FEW_STEPS), pytest.param([*OPTIMIZERS], MANY_STEPS, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("how", COLLECTIVES)
-def test_twenty_steps_on_four_ranks(how, kind, optimizers, world4):
-    for of_rank in world4(differences, kind, 8, how, optimizers):
+def test_steps_on_four_ranks(how, kind, optimizers, steps, world4):
+    for of_rank in world4(differences, kind, 8, how, optimizers, steps):
         for case, (distance, collectives) in of_rank.items():
             assert distance < 1e-10, case
             assert collectives <= COLLECTIVES[how], case
@@ -213,7 +213,7 @@ def test_twenty_steps_on_four_ranks(how, kind, optimizers, world4):
 def test_uneven_and_empty_shards(how, kind, world4):
     """Widths of 6 and 12, and a head of 4, on 4 ranks."""
     width = 6 if kind == "conv" else 12
-    for of_rank in world4(differences, kind, width, how, ["AdamP", "AdamP views"]):
+    for of_rank in world4(differences, kind, width, how, ["AdamP", "AdamP views"], FEW_STEPS):
         for case, (distance, collectives) in of_rank.items():
             assert distance < 1e-10, case
             assert collectives <= 1, case
@@ -225,7 +225,7 @@ def zero_redundancy(kind, optimizer, **options):
     model = DistributedDataParallel(new_model(kind, 8))
     many = ZeroRedundancyOptimizer(model.parameters(), optimizer, **options)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    for step in range(STEPS):
+    for step in range(FEW_STEPS):
         one.zero_grad()
         many.zero_grad()
         backward(expected, kind, step)

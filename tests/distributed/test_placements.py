@@ -18,7 +18,7 @@ from normwise.geometry import tangential
 # a whole, once to nothing: the gate's three states.
 SHAPES = [(6, 4, 2, 2), (3, 10), (1, 8), (5,), (10, 12)]
 STATES = [View.channel(), View.layer(), None]
-STEPS = 20
+FEW_STEPS, MANY_STEPS = 5, 20
 
 OPTIMIZERS = {
     "AdamP": lambda p, **o: normwise.AdamP(p, lr=0.01, weight_decay=0.1, **o),
@@ -119,14 +119,14 @@ def gradient(w, step, index):
     return g if orthogonal is None or w.ndim < 2 else tangential(g, w, orthogonal)
 
 
-def trajectory(make, options, known={}):  # noqa: B006 -- a cache
+def trajectory(make, options, steps, known={}):  # noqa: B006 -- a cache
     """On one process: gradients of every step, and the weights after the last."""
-    key = (make, str(options))
+    key = (make, str(options), steps)
     if key not in known:
         weights = [w.requires_grad_() for w in weights_of(options["view"])]
         optimizer = optimizer_of(make.removesuffix(" fused"), weights, options)
         grads = []
-        for step in range(STEPS):
+        for step in range(steps):
             for index, w in enumerate(weights):
                 w.grad = gradient(w.detach(), step, index)
             grads.append([w.grad for w in weights])
@@ -141,9 +141,9 @@ def optimizer_of(make, params, options):
     return OPTIMIZERS[make](params, **options)
 
 
-def difference_from_one_process(make, options, mesh, placements):
+def difference_from_one_process(make, options, mesh, placements, steps):
     """The largest difference of any entry after all steps, and the collectives of the last step."""
-    grads, after = trajectory(make, options)
+    grads, after = trajectory(make, options, steps)
     shards = [
         distributed(w, mesh, placements).requires_grad_() for w in weights_of(options["view"])
     ]
@@ -151,7 +151,7 @@ def difference_from_one_process(make, options, mesh, placements):
     for step, gs in enumerate(grads):
         for p, g in zip(shards, gs, strict=True):
             p.grad = distributed(g, mesh, placements)
-        last = step == STEPS - 1
+        last = step == steps - 1
         with CommDebugMode() if last else contextlib.nullcontext() as communication:
             optimizer.step()
     worst = max(
@@ -162,10 +162,12 @@ def difference_from_one_process(make, options, mesh, placements):
     return worst, sum(communication.get_comm_counts().values())
 
 
-def differences(makes, mesh_shape, placements):
+def differences(makes, mesh_shape, placements, steps):
     mesh = init_device_mesh("cpu", mesh_shape)
     return {
-        (make, *options.values()): difference_from_one_process(make, options, mesh, placements)
+        (make, *options.values()): difference_from_one_process(
+            make, options, mesh, placements, steps
+        )
         for make in makes
         for options in OPTIONS
         if make not in TANGENTIAL or "norm" in options
@@ -183,15 +185,15 @@ FEW = ["AdamP", "SGD"]
 
 
 @pytest.mark.parametrize(
-    "makes", [FEW, pytest.param([m for m in MAKES if m not in FEW], marks=pytest.mark.slow)]
+    ("makes", "steps"), [(FEW, FEW_STEPS), pytest.param(MAKES, MANY_STEPS, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("name", [*PLACEMENTS_1D, *PLACEMENTS_2D])
-def test_the_trajectory_is_that_of_one_process(name, makes, world4):
+def test_the_trajectory_is_that_of_one_process(name, makes, steps, world4):
     """For every optimizer, view and state of the gate, with one collective a mesh dimension."""
     if name in PLACEMENTS_1D:
-        assert_as_one_process(world4(differences, makes, (4,), PLACEMENTS_1D[name]), 1)
+        assert_as_one_process(world4(differences, makes, (4,), PLACEMENTS_1D[name], steps), 1)
     else:
-        assert_as_one_process(world4(differences, makes, (2, 2), PLACEMENTS_2D[name]), 2)
+        assert_as_one_process(world4(differences, makes, (2, 2), PLACEMENTS_2D[name], steps), 2)
 
 
 @pytest.mark.parametrize(
@@ -206,4 +208,4 @@ def test_the_trajectory_is_that_of_one_process(name, makes, world4):
 def test_fused_steps_of_shards(name, make, world4):
     """Some ranks have empty shards, which no kernel takes, and all wait for the same sums."""
     pytest.importorskip("numba", reason="the kernels are compiled by Numba")
-    test_the_trajectory_is_that_of_one_process(name, [make], world4)
+    test_the_trajectory_is_that_of_one_process(name, [make], FEW_STEPS, world4)

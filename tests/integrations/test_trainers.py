@@ -10,6 +10,8 @@ from torch import nn
 import normwise as nw
 from normwise.integrations.accelerate import unwrapped
 
+if not hasattr(torch.optim, "Muon"):
+    pytest.skip("Muon came with torch 2.9", allow_module_level=True)
 MUON = functools.partial(torch.optim.Muon, lr=0.02)
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3)
 

@@ -56,6 +56,8 @@ def test_a_factory_of_ones_own(inspect):
     generator = torch.Generator().manual_seed(0)
     report = analyze(net, torch.randn(4, 6, generator=generator))
     assert out == f"{report}\n\n{report.advice(0.01, 1e-3)}\n"
+    code, out, _ = inspect("inspected_network:build", "--batch", "4x6", "--summary")
+    assert (code, out) == (0, f"{report.summary()}\n")
     code, out, _ = inspect("inspected_network:build", "--batch", "4x6", "--json")
     assert code == 0
     assert Report.from_json(out).views() == report.views()
@@ -92,7 +94,11 @@ def test_a_model_too_large_to_copy_is_told_before_it_is_built(inspect):
     pytest.importorskip("transformers", reason="the networks come from transformers")
     code, out, err = inspect("hf:mixtral")
     assert (code, out) == (2, "")
-    assert "billion parameters; make it narrow with --set" in err
+    assert "46.7 billion parameters; make it narrow" in err
+    offered = err.partition("the same: ")[2].split()
+    code, out, _ = inspect("hf:mixtral", *offered, "--no-joint", "--draws=1")
+    assert code == 0
+    assert "model.layers.1.mlp.experts.down_proj" in out
 
 
 def test_a_model_type_and_a_configuration_file_of_transformers(inspect, tmp_path):

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import normwise
 from normwise import View
 from normwise.invariance import Report, analyze
+from normwise.invariance.advice import chance_of_gate
+from normwise.invariance.row import KINDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,6 +154,31 @@ def test_advice_counts_what_decay_acts_on(report):
     share = (6 * 27 + 8 * 54) / sum(row.entries for row in report)
     assert f"scale-invariant weights (2 parameters, {share:.1%} of the entries)" in text
     assert "biases, gains and scales (7 parameters" in text
+    # The head before the frozen readout, and the readout.
+    assert "AdamP's gate (view='auto') has nothing to project in 2 parameters" in text
+    assert "projects as a whole what is invariant in parts: 3.weight (blocks(2))" in text
+    assert "fix: the norms of 3 of 4 matrices, at no loss; with a gain those of 8.weight" in text
+    assert "group: 3 hidden matrices apart from readout 8.weight" in text
+
+
+def test_the_gate_opens_by_chance_as_often_as_the_advice_says():
+    """|cos| of independent directions in n dimensions is below 0.1/√n in 2Φ(0.1) − 1 of draws."""
+    torch.manual_seed(0)
+    g, w = torch.randn(2, 20_000, 256).unbind()
+    cosine = F.cosine_similarity(g, w)
+    opened = (cosine.abs() < 0.1 / 256**0.5).float().mean()
+    assert float(opened) == pytest.approx(chance_of_gate(0.1), abs=0.006)  # three deviations
+
+
+def test_the_figure_links_what_is_traded_and_says_views_beside_the_names(report):
+    shares, links = report.figure().charts
+    assert shares.rows == tuple(KINDS[k] for k in KINDS if any(row.kind == k for row in report))
+    assert links.rows == tuple(row.name for row in report)
+    assert links.marks[links.rows.index("3.weight")] == ("blocks(2)", "blue")
+    torch.manual_seed(0)
+    traded = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    (link,) = analyze(traded, torch.randn(60, 6)).figure().charts[1].links
+    assert (link.full, link.hollow, link.label) == ((0, 1), (2,), "8")
 
 
 def test_figure(report, tmp_path):

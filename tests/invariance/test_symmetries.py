@@ -156,12 +156,12 @@ def gated():
 class Experts(nn.Module):
     """Four experts in two stacks, weighed by a router: scale is traded expert by expert."""
 
-    def __init__(self):
+    def __init__(self, count=4, width=5):
         super().__init__()
         self.norm = nn.RMSNorm(6)
-        self.router = linear(6, 4)
-        self.up = nn.Parameter(torch.randn(4, 5, 6))
-        self.down = nn.Parameter(torch.randn(4, 3, 5))
+        self.router = linear(6, count)
+        self.up = nn.Parameter(torch.randn(count, width, 6))
+        self.down = nn.Parameter(torch.randn(count, 3, width))
 
     def forward(self, x):
         x = self.norm(x)
@@ -179,6 +179,30 @@ def experts():
             "up slices along dimensions 0 and 1 ↔ "
             "down slices along dimensions 0 and 2 ^2: 20 units",
             "norm.weight ↔ router.weight columns, up slices along dimension 2: 6 units",
+        },
+    )
+
+
+class Grid(nn.Module):
+    """Stacks of two leading dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 3, 5, 6))
+        self.down = nn.Parameter(torch.randn(2, 3, 4, 5))
+
+    def forward(self, x):
+        hidden = torch.relu(torch.einsum("bi,lehi->bleh", x, self.up))
+        return torch.tanh(torch.einsum("bleh,leoh->bleo", hidden, self.down))
+
+
+def grid():
+    return (
+        Grid(),
+        torch.randn(60, 6),
+        {
+            "up slices along dimensions 0, 1 and 2 ↔ down slices along dimensions 0, 1 and 3: "
+            "30 units"
         },
     )
 
@@ -231,6 +255,7 @@ NETWORKS = [
     recurrent,
     gated,
     experts,
+    grid,
     tied,
     shuffled,
 ]
@@ -463,6 +488,16 @@ def test_a_family_of_a_small_network_serves_the_large_one():
     before = large(x)
     report.rescale_()
     assert difference(large(x), before) < 1e-9
+
+
+def test_a_stack_too_large_to_search_index_by_index_is_searched_in_two_matrices():
+    """8 experts of 2,100 units; what two of them show is confirmed by rescaling all."""
+    torch.manual_seed(0)
+    report = analyze(Experts(8, 2100), torch.randn(60, 6))
+    assert {replace(s, unseen=0).units for s in report.symmetries} == {16_800, 6}
+    assert "up slices along dimensions 0 and 1 ↔ down slices along dimensions 0 and 2 ^2" in str(
+        report.symmetries[0]
+    )
 
 
 def test_symmetries_are_read_back_from_json():

@@ -335,6 +335,72 @@ def test_qwen3_with_a_norm_on_each_head_of_queries_and_keys():
     assert families(report) == llama_like(0) | llama_like(1) | gains | {STREAM, HEAD}
 
 
+def test_cohere_with_an_interleaved_rotary_embedding_and_grouped_heads():
+    """The embedding turns rows 2j and 2j + 1 of each head; two heads of queries see one of keys."""
+    model = transformers.CohereForCausalLM(transformers.CohereConfig(**LANGUAGE))
+    report = analyze(model, tokens())
+    attention = "model.layers.0.self_attn"
+    assert (
+        f"{attention}.q_proj.weight rows, 2 at a time 8 apart, in runs of 2 ↔ "
+        f"{attention}.k_proj.weight rows, in runs of 2: 8 units"
+    ) in families(report)
+
+
+def test_falcon_with_one_head_of_keys_and_values_in_a_fused_projection():
+    """Rows 0–31 are 4 heads of queries, 32–39 the keys, 40–47 the values; x @ weight.T."""
+    sizes = {k: v for k, v in LANGUAGE.items() if k not in ("intermediate_size",)}
+    model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes))
+    report = analyze(model, tokens())
+    fused, out = (
+        f"transformer.h.0.self_attention.{x}.weight" for x in ("query_key_value", "dense")
+    )
+    queries, keys = "rows 0–31, 8 at a time 4 apart", "rows 32–39, 2 at a time 4 apart"
+    assert {
+        f"{fused} {queries} ↔ {fused} {keys}: 4 units",
+        f"{fused} rows 40–47 ↔ {out} columns, 4 at a time 8 apart: 8 units",
+    } <= families(report)
+
+
+def test_gemma2_whose_gains_are_one_plus_a_weight():
+    """Of 1 + weight the sum is traded; the stream is one family, the last norm in it."""
+    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(head_dim=8, **LANGUAGE))
+    report = analyze(model, tokens())
+    start = "model.layers.0."
+    listed = ", ".join(f"{start}self_attn.{x}_proj.weight columns" for x in "qkv")
+    found = {str(family) for family in report.shifted}
+    assert f"(1 + {start}input_layernorm.weight) ↔ {listed}: 32 units" in found
+    writers_of_stream = ", ".join(
+        f"(1 + model.layers.{layer}.post_{branch}_layernorm.weight)"
+        for layer in (0, 1)
+        for branch in ("attention", "feedforward")
+    )
+    stream = f"model.embed_tokens.weight, {writers_of_stream} ↔ (1 + model.norm.weight)"
+    assert stream in found
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3Moe"])
+def test_a_narrow_network_tells_the_families_of_one_on_meta(kind):
+    """Heads of 4 rows serve heads of 16, rotary pairs, experts and blocks included."""
+
+    def build(width):
+        experts = {"moe_intermediate_size": width, "num_experts": 4, "num_experts_per_tok": 4}
+        sizes = LANGUAGE | {"hidden_size": width, "intermediate_size": width * 3 // 2}
+        sizes |= {"num_hidden_layers": 1, "head_dim": width // 4}
+        sizes |= experts if kind == "Qwen3Moe" else {}
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(**sizes)
+        return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+    batch = tokens()
+    with torch.device("meta"):
+        large = build(64)
+    found = analyze(large, batch, factory=lambda: build(16))
+    expected = analyze(build(64), batch)
+    assert {str(s) for s in found.symmetries} == {str(s) for s in expected.symmetries}
+    assert found.views() == expected.views()
+
+
 def test_olmo2_with_norms_over_all_heads_and_after_each_branch():
     """q and k are normalized over all heads at once; o and down before they join the stream."""
     model = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**LANGUAGE))

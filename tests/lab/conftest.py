@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from normwise.lab.digits import Choice
-from normwise.lab.recipes import Cell
+from normwise.lab.recipes import RecipeCell
 from normwise.lab.running.cell import run_cell
 from normwise.lab.tasks.problem import Problem
 
@@ -104,7 +104,7 @@ def assert_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     """That a cell which is cut at a step, and goes on, ends in the bits of one that is not cut."""
 
     def check(
-        cell: Cell, root: Path, problem: type[Problem], at: int, between: Callable[[], object]
+        cell: RecipeCell, root: Path, problem: type[Problem], at: int, between: Callable[[], object]
     ) -> None:
         whole = run_cell(cell, tmp_path / "whole", root)
         assert whole["status"] == "ok"

@@ -85,6 +85,13 @@ def test_the_commands_compare_and_paper_run_give_the_same_metrics(tmp_path, caps
     assert cli.main([*run, *shared, "--out", str(tmp_path / "b")]) == 0
     (same,) = json.loads(capsys.readouterr().out)
     assert same["values"]["0"] == 100 * row["numbers"]["test_accuracy"]["values"][0]
+    lines = [
+        (
+            tmp_path / out / "digits-paper" / "digits" / "adamp" / "seed-0" / "metrics.jsonl"
+        ).read_text()
+        for out in (f"a/{CELLS}", "b")
+    ]
+    assert lines[0] == lines[1]
 
 
 def test_a_comparison_can_be_reported_as_any_run(outcome):
@@ -164,7 +171,7 @@ def test_all_files_are_there_and_whole(outcome):
 
 def test_layers_are_watched_with_the_first_seed(outcome):
     page = (outcome.folder / "report.html").read_text("utf-8")
-    slices = {"0.weight": 16, "3.weight": 16, "7.weight": 32, "10.weight": 32}
+    slices = {f"conv{k}.weight": channels for k, channels in enumerate((16, 16, 32, 32), 1)}
     for name in outcome.run["settings"]["optimizers"]:
         lines = (outcome.folder / f"layers-{name}.jsonl").read_text("utf-8").splitlines()
         measured = {line["step"]: line["norm"] for line in map(json.loads, lines)}

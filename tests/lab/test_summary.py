@@ -117,8 +117,8 @@ def pair(record, with_projection, without, growth=(1.1, 2.0)):
     [
         ((0.95, 0.96, 0.95), (0.90, 0.91, 0.90), Verdict.BETTER, "SGDP ended more accurate"),
         ((0.90, 0.91, 0.90), (0.95, 0.96, 0.95), Verdict.WORSE, "SGDP ended less accurate"),
-        ((0.90, 0.96, 0.93), (0.93, 0.90, 0.94), Verdict.WITHIN_SPREAD, "no more than chance"),
-        ((0.90, 0.90, 0.90), (0.90, 0.90, 0.90), Verdict.WITHIN_SPREAD, "no more than chance"),
+        ((0.90, 0.96, 0.93), (0.93, 0.90, 0.94), Verdict.WITHIN_CHANCE, "no more than chance"),
+        ((0.90, 0.90, 0.90), (0.90, 0.90, 0.90), Verdict.WITHIN_CHANCE, "no more than chance"),
         ((0.95,), (0.90,), Verdict.ONE_SEED, "one seed is too few"),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_difference_of_a_few_images_is_not_called_better_though_every_seed_agr
     ]
     (found,) = findings(records, PAIR, 1, n)
     assert math.isclose(found.difference, 3 / n)
-    assert found.verdict is Verdict.WITHIN_SPREAD
+    assert found.verdict is Verdict.WITHIN_CHANCE
     # With ten times as many such images it is.
     many = [
         {**r, "test_errors": list(range(30)) if r["optimizer"] == "sgd" else []}

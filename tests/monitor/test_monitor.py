@@ -246,8 +246,7 @@ def test_pictures(training, tmp_path):
     monitor.plot(tmp_path / "norms.png")
     assert (tmp_path / "norms.png").read_bytes()[:4] == b"\x89PNG"
     panels = monitor.panels()
-    # The equilibrium is not predicted for an optimizer without decay, and has no empty panel.
-    assert panels.keys() == {"norms", "effective_lrs", "angles"}
+    assert panels.keys() == {"norms", "effective_lrs", "angles", "expected"}
     assert all(
         svg.startswith("<svg") and svg.rstrip().endswith("</svg>") for svg in panels.values()
     )

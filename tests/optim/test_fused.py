@@ -544,6 +544,7 @@ def test_importing_normwise_imports_no_compiler():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_without_a_directory_to_write_to_the_kernels_are_compiled_anew(numba):
     code = """
 import logging, sys

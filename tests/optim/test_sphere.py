@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import normwise
 from normwise import LearnedNorm, RadialBrake, View
 from normwise.geometry import cosine, norms, radial, unit
+from normwise.updates import Update
 
 SHAPES = [(7,), (6, 4), (4, 3, 3, 3), (2, 3, 2, 2, 2), (6, 4)]
 VIEWS = [View.channel(), View.channel(1), View.blocks(2), View.layer()]
@@ -335,9 +336,11 @@ def test_a_step_with_rate_and_gradients_of_zero_changes_no_bit(path, update):
         assert_same([p.detach() for p in params], before, atol=0)
 
 
-def test_a_slice_that_is_only_lengthened_stays():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 8), (2000, 8), (2000, 1)])
+def test_a_slice_that_is_only_lengthened_stays(shape, dtype):
     """On the great circle; rounding must not become a direction."""
-    w = torch.randn(4, 8, requires_grad=True)
+    w = torch.randn(shape, dtype=dtype, requires_grad=True)
     before = w.detach().clone()
     optimizer = normwise.sphere(torch.optim.SGD([w], lr=0.3), "channel", path="geodesic")
     w.grad = 0.7 * before
@@ -543,7 +546,11 @@ def test_its_rule_has_fixed_norms_and_no_decay_where_it_acts():
     ours, theirs = normwise.describe(normwise.sphere(adamw, {w: "layer"}))
     assert (ours.norm, ours.view, ours.shrink) == ("fixed", View.layer(), 0.0)
     assert ours.changed_by == ("sphere",)
-    assert math.isnan(ours.scale)
+    assert (ours.update, ours.scale) == (Update.RELATIVE, 1.0)
+    turning = normwise.sphere(torch.optim.SGD([w], lr=0.1), "layer", path="geodesic")
+    assert normwise.describe(turning)[0].update is Update.ROTATION
+    raw = normwise.sphere(torch.optim.SGD([w], lr=0.1), "layer", update="raw")
+    assert normwise.describe(raw)[0].update is Update.GRADIENT
     assert theirs == normwise.describe(adamw)[1]
 
 

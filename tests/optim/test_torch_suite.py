@@ -29,25 +29,37 @@ from torch.testing._internal.common_optimizers import (
 import normwise
 from normwise import View
 
-VIEWS = [
-    OptimizerInput(params=None, kwargs={"view": View.channel()}, desc="channel view"),
-    OptimizerInput(params=None, kwargs={"view": "layer"}, desc="layer view"),
-    OptimizerInput(params=None, kwargs={"view": None, "weight_decay": 0.1}, desc="no view"),
-    OptimizerInput(params=None, kwargs={"delta": 5.0, "weight_decay": 0.1}, desc="open gate"),
-    OptimizerInput(params=None, kwargs={"view": "channel", "norm": "fixed"}, desc="fixed norm"),
-    OptimizerInput(params=None, kwargs={"lr": torch.tensor(1e-3)}, desc="tensor lr"),
-    OptimizerInput(params=None, kwargs={"weight_decay": torch.tensor(0.1)}, desc="tensor decay"),
-]
+
+def projected_inputs():
+    """Of our own options; made anew each time, as torch's are, since some tests write to them."""
+    decay = {"weight_decay": 0.1}
+    return [
+        OptimizerInput(params=None, kwargs=kwargs, desc=desc)
+        for desc, kwargs in {
+            "channel view": {"view": View.channel()},
+            "layer view": {"view": "layer"},
+            "no view": {"view": None, **decay},
+            "open gate": {"delta": 5.0, **decay},
+            "fixed norm": {"view": "channel", "norm": "fixed"},
+            "tensor lr": {"lr": torch.tensor(1e-3)},
+            "tensor decay": {"weight_decay": torch.tensor(0.1)},
+        }.items()
+    ]
 
 
 def adamp_inputs(device, dtype=None):
     ours = [i for i in optim_inputs_func_adamw(device, dtype) if "amsgrad" not in i.kwargs]
     nesterov = OptimizerInput(params=None, kwargs={"nesterov": True}, desc="nesterov")
-    return [*ours, nesterov, OptimizerInput(None, {"capturable": True}, "capturable"), *VIEWS]
+    return [
+        *ours,
+        nesterov,
+        OptimizerInput(None, {"capturable": True}, "capturable"),
+        *projected_inputs(),
+    ]
 
 
 def sgdp_inputs(device, dtype=None):
-    return [*optim_inputs_func_sgd(device, dtype), *VIEWS]
+    return [*optim_inputs_func_sgd(device, dtype), *projected_inputs()]
 
 
 def sgdw_inputs(device, dtype=None):

@@ -123,6 +123,8 @@ def test_refusals_say_why(arguments, message, capsys, tmp_path, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="it came with torch 2.9")
+MUON = pytest.param("muon", marks=needs_muon)
 MAKERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.01),
     "sgdw": lambda p: normwise.SGDW(p, lr=0.01, momentum=0.9, weight_decay=0.01),
@@ -133,7 +135,7 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [*(name for name in MAKERS if name != "muon"), MUON])
 def test_a_plan_is_that_of_the_optimizer_itself(name, capsys):
     p = torch.nn.Parameter(torch.zeros(32, 32))
     optimizer = MAKERS[name]([p])
@@ -148,10 +150,10 @@ def test_a_plan_is_that_of_the_optimizer_itself(name, capsys):
 
 
 def test_every_optimizer_that_is_offered_is_planned():
-    assert set(OPTIMIZERS) == {*MAKERS, "lion"}
+    assert set(OPTIMIZERS) == {*MAKERS, "lion", "sphere"}
 
 
-@pytest.mark.parametrize("name", ["sgd", "sgdp", "adamw", "adamp", "muon"])
+@pytest.mark.parametrize("name", ["sgd", "sgdp", "adamw", "adamp", MUON])
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_what_a_start_counts_for_is_what_a_start_at_twice_the_norm_changes(name, schedule):
     settings = Settings(name, 0.01, 0.01, 4000, momentum=0.5, schedule=schedule)
@@ -197,6 +199,7 @@ def test_a_plan_says_where_a_run_does_not_settle():
     assert "Not settled" not in str(fast)
 
 
+@needs_muon
 def test_muon_plans_matrices_and_names_what_it_leaves():
     weights = [Weights("conv", 8, 27, 1.0, (8, 3, 3, 3)), Weights("linear", 8, 27, 1.0, (8, 27))]
     found = plan(Settings("muon", 0.02, 0.1, 100, momentum=0.95), weights)
@@ -204,6 +207,20 @@ def test_muon_plans_matrices_and_names_what_it_leaves():
     assert "Muon takes matrices only, and not conv." in str(found)
     with pytest.raises(ValueError, match="no weight to plan for that muon can train"):
         plan(Settings("muon", 0.02, 0.1, 100), weights[:1])
+
+
+def test_of_a_sphere_the_angle_is_the_learning_rates_and_norms_stay():
+    settings = Settings("sphere", 0.1, 0.0, 100, schedule="cosine")
+    found = plan(settings, [Weights("linear", 8, 27, 3.0, (8, 27))])
+    (row,) = found.rows
+    assert (row.norm, row.final_norm, row.settles) == (3.0, 3.0, 0.0)
+    assert row.angle == pytest.approx(math.atan(0.1))
+    norms, angles = found.trajectory(row.weights)
+    assert norms == [3.0] * 100
+    assert angles == pytest.approx([math.atan(lr) for lr in settings.lrs()])
+    assert "Norms are fixed" in str(found)
+    with pytest.raises(ValueError, match="norms on spheres do not decay, but weight_decay is"):
+        plan(Settings("sphere", 0.1, 0.1, 100), [row.weights])
 
 
 def test_a_network_without_invariant_weights_is_told_what_to_do(tmp_path, monkeypatch, capsys):

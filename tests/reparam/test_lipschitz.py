@@ -2,9 +2,11 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -271,6 +273,74 @@ def test_folding_gives_a_layer_without_scales_and_the_same_outputs():
     assert float(torch.linalg.matrix_norm(model[0].weight.detach(), 2)) <= 1
 
 
+def convolutional_sll(size=3):
+    layer = SLL(2, 3, kernel_size=size).double()
+    with torch.no_grad():
+        layer.weight.mul_(3)
+    return layer
+
+
+def as_matrix(function, shape):
+    """The matrix of a linear function of images of a shape."""
+    basis = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+    return torch.stack([function(one.unsqueeze(0)).flatten() for one in basis], 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_convolutional_sll_is_the_dense_formula_with_its_matrix(size):
+    """Wᵀ is the adjoint of W, padding included, and t belongs to channels."""
+    layer, x = convolutional_sll(size), torch.randn(2, 2, 4, 5, dtype=torch.float64)
+    pad = size // 2
+    w, q = layer.weight.detach(), layer.log_q.detach().exp()
+    matrix = as_matrix(lambda e: F.conv2d(e, w, padding=pad), (2, 4, 5))
+    pixels = len(matrix) // 3
+    t = torch.zeros(3, dtype=torch.float64)
+    for i in range(3):
+        total = 0.0
+        for j in range(3):
+            for a in range(-size + 1, size):
+                for b in range(-size + 1, size):
+                    shifted = torch.zeros(2, 3 * size, 3 * size, dtype=torch.float64)
+                    shifted[:, size + a : 2 * size + a, size + b : 2 * size + b] = w[j]
+                    overlap = (shifted[:, size : 2 * size, size : 2 * size] * w[i]).sum()
+                    total += float(overlap.abs() * q[j] / q[i])
+        t[i] = 1 / total
+    torch.testing.assert_close(layer.scales(), t)
+    spread, bias = t.repeat_interleave(pixels), layer.bias.detach().repeat_interleave(pixels)
+    for sample, out in zip(x, layer(x), strict=True):
+        flat = sample.flatten()
+        hand = flat - 2 * matrix.T @ (spread * (matrix @ flat + bias).relu())
+        torch.testing.assert_close(out.flatten(), hand)
+    assert torch.autograd.gradcheck(layer, x.requires_grad_())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_convolutional_sll_expands_nothing(size):
+    """‖I − 2·Wᵀ·diag(t·p)·W‖ ≤ 1 for every pattern p if and only if diag(1/t) ≥ WWᵀ."""
+    layer = convolutional_sll(size)
+    for shape in ((2, 1, 1), (2, 3, 4), (2, 6, 2)):
+        w = as_matrix(lambda e: F.conv2d(e, layer.weight.detach(), padding=size // 2), shape)
+        t = layer.scales().detach().repeat_interleave(len(w) // 3)
+        root = t.sqrt().unsqueeze(1) * w
+        assert float(torch.linalg.matrix_norm(root, 2)) <= 1 + 1e-12
+
+
+def test_convolutional_sll_folds_and_is_scale_invariant_with_its_bias():
+    layer = convolutional_sll()
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(32, 2).double())
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    report = nw.analyze(model, x)
+    assert {"0.weight": 1.0, "0.bias": 1.0} in [
+        {t.parameter: t.exponent for t in s.terms} for s in report.symmetries
+    ]
+    before = model(x)
+    nw.fold(model)
+    assert isinstance(model[0], ContractiveResidual)
+    torch.testing.assert_close(model(x), before)
+
+
 def test_sizes_of_sll_are_checked():
+    with pytest.raises(ValueError, match="Invalid kernel_size: 0"):
+        SLL(2, kernel_size=0)
     with pytest.raises(ValueError, match="Invalid sizes: 0"):
         SLL(0)

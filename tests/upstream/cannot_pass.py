@@ -2,6 +2,8 @@
 
 CANNOT_PASS = {
     "torch": {
+        "test_complex_AdamP": "a complex vector is not projected; its real form is, being a matrix",
+        "test_complex_SGDP": "a complex vector is not projected; its real form is, being a matrix",
         "test_errors_AdamP": "betas are numbers, not tensors; a tensor lr needs no capturable",
         "test_errors_SGDP": "a tensor lr needs no capturable with foreach",
         "test_errors_SGDW": "a tensor lr needs no capturable with foreach",

@@ -47,6 +47,7 @@ def main() -> int:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(str(p.resolve()) for p in map(Path, search)),
         "NORMWISE_UPSTREAM": options.suite,
+        "NORMWISE_CHECKOUT": str(options.checkout.resolve()),
         "TORCH_DEVICE": os.environ.get("TORCH_DEVICE", "cpu"),
     }
     command = [

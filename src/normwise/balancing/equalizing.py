@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,14 +17,18 @@ from normwise.balancing.apply import (
     verified,
 )
 from normwise.balancing.least_mass import Balanced, converge, mass
+from normwise.balancing.rounding import round_weight
 from normwise.balancing.sweep import Sizes, Sweep, largest, least
-from normwise.invariance import Report, Term
+from normwise.invariance import Report, Symmetry, Term
 from normwise.invariance.replica import Replica
 from normwise.invariance.scale_maps import sides
 
 __all__ = ["equalize"]
 
 Rule = Literal["smoothquant", "awq"]
+# AWQ's code takes twenty values.
+_GRID = tuple(k / 20 for k in range(20))
+_AFFINE = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def equalize(
@@ -34,7 +39,8 @@ def equalize(
     batch: Any = None,
     invariant: Literal["keep", "equal"] = "keep",
     rule: Rule = "smoothquant",
-    alpha: float = 0.5,
+    alpha: float | Literal["search"] = 0.5,
+    bits: int = 4,
     accept: float = 0.01,
     tolerance: float = 1e-6,
     max_sweeps: int = 1000,
@@ -62,7 +68,11 @@ def equalize(
             made ``"equal"`` too, at their geometric mean; running statistics follow, for which
             a batch is needed (default: ``"keep"``).
         rule: of scales by activations (default: ``"smoothquant"``).
-        alpha: α, from 0 to 1 (default: 0.5).
+        alpha: α, from 0 to 1, or ``"search"``: for each activation the one of 0, 0.05, … 0.95 at
+            which its readers' outputs on the calibration batch change least when their weights are
+            rounded, as in AWQ's code; activations that others than linear layers and convolutions
+            read stay as they are (default: 0.5).
+        bits: that a search rounds to, by row (default: 4).
         accept: see :func:`normwise.balance` (default: 0.01).
         tolerance: sweeps end when no factor changes by a larger share (default: 1e-6).
         max_sweeps: the most (default: 1000).
@@ -81,8 +91,8 @@ def equalize(
         raise ValueError(f"Invalid invariant: {invariant!r}; must be 'keep' or 'equal'")
     if rule not in ("smoothquant", "awq"):
         raise ValueError(f"Invalid rule: {rule!r}; must be 'smoothquant' or 'awq'")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"Invalid alpha: {alpha}; must be from 0 to 1")
+    if alpha != "search" and not (isinstance(alpha, int | float) and 0 <= alpha <= 1):
+        raise ValueError(f"Invalid alpha: {alpha!r}; must be from 0 to 1, or 'search'")
     if isinstance(for_, str) and for_ != "weights":
         raise ValueError(f"Invalid for_: {for_!r}; must be 'weights' or a calibration batch")
     params = parameters_of(model, report)
@@ -100,7 +110,7 @@ def equalize(
         factors, left = ranges.factors(), ranges.without_minimum()
     else:
         sweeps, left = 1, 0
-        factors = _smoothing(model, report, params, for_, rule, alpha)
+        factors = _smoothing(model, report, params, for_, rule, alpha, bits)
     difference = None
     if batch is not None:
         difference, statistics = verified(model, report, batch, factors, accept)
@@ -138,24 +148,64 @@ def _smoothing(
     params: Mapping[str, nn.Parameter],
     batch: Any,
     rule: Rule,
-    alpha: float,
+    alpha: float | Literal["search"],
+    bits: int,
 ) -> dict[str, Tensor]:
     """What to multiply each parameter by so that activations are smoothed into the weights."""
     trades = [(s, split[1]) for s in report.symmetries if (split := sides(s)) is not None]
     readers = {term.parameter: term for _, terms in trades for term in terms}
     statistic = _largest_entry if rule == "smoothquant" else _mean_entry
-    activations = _activations(model, batch, readers, statistic)
+    read = _read(model, batch, readers)
+    activations = {name: _over_calls(calls, statistic) for name, calls in read.items()}
     factors: dict[str, Tensor] = {}
     for symmetry, terms in trades:
         if any(t.parameter not in activations or not _reads(t, activations) for t in terms):
             continue
         if len({term.exponent for term in terms}) > 1:
             continue
-        scales = _scales(terms, params, activations, rule, alpha)
-        units = scales ** (1 / terms[0].exponent)
-        for name, factor in symmetry.factors(units).items():
+
+        def at(
+            share: float, symmetry: Symmetry = symmetry, terms: list[Term] = terms
+        ) -> dict[str, Tensor]:
+            scales = _scales(terms, params, activations, rule, share)
+            return symmetry.factors(scales ** (1 / terms[0].exponent))
+
+        if alpha != "search":
+            chosen = at(alpha)
+        elif all(isinstance(c.module, _AFFINE) for t in terms for c in read[t.parameter]):
+            errors = [_rounding_error(terms, params, read, at(share), bits) for share in _GRID]
+            chosen = at(_GRID[errors.index(min(errors))])
+        else:
+            continue
+        for name, factor in chosen.items():
             factors[name] = factors[name] * factor if name in factors else factor
     return factors
+
+
+@torch.no_grad()
+def _rounding_error(
+    terms: list[Term],
+    params: Mapping[str, nn.Parameter],
+    read: Mapping[str, list[_Call]],
+    factors: Mapping[str, Tensor],
+    bits: int,
+) -> float:
+    """By how much the readers' outputs change when their scaled weights are rounded, squared."""
+    error = 0.0
+    for term in terms:
+        weight = params[term.parameter].detach().double().cpu()
+        factor = factors[term.parameter].cpu()
+        change = round_weight(weight * factor, bits) / factor - weight
+        attribute = term.parameter.rpartition(".")[2]
+        # A reader is affine in its weight: the change of it alone gives that of the outputs.
+        for call in read[term.parameter]:
+            given = {attribute: change.to(call.x.device)}
+            with_change = torch.func.functional_call(call.module, given, (call.x,))
+            without = torch.func.functional_call(
+                call.module, {attribute: torch.zeros_like(given[attribute])}, (call.x,)
+            )
+            error += float((with_change - without).square().sum())
+    return error
 
 
 def _scales(
@@ -194,14 +244,28 @@ def _mean_entry(x: Tensor) -> Tensor:
     return x.mean(0)
 
 
-def _activations(
-    model: nn.Module,
-    batch: Any,
-    readers: Mapping[str, Term],
-    statistic: Callable[[Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """By parameter, |x| of each channel of what the module that owns it reads, in evaluation."""
-    found: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class _Call:
+    """A module and what it read once."""
+
+    module: nn.Module
+    x: Tensor
+
+    def by_channel(self) -> Tensor:
+        """|x|, shape ``(entries, channels)``."""
+        channels = 1 if isinstance(self.module, nn.modules.conv._ConvNd) else -1
+        return self.x.abs().movedim(channels, -1).flatten(0, -2)
+
+
+def _over_calls(calls: list[_Call], statistic: Callable[[Tensor], Tensor]) -> Tensor:
+    """A statistic of each channel, the largest over the calls."""
+    return torch.stack([statistic(call.by_channel()).cpu() for call in calls]).amax(0)
+
+
+def _read(model: nn.Module, batch: Any, readers: Mapping[str, Term]) -> dict[str, list[_Call]]:
+    """By parameter, what the module that owns it reads, in evaluation and float64."""
+    found: dict[str, list[_Call]] = {}
+    handles = []
     replica = Replica(model, batch, seed=0, mode="eval")
     for name in readers:
         owner = replica.model.get_submodule(name.rpartition(".")[0])
@@ -211,12 +275,10 @@ def _activations(
         def record(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
             if not inputs or not isinstance(inputs[0], Tensor):
                 return
-            x = inputs[0].detach().double().abs()
-            channels = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
-            value = statistic(x.movedim(channels, -1).flatten(0, -2)).cpu()
-            known = found.get(name)
-            found[name] = value if known is None else torch.maximum(known, value)
+            found.setdefault(name, []).append(_Call(module, inputs[0].detach().double()))
 
-        owner.register_forward_pre_hook(record)
+        handles.append(owner.register_forward_pre_hook(record))
     replica.run(shrink=1)
+    for handle in handles:
+        handle.remove()
     return found

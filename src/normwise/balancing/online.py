@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from normwise.balancing.apply import after_every, apply_, parameters_of
 from normwise.balancing.sweep import Sweep
+from normwise.checks import check_at_least_one, check_model, check_report
 from normwise.invariance import Report
 
 __all__ = ["Balance"]
@@ -65,8 +66,9 @@ class Balance:
         sweeps: int = 1,
         powers: Mapping[str, float] | None = None,
     ) -> None:
-        if sweeps < 1:
-            raise ValueError(f"Invalid sweeps: {sweeps}; must be 1 or more")
+        check_model(model)
+        check_report(report)
+        check_at_least_one("sweeps", sweeps)
         self._params = parameters_of(model, report)
         self._families = [s for s in report.symmetries if not s.is_scale]
         self._sweeps = sweeps

@@ -117,7 +117,7 @@ class CheckpointReport:
         return Table(columns, rows)
 
     def chart(self) -> Lines:
-        """The RMS of each matrix's entries in the order of the file, with nine tenths of its rows."""
+        """The RMS of each matrix's entries in the file's order, with nine tenths of its rows."""
         matrices = [t for t in self.tensors if t.is_matrix and not t.not_finite]
         x = tuple(float(k) for k in range(1, len(matrices) + 1))
         per_entry = [t.rows / math.sqrt(t.fan_in) for t in matrices]
@@ -212,7 +212,8 @@ class CheckpointReport:
         text = (
             f"Settled: {len(c.names)} of {len(matrices)} {kind}matrices that moved "
             f"({c.share:.0%} of their entries) have RMS {c.rms:.3g} ({c.low:.3g} to {c.high:.3g}) "
-            f"whatever their shape, the equilibrium of AdamW at lr/weight_decay = {self.lr_over_decay:.3g}"
+            "whatever their shape, the equilibrium of AdamW at lr/weight_decay = "
+            f"{self.lr_over_decay:.3g}"
         )
         if not math.isnan(lr):
             implied = self.implied_weight_decay

@@ -19,8 +19,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from normwise.checks import check_number
 from normwise.decay.attached import check_unscheduled, split_groups
-from normwise.decay.checks import check_number
 from normwise.decay.fused import Shift, take_, takes
 from normwise.geometry import View, at_least_float32, unit
 from normwise.sharding import Layout, is_sharded, lay_out, local, sum_over_ranks_

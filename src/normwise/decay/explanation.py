@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normwise.checks import check_optimizer, check_report
 from normwise.decay.attached import label
 from normwise.decay.epsilon_shifted import AttachedRegularizer
 from normwise.decay.policies import AttachedPolicy, Cautious
@@ -131,8 +132,10 @@ def explain(optimizer: Optimizer, report: AnalysisReport | None = None) -> Expla
     Returns:
         An object to print. It says "not known" where no closed form is.
     """
+    check_optimizer(optimizer)
     views = None
     if report is not None:
+        check_report(report)
         views = {p: view for p, view in report.parameter_views().items() if p.ndim > 1}
     rules = [rule_of(optimizer, group).converted(float) for group in optimizer.param_groups]
     rows = [

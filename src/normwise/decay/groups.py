@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from normwise.decay.checks import check_number
+from normwise.checks import check_model, check_number, check_report
 from normwise.protocols import AnalysisReport
 
 __all__ = ["Groups", "Rule", "by_analysis", "by_rules"]
@@ -122,6 +122,7 @@ def by_rules(
     Raises:
         ValueError: for λ that is negative or not finite, or a rule that no parameter falls to.
     """
+    check_model(model)
     check_number("weight_decay value", weight_decay)
     for rule in rules:
         if not isinstance(rule, Rule):
@@ -162,6 +163,8 @@ def by_analysis(
     Raises:
         ValueError: for λ that is negative or not finite, or a parameter that the report has not.
     """
+    check_model(model)
+    check_report(report)
     labels = [("scale-invariant", invariant), ("plain", plain), ("vector", vector)]
     members: list[list[tuple[str, nn.Parameter]]] = [[], [], []]
     for decay in (invariant, plain, vector):

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from normwise.checks import check_number
 from normwise.decay.attached import check_unscheduled, label, scheduled, split_groups
-from normwise.decay.checks import check_number
 from normwise.decay.fused import Spare, take_, takes
 from normwise.protocols import AnalysisReport
 from normwise.updates import Coupling, UpdateRule, attached_to, own_rule

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
+from normwise.checks import check_number
 from normwise.decay.attached import scheduled
-from normwise.decay.checks import check_number
 from normwise.decay.epsilon_shifted import EpsilonShiftedL2
 from normwise.decay.policies import AttachedPolicy, Decoupled, On
 from normwise.decay.schedules import Restarts
@@ -257,7 +257,7 @@ def warm_restarts(
         epochs: those of the first restart.
         factor: how many times longer each restart is than the one before (default: 1).
         eta_min: the learning rate at the end of a restart (default: 0).
-        steps_per_epoch: how often ``step()`` is called in an epoch (default: once a batch).
+        steps_per_epoch: how often ``step()`` is called in an epoch (default: once per batch).
         on: the weights that decay, as of :meth:`Policy.attach` (default: all).
 
     Returns:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from normwise.decay.checks import check_at_least_one
+from normwise.checks import check_at_least_one, check_number
 
 __all__ = ["Cosine", "Linear", "Piecewise", "Restarts", "Schedule", "Window", "early", "late"]
 
@@ -107,6 +107,8 @@ class Linear(Schedule):
 
     def __post_init__(self) -> None:
         check_at_least_one("number of steps", self.steps)
+        check_number("first", self.first)
+        check_number("last", self.last)
 
     def __call__(self, step: int) -> float:
         return self._after(min(step / self.steps, 1))
@@ -135,6 +137,12 @@ class Piecewise(Schedule):
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        for name in ("milestones", "values"):
+            given = getattr(self, name)
+            if not isinstance(given, tuple | list):
+                raise TypeError(f"Invalid {name}: {given!r}; must be a tuple of numbers")
+            for value in given:
+                check_number(name, value)
         if len(self.values) != len(self.milestones) + 1:
             raise ValueError(
                 f"{len(self.milestones)} milestones need {len(self.milestones) + 1} values, but "

@@ -16,6 +16,8 @@ __all__ = [
     "Heat",
     "Line",
     "Lines",
+    "Link",
+    "Links",
     "Plane",
     "Series",
     "short_names",
@@ -240,7 +242,56 @@ class Plane:
         return not any(path.drawn for path in self.paths)
 
 
-Chart = Lines | Dots | Heat | Plane
+@dataclass(frozen=True)
+class Link:
+    """What some rows of :class:`Links` have in common.
+
+    Args:
+        full: the rows with a full dot, counted from 0.
+        hollow: those with a hollow one; a row that is in both has a ring with a dot in it.
+        label: written beside its first dot; empty for none.
+    """
+
+    full: tuple[int, ...]
+    hollow: tuple[int, ...] = ()
+    label: str = ""
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first and the last of its rows."""
+        rows = (*self.full, *self.hollow)
+        return min(rows), max(rows)
+
+
+@dataclass(frozen=True)
+class Links:
+    """Rows with names, and verticals with dots that link them.
+
+    Args:
+        title: over the chart.
+        note: under the title; empty for none.
+        rows: their names, from top to bottom.
+        marks: a short text beside each name, and its colour.
+        links: what is linked; each has a lane of its own as long as it lasts.
+        full, hollow, both: what the kinds of dots mean; empty for what does not occur.
+    """
+
+    title: str
+    note: str
+    rows: tuple[str, ...]
+    marks: tuple[tuple[str, str], ...]
+    links: tuple[Link, ...]
+    full: str = ""
+    hollow: str = ""
+    both: str = ""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return not self.rows
+
+
+Chart = Lines | Dots | Heat | Plane | Links
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from normwise.figures.charts import Axis, Chart, Dots, Figure, Heat, Line, Lines, Plane
-from normwise.figures.palette import ramp
+from normwise.figures.charts import Axis, Chart, Dots, Figure, Heat, Line, Lines, Link, Links, Plane
+from normwise.figures.palette import HUES, ramp
 from normwise.figures.scales import AxisScale, power_text
 from normwise.figures.shapes import (
     Circle,
@@ -70,6 +70,8 @@ def natural_height(chart: Chart, width: float) -> float:
         return max(
             min(0.62 * width, 340.0), _TOP + _BOTTOM + LABEL * len(named), 210.0
         ) + _order_key(chart)
+    if isinstance(chart, Links):
+        return _KEY + _ROW * len(chart.rows) + 8
     if isinstance(chart, Dots | Heat):
         rows = len(chart.rows)
         each = _ROW + 11 if isinstance(chart, Heat) and chart.text else _ROW
@@ -91,7 +93,7 @@ def draw(
         titled: whether title and note stand over it; a page may say them itself.
     """
     height = natural_height(chart, width) if height is None else height
-    drawers = {Lines: _lines, Dots: _dots, Heat: _heat, Plane: _plane}
+    drawers = {Lines: _lines, Dots: _dots, Heat: _heat, Plane: _plane, Links: _links}
     shapes, hover = drawers[type(chart)](chart, width, height)  # type: ignore[operator]  # each takes its own kind
     if not titled:
         return Drawing(width, height, chart.title, tuple(shapes), hover)
@@ -143,6 +145,71 @@ def _head_height(title: str, note: str, width: float, size: float) -> float:
         len(wrapped(title, width, size, bold=True)) * size * 1.25 + len(wrapped(note, width)) * 16
     )
     return lines + 10 if lines else 0.0
+
+
+# Links
+
+
+def _links(chart: Links, width: float, height: float) -> tuple[list[Shape], None]:
+    names = [shortened(name, 0.5 * width) for name in chart.rows]
+    beside = 16 + max((text_width(name) for name in names), default=0.0)
+    left = beside + 18 + max((text_width(text, 11) for text, _ in chart.marks), default=0.0)
+    right, top = width - 8.0, _KEY
+    step = (height - top - 8) / max(len(chart.rows), 1)
+    lanes = _lanes(chart.links)
+    pitch = min(34.0, (right - left) / (max(lanes, default=0) + 1))
+
+    def y(row: int) -> float:
+        return top + (row + 0.5) * step
+
+    shapes: list[Shape] = []
+    for row, (name, whole, (text, colour)) in enumerate(
+        zip(names, chart.rows, chart.marks, strict=True)
+    ):
+        shapes.append(Polyline(((0, y(row) + 8.5), (right, y(row) + 8.5)), "line", crisp=True))
+        shapes.append(Label(0, y(row) + 4, name, "ink", whole="" if name == whole else whole))
+        shapes.append(Label(beside, y(row) + 4, text, colour, 11))
+    hues = list(HUES)
+    for number, (link, lane) in enumerate(zip(chart.links, lanes, strict=True)):
+        x, colour = left + (lane + 0.5) * pitch, hues[number % len(hues)]
+        first, last = link.span
+        inside: list[Shape] = [Polyline(((x, y(first)), (x, y(last))), colour, width=2)]
+        for row in sorted({*link.full, *link.hollow}):
+            inside += _dot(x, y(row), colour, full=row in link.full, hollow=row in link.hollow)
+        if pitch > 12 + text_width(link.label, 10):
+            inside.append(Label(x + 6, y(first) + 3.5, link.label, size=10))
+        shapes.append(Group(link.label, tuple(inside)))
+    at = left
+    kinds = ((chart.full, True, False), (chart.hollow, False, True), (chart.both, True, True))
+    for text, full, hollow in kinds:
+        if text:
+            shapes += _dot(at + 5, 8, "muted", full=full, hollow=hollow)
+            shapes.append(Label(at + 14, 12, text, "ink"))
+            at += 34 + text_width(text)
+    return shapes, None
+
+
+def _dot(x: float, y: float, colour: str, *, full: bool, hollow: bool) -> list[Shape]:
+    """A full dot, a hollow one, or a ring with a dot in it."""
+    ring = [Circle(x, y, 4.2, colour)]
+    if hollow:
+        ring.append(Circle(x, y, 2.8 if full else 2.4, "card"))
+    if hollow and full:
+        ring.append(Circle(x, y, 1.5, colour))
+    return list(ring)
+
+
+def _lanes(links: Sequence[Link]) -> list[int]:
+    """For each link the first lane in which none before it is in its way."""
+    order = sorted(range(len(links)), key=lambda i: (links[i].span[0], -links[i].span[1]))
+    ends: list[int] = []
+    lanes = [0] * len(links)
+    for i in order:
+        first, last = links[i].span
+        free = (lane for lane, end in enumerate(ends) if end < first)
+        lanes[i] = next(free, len(ends))
+        ends[lanes[i] : lanes[i] + 1] = [last]
+    return lanes
 
 
 # Lines

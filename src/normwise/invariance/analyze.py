@@ -10,14 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from normwise.checks import check_at_least_one, check_model, check_switch
 from normwise.geometry import View
 from normwise.invariance.euler import Evidence, Finding, chance_of_error, index_sets
 from normwise.invariance.explain import Explainer
 from normwise.invariance.families import find_families
 from normwise.invariance.replica import TOLERANCE, Replica, built
-from normwise.invariance.report import Kind, ParameterReport, Report
+from normwise.invariance.report import Report
 from normwise.invariance.roles import find_roles
-from normwise.invariance.symmetry import Slices, Symmetry, Term
+from normwise.invariance.row import Kind, ParameterReport
+from normwise.invariance.symmetry import Slices, Symmetry
 
 __all__ = ["analyze"]
 
@@ -69,16 +71,26 @@ def analyze(
             are not differentiable, NaN, or differ from one run to the next.
         RuntimeError: if the forward raises.
     """
-    if draws < 1:
-        raise ValueError(f"Invalid number of draws: {draws}; must be 1 or more")
+    check_model(model)
+    check_at_least_one("number of draws", draws)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"Invalid seed: {seed!r}; must be a whole number")
+    check_switch("joint", joint)
+    if factory is not None and not callable(factory):
+        raise TypeError(f"Invalid factory: {factory!r}; must be a function without arguments")
     if mode not in ("train", "eval"):
         raise ValueError(f"Invalid mode: {mode!r}; must be 'train' or 'eval'")
     with torch.inference_mode(False), torch.enable_grad():
         subject = model if factory is None else built(factory, seed)
         replica = Replica(subject, batch_or_forward, seed=seed, mode=mode)
         _check_repeatable(replica)
-        rows, symmetries, notes = _examined(replica, draws, joint=joint)
-    report = Report(rows, symmetries, draws, mode, notes, dict(model.named_parameters()))
+        rows, families, notes = _examined(replica, draws, joint=joint)
+    plain, shifted = (
+        tuple(family for family in families if family.is_shifted == shifted)
+        for shifted in (False, True)
+    )
+    parameters = dict(model.named_parameters())
+    report = Report(rows, plain, draws, mode, notes, shifted, parameters)
     return report if factory is None else _carried_over(report, model)
 
 
@@ -91,19 +103,32 @@ def _examined(
     findings = {name: evidence[name].find() for name in replica.params}
     families = find_families(replica, evidence, findings) if joint else []
     views = {name: finding.view for name, finding in findings.items() if finding.view}
-    claims = [*(_of_view(replica, name, view) for name, view in views.items()), *families]
+    claims = [
+        *(
+            Symmetry.of_view(name, tuple(replica.params[name].shape), view)
+            for name, view in views.items()
+        ),
+        *families,
+    ]
 
     claims, notes = _confirmed(replica, claims)
     views = {s.terms[0].parameter: v for s in claims if s.is_view and (v := s.terms[0].view)}
+    claims = _independent(claims)
     explainer = Explainer(replica)
     symmetries = _explained(explainer, claims)
     kinds = {
         name: _kind(name, finding, views, symmetries, evidence[name], joint=joint)
         for name, finding in findings.items()
     }
+    if all(kind in ("no effect", "unused") for kind in kinds.values()):
+        raise ValueError(
+            "no parameter changes the outputs at this batch: all gradients are zero; give a batch "
+            "with samples that reach the parameters"
+        )
+    notes += _near_misses(kinds, evidence)
     absorbers = _absorbers(explainer, views, kinds)
     aliases = replica.aliases()
-    roles = find_roles(replica, claims)
+    roles = find_roles(replica, claims, absorbers)
     rows = []
     for name, finding in findings.items():
         view = views.get(name)
@@ -123,13 +148,6 @@ def _examined(
             )
         )
     return tuple(rows), symmetries, tuple(notes)
-
-
-def _of_view(replica: Replica, name: str, view: View) -> Symmetry:
-    """A weight's own scale invariance, the symmetry of one term."""
-    shape = tuple(replica.params[name].shape)
-    slices = Slices.of_view(view, shape)
-    return Symmetry((Term(name, shape, slices, 1.0),), slices.count)
 
 
 def _check_repeatable(replica: Replica) -> None:
@@ -169,13 +187,13 @@ def _evidence_as_is(replica: Replica) -> dict[str, Evidence]:
     for name, g in zip(names, grads, strict=True):
         evidence[name] = _no_evidence(replica, name)
         if g is not None:
-            evidence[name].add(replica.params[name], g)
+            evidence[name].add(replica.products(name, g))
     return evidence
 
 
 def _no_evidence(replica: Replica, name: str) -> Evidence:
     shape = replica.params[name].shape
-    return Evidence(shape, index_sets(shape, replica.groups(name)))
+    return Evidence(shape, index_sets(shape, replica.groups(name)), replica.shift(name))
 
 
 def _gather(replica: Replica, draws: int) -> dict[str, Evidence]:
@@ -189,13 +207,13 @@ def _gather(replica: Replica, draws: int) -> dict[str, Evidence]:
         grads = replica.gradients(outputs, cotangents, names, retain=draw == 0)
         for name, g in zip(names, grads, strict=True):
             if g is not None:
-                evidence[name].add(replica.params[name], g)
+                evidence[name].add(replica.products(name, g))
         if draw == 0:
             # Linear in the cotangents: all that differs is rounding.
             other = replica.gradients(outputs, [c * math.pi for c in cotangents], names)
             for name, g, h in zip(names, grads, other, strict=True):
                 if g is not None and h is not None:
-                    evidence[name].add_noise(replica.params[name], g - h / math.pi)
+                    evidence[name].add_noise(replica.products(name, g - h / math.pi))
         del outputs, grads
     return evidence
 
@@ -224,6 +242,40 @@ def _confirmed(replica: Replica, claims: list[Symmetry]) -> tuple[list[Symmetry]
         else:
             kept.append(symmetry)
     return kept, notes
+
+
+def _independent(claims: list[Symmetry]) -> list[Symmetry]:
+    """Without the whole weights whose own invariance follows from the other families.
+
+    Where both of two weights are invariant and the rows of one are traded for the columns of the
+    other, all trades together and one of the weights' scales make the other's.
+    """
+    names = list(dict.fromkeys(name for s in claims for name in s.parameters))
+    whole = {i: relation for i, s in enumerate(claims) if (relation := _of_wholes(s)) is not None}
+
+    def rank(numbers: Iterable[int]) -> int:
+        rows = [[whole[i].get(name, 0.0) for name in names] for i in numbers]
+        return int(torch.linalg.matrix_rank(torch.tensor(rows, dtype=torch.float64)))
+
+    kept = set(whole)
+    for i in sorted(whole, reverse=True):
+        symmetry = claims[i]
+        (name, *others) = symmetry.parameters
+        shared = any(name in whole[j] for j in kept - {i})
+        if symmetry.units == 1 and not others and shared and rank(kept) == rank(kept - {i}):
+            kept.remove(i)
+    return [s for i, s in enumerate(claims) if i in kept or i not in whole]
+
+
+def _of_wholes(symmetry: Symmetry) -> dict[str, float] | None:
+    """The exponents of the parameters where all units change alike; None if they are in parts."""
+    exponents: dict[str, float] = {}
+    for term in symmetry.terms:
+        total = math.prod(term.shape[d] for d in term.slices.dims) if term.shape else 1
+        if term.parameter in exponents or term.slices.count * term.slices.per_unit < total:
+            return None
+        exponents[term.parameter] = term.exponent
+    return exponents
 
 
 def _product(claims: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -261,6 +313,21 @@ def _kind(
     return "balanced" if mine else "none"
 
 
+def _near_misses(kinds: Mapping[str, Kind], evidence: Mapping[str, Evidence]) -> list[str]:
+    """Notes on weights that would be scale-invariant but for something small."""
+    notes = []
+    for name, kind in kinds.items():
+        if kind in ("none", "balanced", "not looked for") and len(evidence[name].shape) > 1:
+            found = evidence[name].near_miss()
+            if found is not None:
+                view, residual = found
+                notes.append(
+                    f"{name} is nearly scale-invariant ({view}, residual {residual:.0e}): an "
+                    "epsilon that the analysis cannot reach may stand in the way"
+                )
+    return notes
+
+
 def _is_scale(symmetry: Symmetry, views: Mapping[str, View]) -> bool:
     """Whether all grow together, but for weights whose own invariance takes what they lose."""
     rest = {term.exponent > 0 for term in symmetry.terms if term.parameter not in views}
@@ -275,7 +342,7 @@ def _absorbers(
     generator = torch.Generator().manual_seed(replica.seed + 2)
     scaled: dict[str, Tensor] = {}
     for name, view in views.items():
-        symmetry = _of_view(replica, name, view)
+        symmetry = Symmetry.of_view(name, tuple(replica.params[name].shape), view)
         scaled |= symmetry.factors(_factors(symmetry.units, generator))
     without_effect = {name: 1.5 for name, kind in kinds.items() if kind == "no effect"}
     absorbers: dict[str, str | None] = {}
@@ -304,7 +371,14 @@ def _why(
     elif kind == "no effect":
         words.append("zero gradient")
         if absorber is not None:
-            words.append(f"its change is removed by {explainer.described(absorber)}")
+            # What does not come out of the module that owns it need not have been removed: it
+            # may have been multiplied by zero, as the weights of a cell whose state is zero are.
+            removed = not explainer.contains(absorber, [name])
+            words.append(
+                f"its change is removed by {explainer.described(absorber)}"
+                if removed
+                else f"its change does not leave {explainer.described(absorber)}"
+            )
     elif kind == "unused":
         words.append("not used by the forward")
     elif finding.part is not None:
@@ -374,28 +448,34 @@ def _carried_over(report: Report, model: nn.Module) -> Report:
     if missing := params.keys() - {row.name for row in rows}:
         raise ValueError(f"the factory's network has no parameter {min(missing)!r}")
     note = "found on the factory's network; its blocks are taken to be as many in the model"
-    notes, carried = [*report.notes, note], []
-    for symmetry in report.symmetries:
-        larger = _widened(symmetry, {name: tuple(p.shape) for name, p in params.items()})
-        if larger is None:
-            notes.append(f"{symmetry} has no counterpart in the model's shapes")
-        else:
-            carried.append(larger)
-    return replace(report, rows=tuple(rows), symmetries=tuple(carried), notes=tuple(notes))
+    notes = [*report.notes, note]
+    carried: dict[str, list[Symmetry]] = {"symmetries": [], "shifted": []}
+    for key, families in carried.items():
+        for symmetry in getattr(report, key):
+            larger = _widened(symmetry, {name: tuple(p.shape) for name, p in params.items()})
+            if larger is None:
+                notes.append(f"{symmetry} has no counterpart in the model's shapes")
+            else:
+                families.append(larger)
+    symmetries, shifted = (tuple(families) for families in carried.values())
+    return replace(
+        report, rows=tuple(rows), notes=tuple(notes), symmetries=symmetries, shifted=shifted
+    )
 
 
 def _widened(symmetry: Symmetry, shapes: Mapping[str, tuple[int, ...]]) -> Symmetry | None:
     """The family for parameters of other shapes, if one number of units fits all its terms."""
-    sizes = [
-        {slices.count: slices for slices in term.slices.resized(term.shape, shapes[term.parameter])}
-        for term in symmetry.terms
-    ]
-    common = set.intersection(*(set(size) for size in sizes))
+    sizes: list[dict[int, Slices]] = []
+    for term in symmetry.terms:
+        sizes.append({})
+        for slices in term.slices.resized(term.shape, shapes[term.parameter]):
+            sizes[-1].setdefault(slices.count, slices)
+    common = set.intersection(*map(set, sizes))
     if not common:
         return None
-    units = max(common)
+    units = min(common, key=lambda count: sum(list(size).index(count) for size in sizes))
     terms = tuple(
-        Term(term.parameter, shapes[term.parameter], size[units], term.exponent)
+        replace(term, shape=shapes[term.parameter], slices=size[units])
         for term, size in zip(symmetry.terms, sizes, strict=True)
     )
     return replace(symmetry, terms=terms, units=units)

@@ -21,6 +21,7 @@ __all__ = [
     "check_absent",
     "model_and_batch",
     "run_inspect",
+    "settings",
     "with_exit_code",
 ]
 
@@ -43,7 +44,9 @@ def add_inspect_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--weight-decay", type=float, default=0.01, help="(default: 0.01)")
     parser.add_argument("--lr", type=float, default=1e-3, help="(default: 0.001)")
-    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--summary", action="store_true", help="print how much is of which kind")
+    form.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the report in a new file")
     parser.set_defaults(run=run_inspect)
     return parser
@@ -68,7 +71,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def model_and_batch(source: str, args: argparse.Namespace, seed: int = 0) -> tuple[nn.Module, Any]:
     """The network and the batch that a command is asked for."""
-    model, batch = load(source, _settings(args.set))
+    model, batch = load(source, settings(args.set))
     if args.batch is not None or batch is None:
         batch = batch_for(model, args.batch, seed=seed)
     return model, batch
@@ -110,6 +113,8 @@ def run_inspect(args: argparse.Namespace) -> None:
     )
     if args.json:
         print(report.to_json())
+    elif args.summary:
+        print(report.summary())
     else:
         print(report)
         print()
@@ -118,7 +123,7 @@ def run_inspect(args: argparse.Namespace) -> None:
         report.plot(args.plot)
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
+def settings(pairs: list[str]) -> dict[str, Any]:
     """``KEY=VALUE`` pairs; a value that is no Python literal is a string."""
     settings: dict[str, Any] = {}
     for pair in pairs:

@@ -13,10 +13,14 @@ from normwise.geometry import View
 from normwise.invariance.replica import TOLERANCE
 from normwise.invariance.symmetry import by_index
 
-__all__ = ["Evidence", "Finding", "chance_of_error", "euler_products", "index_sets"]
+__all__ = ["Evidence", "Finding", "chance_of_error", "index_sets"]
 
 # More indices along two or three dimensions at once would cost more than all the rest.
-_MOST_INDICES = 16_384
+_MOST_INDICES = 1_048_576
+
+
+# A residual below this share of what chance gives, in every draw, is no accident.
+_NEAR = 3e-3
 
 
 @dataclass(frozen=True)
@@ -49,28 +53,28 @@ class Evidence:
     For each of its index ``sets`` (see :func:`index_sets`), ``sums[dims]`` and ``sizes[dims]``
     collect a draw's Σ w·g and Σ |w·g| at every index, and ``noise[dims]`` the rounding of
     Σ |w·g|: its change when the upstream gradient is multiplied by a number that is no power of 2
-    and the gradient divided by it again.
+    and the gradient divided by it again. A weight that is only used after a number was added to it
+    (``1 + w``) has that number as its ``shift``, and the products are those of the sum.
     """
 
     shape: torch.Size
     sets: tuple[tuple[int, ...], ...]
+    shift: float = 0.0
     sums: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
     sizes: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
     noise: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
-    def add(self, w: Tensor, g: Tensor) -> None:
-        """Add the gradient of one draw."""
-        products = euler_products(w, g)
+    def add(self, products: Tensor) -> None:
+        """Add the products w·g of one draw."""
         sizes = products.abs()
         for dims in self.sets:
             self.sums.setdefault(dims, []).append(by_index(products, dims).cpu())
             self.sizes.setdefault(dims, []).append(by_index(sizes, dims).cpu())
 
-    def add_noise(self, w: Tensor, difference: Tensor) -> None:
-        """Add the rounding of a gradient: the difference of two that should be equal."""
-        products = euler_products(w, difference).abs()
+    def add_noise(self, difference: Tensor) -> None:
+        """Add the rounding of the products: the difference of two that should be equal."""
         for dims in self.sets:
-            self.noise[dims] = by_index(products, dims).cpu()
+            self.noise[dims] = by_index(difference.abs(), dims).cpu()
 
     def find(self) -> Finding:
         """The finest view in which every slice with a gradient passes in every draw."""
@@ -93,7 +97,7 @@ class Evidence:
                     continue
                 residuals = self._residuals(dim, count, live[dim])
                 passing = residuals <= TOLERANCE
-                if passing.all():
+                if passing.all() and not self.shift:
                     view = _view(dim, count, channels)
                     found = count, Finding(view, float(residuals.max()), dead, True, entries)
                     break
@@ -116,6 +120,24 @@ class Evidence:
         channels = len(live)
         count = {"layer": 1, "channel": channels}.get(view.kind, view.count)
         return float(self._residuals(dim, count, live).max()) if live.any() else math.nan
+
+    def near_miss(self) -> tuple[View, float] | None:
+        """The finest view that passes nearly: far nearer to zero than chance, and not zero.
+
+        By chance a slice of n entries has residuals of 1/√n; see :func:`chance_of_error`.
+        """
+        if not self.sums or self.shift:
+            return None
+        for dim in (d for d in (0, 1) if (d,) in self.sets):
+            live = self.live((dim,))
+            for count in _divisors_downward(len(live)):
+                entries = self.shape.numel() // count
+                if entries < 2 or not live.any():
+                    continue
+                residual = float(self._residuals(dim, count, live).max())
+                if TOLERANCE < residual <= _NEAR / math.sqrt(entries):
+                    return _view(dim, count, len(live)), residual
+        return None
 
     def live(self, dims: tuple[int, ...]) -> Tensor:
         """The indices whose gradient is more than rounding."""
@@ -145,12 +167,6 @@ class Evidence:
         # A draw in which a live block happens to have no gradient is no evidence.
         ratio = torch.where(sizes > 0, sums.abs() / sizes, 0).amax(0)
         return torch.where(live.view(count, -1).any(1), ratio, -1.0)
-
-
-def euler_products(w: Tensor, g: Tensor) -> Tensor:
-    """w·g entry by entry; the real part of w̄·g for complex weights."""
-    w = w.detach()
-    return (w.conj() * g).real if w.is_complex() else w * g
 
 
 def chance_of_error(entries: int, draws: int) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["SHRINK", "Exact", "wide"]
+__all__ = ["SHRINK", "Call", "Exact", "wide"]
 
 # ε/c² for c = 2^40: below the rounding of float64 for variances down to about 1e-12, while a slice
 # of constant activations, whose variance is rounding (1e-32), still finds a larger ε to divide by.
@@ -63,15 +64,45 @@ _LENGTHS = frozenset(
     {"std", "norm", "vector_norm", "linalg_vector_norm", "linalg_norm", "sqrt", "std_mean"}
 )
 _SUMS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
-_POWERS = frozenset({"pow", "__pow__", "float_power"})
-_QUOTIENTS = frozenset({"div", "__truediv__", "true_divide", "divide", "__div__"})
-_RECIPROCALS = frozenset({"__rtruediv__", "__rdiv__", "reciprocal"})
+_ROOTS = frozenset({"sqrt", "rsqrt", "sqrt_", "rsqrt_"})
+_POWERS = frozenset({"pow", "__pow__", "float_power", "pow_", "__ipow__"})
+_QUOTIENTS = frozenset({"div", "__truediv__", "true_divide", "divide", "__div__"}) | frozenset(
+    {"div_", "__itruediv__", "__idiv__"}
+)
+_RECIPROCALS = frozenset({"__rtruediv__", "__rdiv__", "reciprocal", "reciprocal_"})
+# A number no larger than this, added just before a root or a division, guards against zero.
+_SMALL = 1e-2
+
+# What only lays the entries of a tensor out anew: a parameter is still itself behind it.
+_LAYOUTS = frozenset(
+    {"t", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "contiguous"}
+    | {"chunk", "split", "tensor_split", "unbind", "narrow", "select", "squeeze", "unsqueeze"}
+    | {"expand", "expand_as", "view_as", "movedim", "swapaxes", "swapdims", "repeat_interleave"}
+    | {"to", "type", "type_as", "double", "clone", "T", "mT", "H", "mH"}
+)
 
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"}) | frozenset(
     {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 )
 
 _STATISTIC, _LENGTH = 1, 2
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation that used parameters.
+
+    Args:
+        name: of the operation.
+        parameters: the ids of the parameters.
+        taken: its other arguments, if a gradient reaches them.
+        returned: what it returned.
+    """
+
+    name: str
+    parameters: list[int]
+    taken: list[Tensor]
+    returned: list[Tensor]
 
 
 class Exact(TorchFunctionMode):
@@ -85,17 +116,31 @@ class Exact(TorchFunctionMode):
 
     Args:
         shrink: the factor on every epsilon; 1 leaves them as they are (default: :data:`SHRINK`).
+        constants: the ids of tensors that hold no data of the batch, such as buffers.
+        calls: where to note the operations that use parameters (default: nowhere).
     """
 
-    def __init__(self, shrink: float = SHRINK) -> None:
+    def __init__(
+        self,
+        shrink: float = SHRINK,
+        constants: frozenset[int] = frozenset(),
+        calls: list[Call] | None = None,
+    ) -> None:
         super().__init__()
+        self.calls = calls
         self.shrink = shrink
+        self.constants = constants
         #: The ids of the parameters that the forward used, in the order of their first use.
         self.used: dict[int, None] = {}
         #: The groups of the convolutions that used a parameter as their kernel, by its id.
         self.kernels: dict[int, int] = {}
-        #: The operations that used each parameter, and as which argument, in order.
+        #: The operations that used each parameter, and as which argument, in order. What is made
+        #: of parameters alone, such as a normalized weight, stands for all of them.
         self.uses: list[tuple[int, str, int | str]] = []
+        #: The parameters of which something was made before it met the batch.
+        self.combined: set[int] = set()
+        #: The numbers that the forward adds to each parameter before any other use of it.
+        self.shifts: dict[int, set[float]] = {}
 
     def __torch_function__(
         self,
@@ -107,28 +152,85 @@ class Exact(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            getter = getattr(getattr(func, "__self__", None), "__name__", "")
+            if name == "__get__" and getter in _LAYOUTS:
+                _follow(args[0], result)
+            return result
         if name in _CASTS:
             return args[0].to(_CASTS[name])
         args = (*args[:1], *wide(args[1:])) if _writes_into_first(name) else wide(args)
         kwargs = {key: value if key == "out" else wide(value) for key, value in kwargs.items()}
-        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        for key, value in places:
-            for t in _tensors((value,)):
-                if isinstance(t, nn.Parameter):
-                    self.used.setdefault(id(t))
-                    self.uses.append((id(t), name, key))
+        before = len(self.uses)
+        shifted = self._record(name, args, kwargs)
+        used = [key for key, _, _ in self.uses[before:]]
         if name in _CONVOLUTIONS and len(args) > 1:
             groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
             self.kernels[id(args[1])] = groups if isinstance(groups, int) else 1
         if func is torch.conv2d:
             func = _conv2d
         if self.shrink == 1:
-            return func(*args, **kwargs)
-        args, kwargs = self._shrunk(func, name, args, kwargs)
-        result = func(*args, **kwargs)
-        _mark(name, args, kwargs, result)
+            result = func(*args, **kwargs)
+        else:
+            args, kwargs = self._shrunk(func, name, args, kwargs)
+            summands = _statistic_and_number(name, args, kwargs)
+            result = func(*args, **kwargs)
+            _mark(name, args, kwargs, result, summands)
+        if args and _only_lays_out(name, args):
+            _follow(args[0], result)
+        elif (made := self._made_of(args, kwargs)) is not None and shifted is None:
+            for output in _tensors((result,)):
+                output._normwise_made = made  # type: ignore[attr-defined]  # a mark of ours
+        elif shifted is not None:
+            t, number = shifted
+            _follow(t, result, float(number))
+        if used and self.calls is not None:
+            taken = [t for t in _tensors((*args, *kwargs.values())) if self._is_data(t)]
+            self.calls.append(Call(name, used, taken, list(_tensors((result,)))))
         return result
+
+    def _is_data(self, t: Tensor) -> bool:
+        """Whether a tensor depends on more than single parameters."""
+        return t.requires_grad and _source(t) is None and not hasattr(t, "_normwise_made")
+
+    def _record(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | float] | None:
+        """Note the parameters that an operation uses; of ``parameter + number`` both of these."""
+        for t in _tensors((*args, *kwargs.values())):
+            if isinstance(t, nn.Parameter):
+                self.used.setdefault(id(t))
+        if _only_lays_out(name, args):
+            return None
+        if name in _SUMS and len(args) == 2 and not _writes_into_first(name):
+            for t, number in (args, args[::-1]):
+                source = _source(t)
+                if source is not None and source[1] == 0 and _is_number(number) and not kwargs:
+                    return t, number
+        combined = self._made_of(args, kwargs) is not None
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for key, value in places:
+            for t in _tensors((value,)):
+                if (source := _source(t)) is not None:
+                    self.shifts.setdefault(source[0], set()).add(source[1])
+                parts = frozenset({source[0]}) if source else getattr(t, "_normwise_made", ())
+                if combined:
+                    self.combined.update(parts)
+                else:
+                    self.uses += [(part, name, key) for part in sorted(parts)]
+        return None
+
+    def _made_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int] | None:
+        """The parameters that the arguments consist of; None where there is anything else."""
+        parts: set[int] = set()
+        for t in _tensors((*args, *kwargs.values())):
+            if (source := _source(t)) is not None:
+                parts.add(source[0])
+            elif made := getattr(t, "_normwise_made", None):
+                parts |= made
+            elif id(t) not in self.constants:
+                return None
+        return frozenset(parts) or None
 
     def _shrunk(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -150,11 +252,14 @@ class Exact(TorchFunctionMode):
             return args, kwargs
         if not args:
             return args, kwargs
-        is_root = name in ("sqrt", "rsqrt") or (
+        is_root = name in _ROOTS or (
             name in _POWERS and len(args) > 1 and _is_number(args[1]) and args[1] in (0.5, -0.5)
         )
         if is_root or name in _RECIPROCALS:
-            return (self._without(args[0], _STATISTIC if is_root else _LENGTH), *args[1:]), kwargs
+            value = self._without(args[0], _STATISTIC if is_root else _LENGTH)
+            if value is not args[0] and _writes_into_first(name):
+                value = args[0].copy_(value)
+            return (value, *args[1:]), kwargs
         if name in _QUOTIENTS and len(args) > 1:
             return (args[0], self._without(args[1], _LENGTH), *args[2:]), kwargs
         return args, kwargs
@@ -166,7 +271,9 @@ class Exact(TorchFunctionMode):
     def _without(self, value: Any, needed: int) -> Any:
         """``statistic + ε·shrink`` for a value that was made as ``statistic + ε``."""
         statistic, eps, version = getattr(value, "_normwise_sum", (None, 0.0, -1))
-        if statistic is None or value._version != version or _rank(statistic) < needed:
+        if statistic is None or value._version != version:
+            return value
+        if _rank(statistic) < needed and not (statistic.requires_grad and 0 < eps <= _SMALL):
             return value
         return statistic + eps * self.shrink
 
@@ -250,15 +357,19 @@ def _rank(t: Any) -> int:
     return rank
 
 
-def _mark(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+def _mark(
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: Any,
+    summands: tuple[Tensor, float] | None,
+) -> None:
     """Remember of a result whether it is a statistic or a length, and what was added to it."""
     inputs = list(_tensors((*args, *kwargs.values())))
     rank = min(map(_rank, inputs), default=0)
-    if name in _SUMS and (parts := _statistic_and_number(args)) is not None:
-        statistic, number = parts
-        rank = _rank(statistic)
-        if statistic is not result:
-            result._normwise_sum = (statistic, number, result._version)
+    if summands is not None:
+        rank = _rank(summands[0])
+        result._normwise_sum = (*summands, result._version)
     if name in _REDUCTIONS or (name in ("sqrt", "__pow__", "pow") and rank):
         rank = max(rank, _LENGTH if name in _LENGTHS else _STATISTIC)
     if rank:
@@ -266,11 +377,49 @@ def _mark(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
             output._normwise_rank = rank  # type: ignore[attr-defined]  # a mark of ours
 
 
-def _statistic_and_number(args: tuple[Any, ...]) -> tuple[Tensor, Any] | None:
-    """Split the arguments of an addition of a constant to a statistic."""
-    if len(args) != 2:
+def _statistic_and_number(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, float] | None:
+    """Split the arguments of an addition of a constant to a statistic, or of a small one to any."""
+    if name not in _SUMS or len(args) != 2 or not kwargs.keys() <= {"alpha"}:
         return None
-    for statistic, number in (args, args[::-1]):
-        if isinstance(statistic, Tensor) and _rank(statistic) and _is_number(number):
-            return statistic, number
+    for t, number in (args, args[::-1]):
+        if not isinstance(t, Tensor) or not _is_number(number):
+            continue
+        eps = float(number)
+        if t is args[0]:
+            eps *= kwargs.get("alpha", 1)
+        if _rank(t) or (t.requires_grad and 0 < eps <= _SMALL):
+            # What is written over is kept as it was.
+            kept = t.clone() if _writes_into_first(name) else t
+            if _rank(t):
+                kept._normwise_rank = _rank(t)
+            return kept, eps
     return None
+
+
+def _only_lays_out(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether the operation moves the entries of its first argument and does nothing else."""
+    if name != "__getitem__":
+        return name in _LAYOUTS
+    # An index that is a tensor looks rows of a table up, or takes a matrix from a stack.
+    return args[0].ndim > 2 or not any(isinstance(t, Tensor) for t in _tensors(args[1:]))
+
+
+def _source(t: Any) -> tuple[int, float] | None:
+    """The parameter whose entries a tensor holds, and what was added to them."""
+    if isinstance(t, nn.Parameter):
+        return id(t), 0.0
+    return getattr(t, "_normwise_source", None)
+
+
+def _follow(t: Any, result: Any, shift: float = 0.0) -> None:
+    """Remember that ``result`` has the entries of ``t``, plus a number."""
+    source, made = _source(t), getattr(t, "_normwise_made", None)
+    for output in _tensors((result,)):
+        if isinstance(output, nn.Parameter):
+            continue
+        if source is not None:
+            output._normwise_source = (source[0], source[1] + shift)  # type: ignore[attr-defined]
+        elif made is not None:
+            output._normwise_made = made  # type: ignore[attr-defined]  # a mark of ours

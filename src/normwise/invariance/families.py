@@ -22,11 +22,12 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from normwise.invariance.euler import Evidence, Finding, euler_products
+from normwise.invariance.euler import Evidence, Finding
 from normwise.invariance.nullspace import RowSpace, null_space, pivots, sparse_basis
 from normwise.invariance.replica import TOLERANCE, Replica
 from normwise.invariance.symmetry import Slices, Symmetry, Term, by_index
@@ -43,6 +44,10 @@ _MOST_DRAWS = 128
 # distances that are summed.
 _PARTS = 4
 _FOLD = 16
+# The most indices of a stack that are searched one by one.
+_MOST_SEARCHED = 8192
+# Beside the largest product of a draw, no more than this is rounding, where rounding was seen.
+_ROUNDING = 2.0**-36
 # How near two directions of products must be to be compared: far above rounding, far below chance.
 _NEAR = 1e-9
 
@@ -57,6 +62,8 @@ class Strip:
         dims: the dimensions that the indices run over.
         live: which indices have a gradient.
         open: which may still be in a family: not invariant by themselves, and in none so far.
+        sample: of how many of a stack's matrices, the first ones, the indices are searched; what is
+            found is taken to go on in the others. None for all.
     """
 
     name: str
@@ -64,10 +71,24 @@ class Strip:
     dims: tuple[int, ...]
     live: Tensor
     open: Tensor
+    sample: int | None = None
 
     @property
     def size(self) -> int:
         return len(self.live)
+
+    def continued(self, slices: Slices) -> Slices | None:
+        """Slices of the sample, as those of the whole stack; None where they do not fill it."""
+        if self.sample is None:
+            return slices
+        each = self.size // self.shape[self.dims[0]]
+        if not slices.units:
+            return None
+        (count, stride), *rest = slices.units
+        if count * stride != self.sample * each:
+            return None
+        count = count // self.sample * self.shape[self.dims[0]]
+        return replace(slices, units=((count, stride), *rest))
 
     def searched(self, indices: Tensor) -> bool:
         """Whether all these indices are open, and one of them has a gradient."""
@@ -113,7 +134,7 @@ class Draws:
             for name, g in zip(self._names, next(self._more), strict=True):
                 if g is None:
                     g = torch.zeros_like(self._replica.params[name])
-                products = euler_products(self._replica.params[name], g)
+                products = self._replica.products(name, g)
                 for dims in self._evidence[name].sets:
                     self._rows[name, dims].append(by_index(products, dims).cpu())
             self.count += 1
@@ -121,7 +142,10 @@ class Draws:
     def of(self, strip: Strip) -> Tensor:
         """The products of a strip, shape ``(draws, indices)``; 0 where they are rounding."""
         noisy = self._evidence[strip.name].noisy(strip.dims)
-        return torch.stack(self._rows[strip.name, strip.dims]) * ~noisy
+        products = torch.stack(self._rows[strip.name, strip.dims])
+        # A unit that was closed in the draws that tell rounding may open at a later point.
+        size = products.abs()
+        return products * ~(noisy & (size <= _ROUNDING * size.amax(1, keepdim=True)))
 
     def _drawn(self) -> Iterator[Sequence[Tensor | None]]:
         while True:
@@ -152,6 +176,7 @@ def find_families(
         return []
     search = _Search(replica, evidence, findings, names)
     search.partial_views()
+    search.sample_stacks()
     search.stacks()
     search.equal_indices()
     search.proportional_indices()
@@ -210,6 +235,13 @@ class _Search:
                 slices = Slices.fitted(strip.dims, indices)
                 if slices is not None:
                     self._claim([(strip, slices, 1.0)])
+
+    def sample_stacks(self) -> None:
+        """Search large stacks in their first two matrices only."""
+        for strip in self.strips.values():
+            if len(strip.dims) > 1 and strip.size > _MOST_SEARCHED:
+                strip.sample = 2
+                strip.open[2 * strip.size // strip.shape[strip.dims[0]] :] = False
 
     def equal_indices(self) -> None:
         """Families whose units are indices of one dimension of each parameter."""
@@ -321,8 +353,13 @@ class _Search:
 
     def _claim(self, parts: list[tuple[Strip, Slices, float]]) -> None:
         """Add a family, and close its indices to others."""
+        continued = [(strip, strip.continued(slices), power) for strip, slices, power in parts]
+        parts = [(strip, slices, power) for strip, slices, power in continued if slices is not None]
+        if len(parts) < len(continued) or len({slices.count for _, slices, _ in parts}) > 1:
+            return
         terms = self._ordered(
-            Term(strip.name, strip.shape, slices, exponent) for strip, slices, exponent in parts
+            Term(strip.name, strip.shape, slices, exponent, self.evidence[strip.name].shift)
+            for strip, slices, exponent in parts
         )
         seen = torch.zeros(parts[0][1].count, dtype=torch.bool)
         for strip, slices, _ in parts:
@@ -379,18 +416,46 @@ class _Search:
 
         Before all others, of which some would be sums over the stack of what is found here.
         """
+
+        def stacked(strips: Iterable[Strip]) -> bool:
+            return max(len(strip.dims) for strip in strips) > 1
+
         if any(len(strip.dims) > 1 for strip in self.strips.values()):
-            self._proportional(lambda strips: max(len(strip.dims) for strip in strips) > 1)
+            # What pairs index by index needs no sums, of which there are many.
+            self._proportional(stacked, singly=True)
+            self._proportional(stacked)
 
     def proportional_indices(self) -> None:
-        """Families of pairs of slices whose products are proportional in every draw."""
-        self._proportional(lambda strips: True)
+        """Families of pairs of slices whose products are proportional in every draw.
 
-    def _proportional(self, wanted: Callable[[Iterable[Strip]], bool]) -> None:
+        In what is left a pattern may fill only a part of a fused projection.
+        """
+        self._proportional(lambda strips: True)
+        left = {
+            (strip.name, strip.dims)
+            for strip in self.strips.values()
+            if len(strip.dims) == 1 and len(strip.shape) > 1 and bool(strip.open.any())
+        }
+        if left:
+            self._proportional(
+                lambda strips: all((strip.name, strip.dims) in left for strip in strips),
+                ragged=True,
+            )
+
+    def _proportional(
+        self,
+        wanted: Callable[[Iterable[Strip]], bool],
+        *,
+        ragged: bool = False,
+        singly: bool = False,
+    ) -> None:
         """Claim pairs of proportional slices, if their strips are wanted.
 
         Args:
             wanted: whether to sum indices of these strips, and to claim a family of them.
+            ragged: whether patterns may fill a part of a run of open indices.
+            singly: whether to pair indices one by one only, and to claim only families that hold
+                half of what has a gradient on each side, or more.
         """
         self.draws.take(6)
         groups: list[tuple[Strip, ...]] = [(strip,) for strip in self.strips.values()]
@@ -402,15 +467,26 @@ class _Search:
         vectors = _Vectors(groups, invariant)
         for at, strips in enumerate(groups):
             size = strips[0].size
-            vectors.add(at, 1, 1, products[at])
-            for length in _divisors(size) if wanted(strips) else []:
+            vectors.add(at, Pattern(1, 1), torch.arange(size), products[at])
+            if singly or not wanted(strips):
+                continue
+            for length in _divisors(size):
                 for apart in _divisors(length):
                     count = length // apart
                     few = count <= _FOLD or (apart == 1 and size // count in sizes)
                     if few and 1 < count < size and not _is_one_dimension(strips, count, apart):
-                        vectors.add(at, count, apart, products[at])
+                        starts = torch.arange(0, size, length)
+                        vectors.add(at, Pattern(count, apart), starts, products[at])
+                        # An interleaved rotary embedding turns neighbours, in several heads.
+                        if apart % 2 == 0 and apart > 2 and len(strips) == len(strips[0].dims):
+                            vectors.add(at, Pattern(count, apart, 2), starts, products[at])
+            if ragged:
+                for pattern, starts in _within_runs(strips[0]):
+                    vectors.add(at, pattern, starts, products[at])
         for parts in vectors.families():
-            if wanted(strip for strip, _, _ in parts):
+            if wanted(strip for strip, _, _ in parts) and not (
+                singly and any(_is_minor(strip, slices) for strip, slices, _ in parts)
+            ):
                 self._claim(parts)
 
     def whole_parameters(self) -> list[Symmetry]:
@@ -427,8 +503,7 @@ class _Search:
                 if g is None:
                     values.append(0.0)
                     continue
-                euler = euler_products(self.replica.params[name], g)
-                values.append(float(slices.sum(euler).sum()))
+                values.append(float(slices.sum(self.replica.products(name, g)).sum()))
             return torch.tensor(values, dtype=torch.float64)
 
         if len(pieces) < 2:
@@ -475,7 +550,7 @@ class _Search:
         result = []
         for relation in basis:
             terms = [
-                Term(name, shapes[name], slices, float(a))
+                Term(name, shapes[name], slices, float(a), self.evidence[name].shift)
                 for (name, slices), a in zip(pieces, relation, strict=True)
                 if a
             ]
@@ -613,19 +688,43 @@ def _term_over(terms: list[Term], dim: int) -> Term | None:
     return None if slices is None else replace(terms[0], slices=slices)
 
 
+class Pattern(NamedTuple):
+    """The indices of a unit: ``many`` times ``inner`` neighbours, ``apart`` from one another."""
+
+    many: int
+    apart: int
+    inner: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.many * self.inner
+
+    def indices(self, first: Tensor) -> Tensor:
+        """The indices that are summed with each first one, in rows."""
+        rest = (self.apart * torch.arange(self.many)).unsqueeze(1) + torch.arange(self.inner)
+        return first.unsqueeze(1) + rest.flatten()
+
+
 class _Vectors:
     """Directions of the products of slices over the draws, to find those that are proportional."""
 
     def __init__(self, groups: list[tuple[Strip, ...]], invariant: set[str]) -> None:
         self.groups, self.invariant = groups, invariant
-        self._meta: list[Tensor] = []  # rows of (group, count, apart, first index)
+        self._meta: list[Tensor] = []  # rows of (group, count, apart, inner, first index)
         self._values: list[Tensor] = []
 
-    def add(self, at: int, count: int, apart: int, products: Tensor) -> None:
-        """Add the sums of ``count`` indices ``apart`` from one another, where all are open."""
-        size = products.shape[1]
-        first = torch.arange(size).view(-1, count, apart)[:, 0].flatten()
-        indices = _fold(first, count, apart)
+    def add(self, at: int, pattern: Pattern, starts: Tensor, products: Tensor) -> None:
+        """Add the sums over the units of a pattern, where all indices are open.
+
+        Args:
+            at: the group.
+            pattern: of the units.
+            starts: the first index of each block of ``apart / inner`` units.
+            products: of the group, shape ``(draws, indices)``.
+        """
+        first = starts.unsqueeze(1) + torch.arange(0, pattern.apart, pattern.inner)
+        first = first.flatten()
+        indices = pattern.indices(first)
         there = self._open(at, indices)
         first, indices = first[there], indices[there]
         folded = products[:, indices]
@@ -635,7 +734,7 @@ class _Vectors:
         if not there.any():
             return
         first, values = first[there], values[:, there]
-        meta = torch.tensor([at, count, apart]).expand(len(first), 3)
+        meta = torch.tensor([at, *pattern]).expand(len(first), 4)
         self._meta.append(torch.cat([meta, first.unsqueeze(1)], 1))
         self._values.append(values.T)
 
@@ -670,22 +769,27 @@ class _Vectors:
         # most units have is meant.
         often: Counter[tuple[int, ...]] = Counter()
         for cluster in clusters:
-            kinds = {tuple(kind) for kind in meta[cluster, :3].tolist()}
+            kinds = {tuple(kind) for kind in meta[cluster, :4].tolist()}
             if len({kind[0] for kind in kinds}) > 1:
                 often.update(kinds)
         for cluster in clusters:
             chosen = self._disjoint(cluster, meta, often)
             if len(chosen) > 1:
                 self._pair(chosen, meta, norms, signs, found)
-        finest_first = sorted(found, key=lambda key: sorted((key[1], key[4]), reverse=True))
-        for key in finest_first:
-            a, count_a, apart_a, b, count_b, apart_b, ratio = key
+
+        def sizes(key: tuple[int, ...]) -> list[int]:
+            return sorted((Pattern(*key[1:4]).size, Pattern(*key[5:8]).size), reverse=True)
+
+        for key in sorted(found, key=sizes):
+            a, b, ratio = key[0], key[4], key[8]
+            of_a, of_b = Pattern(*key[1:4]), Pattern(*key[5:8])
             pairs = torch.tensor(sorted(found[key]))
-            there = self._open(a, _fold(pairs[:, 0], count_a, apart_a))
-            there &= self._open(b, _fold(pairs[:, 1], count_b, apart_b))
-            for part in _fitting(pairs[there]):
-                slices_a = Slices.fitted((0,), _fold(part[:, 0], count_a, apart_a))
-                slices_b = Slices.fitted((0,), _fold(part[:, 1], count_b, apart_b))
+            there = self._open(a, of_a.indices(pairs[:, 0]))
+            there &= self._open(b, of_b.indices(pairs[:, 1]))
+            pairs = self._with_unseen(pairs[there], (a, of_a), (b, of_b))
+            for part in _fitting(pairs):
+                slices_a = Slices.fitted((0,), of_a.indices(part[:, 0]))
+                slices_b = Slices.fitted((0,), of_b.indices(part[:, 1]))
                 if slices_a is None or slices_b is None:
                     continue
                 sides = ((a, slices_a, 1.0), (b, slices_b, ratio / 1000))
@@ -694,6 +798,46 @@ class _Vectors:
                     for group, slices, power in sides
                     for strip in self.groups[group]
                 ]
+
+    def _with_unseen(
+        self, pairs: Tensor, side_a: tuple[int, Pattern], side_b: tuple[int, Pattern]
+    ) -> Tensor:
+        """The pairs, and those between and beyond that have no gradient on either side."""
+        if len(pairs) < 3:
+            return pairs
+        steps = pairs.diff(dim=0)
+        often, times = Counter(map(tuple, steps.tolist())).most_common(1)[0]
+        step = torch.tensor(often)
+        skewed = steps[:, 0] * step[1] != steps[:, 1] * step[0]
+        if times < 2 or step[0] < 1 or bool(skewed.any()):
+            return pairs
+        if (steps % step.where(step != 0, torch.ones_like(step)) != 0).any():
+            return pairs
+        found = {tuple(pair) for pair in pairs.tolist()}
+        size = self.groups[side_a[0]][0].size
+        along = torch.arange(-int(pairs[0, 0] // step[0]), size)
+        filled: list[Tensor] = []
+        for pair in pairs[0] + along.unsqueeze(1) * step:
+            if tuple(pair.tolist()) in found or all(
+                self._unseen(at, pattern.indices(pair[side : side + 1]))
+                for side, (at, pattern) in enumerate((side_a, side_b))
+            ):
+                filled.append(pair)
+            elif pair[0] < pairs[0, 0]:
+                filled.clear()
+            elif pair[0] > pairs[-1, 0]:
+                break
+            else:
+                return pairs
+        return torch.stack(filled)
+
+    def _unseen(self, at: int, indices: Tensor) -> bool:
+        """Whether these are open indices of which none has a gradient."""
+        return all(
+            bool(((indices >= 0) & (indices < strip.size)).all())
+            and bool((strip.open[indices] & ~strip.live[indices]).all())
+            for strip in self.groups[at]
+        )
 
     def _pair(
         self,
@@ -724,8 +868,8 @@ class _Vectors:
             rounded = round(1000 * exponent)
             if abs(1000 * exponent - rounded) > 1e-4:
                 continue
-            kinds = (*key_a[:3], *key_b[:3], rounded)
-            found[kinds].append((key_a[3], key_b[3]))
+            kinds = (*key_a[:4], *key_b[:4], rounded)
+            found[kinds].append((key_a[4], key_b[4]))
 
     def _close(self, chain: list[int], units: Tensor, signs: Tensor) -> list[list[int]]:
         """The slices of a chain of near keys whose directions are near too, cluster by cluster."""
@@ -746,16 +890,16 @@ class _Vectors:
 
         def rank(at: int) -> tuple[int, list[int]]:
             kind = meta[at].tolist()
-            return -often.get(tuple(kind[:3]), 0), [kind[1], *kind]
+            return -often.get(tuple(kind[:4]), 0), [kind[1] * kind[3], *kind]
 
         kept: list[int] = []
         covered: set[tuple[str, tuple[int, ...], int]] = set()
         for at in sorted(cluster, key=rank):
-            group, count, apart, first = meta[at].tolist()
+            group, *pattern, first = meta[at].tolist()
             mine = {
-                (strip.name, strip.dims, first + apart * k)
+                (strip.name, strip.dims, index)
                 for strip in self.groups[group]
-                for k in range(count)
+                for index in Pattern(*pattern).indices(torch.tensor([first])).flatten().tolist()
             }
             if not mine & covered:
                 covered |= mine
@@ -769,7 +913,7 @@ class _Vectors:
 
     def _same(self, a: Tensor, b: Tensor) -> bool:
         """Whether the two are of one parameter in different index sets, or share an index."""
-        (i, count_a, apart_a, first_a), (j, count_b, apart_b, first_b) = a.tolist(), b.tolist()
+        (i, *of_a, first_a), (j, *of_b, first_b) = a.tolist(), b.tolist()
         names = {strip.name for strip in self.groups[i]} & {s.name for s in self.groups[j]}
         if not names:
             return False
@@ -778,8 +922,11 @@ class _Vectors:
         # Where a slice is invariant, any part of it is proportional to the rest.
         if names & self.invariant:
             return True
-        indices = {first_a + apart_a * k for k in range(count_a)}
-        return bool(indices & {first_b + apart_b * k for k in range(count_b)})
+        mine, others = (
+            set(Pattern(*pattern).indices(torch.tensor([first])).flatten().tolist())
+            for pattern, first in ((of_a, first_a), (of_b, first_b))
+        )
+        return bool(mine & others)
 
 
 def _fitting(pairs: Tensor) -> list[Tensor]:
@@ -821,9 +968,30 @@ def _is_one_dimension(strips: tuple[Strip, ...], count: int, apart: int) -> bool
     return False
 
 
-def _fold(first: Tensor, count: int, apart: int) -> Tensor:
-    """The indices that are summed with each first one, in rows."""
-    return first.unsqueeze(1) + apart * torch.arange(count)
+def _is_minor(strip: Strip, slices: Slices) -> bool:
+    """Whether the slices hold less than half of the open indices that have a gradient."""
+    return 2 * slices.count * slices.per_unit < int((strip.open & strip.live).sum())
+
+
+def _within_runs(strip: Strip) -> Iterator[tuple[Pattern, Tensor]]:
+    """Patterns that fill the start or the end of a run of open indices, and the starts of these."""
+    edges = torch.nn.functional.pad(strip.open.long(), (1, 1)).diff()
+    runs = list(zip((edges > 0).nonzero().flatten(), (edges < 0).nonzero().flatten(), strict=True))
+    lengths = {int(end - start) for start, end in runs}
+    for apart in _divisors(strip.size):
+        for count in range(2, _FOLD + 1):
+            length = count * apart
+            if all(run < length or run % length == 0 for run in lengths):
+                continue
+            starts = {
+                int(at)
+                for start, end in runs
+                for first, last in ((start, end - (end - start) % length),)
+                for offset in (0, int((end - start) % length))
+                for at in range(int(first) + offset, int(last) + offset, length)
+            }
+            if starts:
+                yield Pattern(count, apart), torch.tensor(sorted(starts))
 
 
 def _divisors(n: int) -> list[int]:

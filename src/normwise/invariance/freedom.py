@@ -95,6 +95,7 @@ def ledger(
     symmetries: Sequence[Symmetry],
     shapes: Mapping[str, tuple[int, ...]],
     fixed: Mapping[str, View],
+    own: Mapping[str, View],
 ) -> Freedom:
     """Count what fixing these norms costs.
 
@@ -105,8 +106,8 @@ def ledger(
         symmetries: of the network.
         shapes: of its parameters, in the order of their use.
         fixed: the view in which each parameter's norms are to be fixed.
+        own: the views in which parameters are scale-invariant by themselves.
     """
-    own = {s.terms[0].parameter: s.terms[0].view for s in symmetries if s.is_view}
     free = {name for name, view in fixed.items() if _is_coarser(view, own.get(name))}
     counts = {name: Slices.of_view(view, shapes[name]).count for name, view in fixed.items()}
     held = {name: view for name, view in fixed.items() if name not in free}

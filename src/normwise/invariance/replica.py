@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from normwise.invariance.exact import SHRINK, Exact, wide
+from normwise.invariance.exact import SHRINK, Call, Exact, wide
 
 __all__ = ["Replica", "built"]
 
@@ -70,6 +70,8 @@ class Replica:
         self._used: dict[int, None] = {}
         self._kernels: dict[int, int] = {}
         self._uses: list[tuple[int, str, int | str]] = []
+        self._shifts: dict[int, set[float]] = {}
+        self._combined: set[int] = set()
         self._buffers = [
             (module, key, buffer.detach().clone())
             for module in self.model.modules()
@@ -77,11 +79,15 @@ class Replica:
             if buffer is not None
         ]
 
-        # Statistics that a norm uses as they are: at the start, a mean of zero hides what it does.
+        # Statistics that are used as they are: at the start, a mean of zero hides what it does.
+        trained = self._changed_by_training() if mode == "eval" else set()
         self._statistics = [
             (module, key, value)
             for module, key, value in self._buffers
-            if isinstance(module, _NormBase) and not module.training and value.is_floating_point()
+            if value.is_floating_point()
+            and (
+                (module, key) in trained or (isinstance(module, _NormBase) and not module.training)
+            )
         ]
         self._moved: dict[tuple[nn.Module, str], Tensor] = {}
 
@@ -105,14 +111,33 @@ class Replica:
                     _generic_(moved, generator)
                 self._moved[module, key] = moved
 
+    def _changed_by_training(self) -> set[tuple[nn.Module, str]]:
+        """The buffers that a forward in training mode writes to."""
+        self.model.train()
+        try:
+            with deterministic(self.seed, self.params), torch.no_grad():
+                self.forward(self.model)
+        except Exception:  # what cannot run in training is judged as it is
+            return set()
+        finally:
+            self.model.eval()
+        changed = {
+            (module, key)
+            for module, key, value in self._buffers
+            if (now := module._buffers.get(key)) is None or not torch.equal(now, value)
+        }
+        for module, key, value in self._buffers:
+            module._buffers[key] = value.clone()
+        return changed
+
     @contextmanager
     def scaled(self, factors: Mapping[str, Tensor | float]) -> Iterator[None]:
-        """Inside, the named parameters are multiplied by these factors."""
+        """Inside, the named parameters, each with its shift, are multiplied by these factors."""
         saved = {name: self.params[name].detach().clone() for name in factors}
         with torch.no_grad():
             for name, factor in factors.items():
-                parameter = self.params[name]
-                parameter.mul_(torch.as_tensor(factor).to(parameter))
+                parameter, shift = self.params[name], self.shift(name)
+                parameter.add_(shift).mul_(torch.as_tensor(factor).to(parameter)).sub_(shift)
         try:
             yield
         finally:
@@ -120,8 +145,15 @@ class Replica:
                 for name, value in saved.items():
                     self.params[name].copy_(value)
 
-    def run(self, *, shrink: float = SHRINK, graph: bool = False) -> list[Tensor]:
+    def run(
+        self, *, shrink: float = SHRINK, graph: bool = False, calls: list[Call] | None = None
+    ) -> list[Tensor]:
         """The differentiable outputs of one forward, always with the same random numbers.
+
+        Args:
+            shrink: the factor on every epsilon.
+            graph: whether to keep the graph for :meth:`gradients`.
+            calls: where to note the operations that use parameters (default: nowhere).
 
         Raises:
             RuntimeError: if the forward raises.
@@ -129,7 +161,8 @@ class Replica:
         """
         for module, key, value in self._buffers:
             module._buffers[key] = self._moved.get((module, key), value).clone()
-        with deterministic(self.seed, self.params), Exact(shrink) as exact:
+        buffers = frozenset(id(buffer) for buffer in self.model.buffers())
+        with deterministic(self.seed, self.params), Exact(shrink, buffers, calls) as exact:
             try:
                 result = self.forward(self.model)
             except Exception as error:
@@ -138,7 +171,8 @@ class Replica:
                     f"the forward of {type(self.model).__name__} raised "
                     f"{type(error).__name__}: {text}"
                 ) from error
-        self._used, self._kernels, self._uses = exact.used, exact.kernels, exact.uses
+        self._used, self._kernels = exact.used, exact.kernels
+        self._uses, self._shifts, self._combined = exact.uses, exact.shifts, exact.combined
         # Also where no graph is wanted, since models choose their path by whether gradients are on.
         outputs = [output for output in floating_tensors(result) if output.requires_grad]
         if not outputs:
@@ -176,10 +210,28 @@ class Replica:
         """The groups of the convolution that the last forward used a parameter in, if any."""
         return self._kernels.get(id(self.params[name]))
 
+    def shift(self, name: str) -> float:
+        """The number that the last forward added to a parameter before each use: 1 in ``1 + w``."""
+        shifts = self._shifts.get(id(self.params[name]), {0.0})
+        return next(iter(shifts)) if len(shifts) == 1 else 0.0
+
+    def products(self, name: str, g: Tensor) -> Tensor:
+        """Euler's products w·g of a parameter with its shift, entry by entry.
+
+        For complex weights the real part of w̄·g.
+        """
+        w, shift = self.params[name].detach(), self.shift(name)
+        w = w + shift if shift else w
+        return (w.conj() * g).real if w.is_complex() else w * g
+
     def uses(self) -> list[tuple[str, str, int | str]]:
         """The operations of the last forward on parameters: (parameter, operation, argument)."""
         names = {id(p): name for name, p in self.params.items()}
         return [(names[key], op, at) for key, op, at in self._uses if key in names]
+
+    def combined(self, name: str) -> bool:
+        """Whether the last forward made something of a parameter and others, before other use."""
+        return id(self.params[name]) in self._combined
 
     def cotangents(self, outputs: list[Tensor], draw: int) -> list[Tensor]:
         """Random normal upstream gradients; 0 where an output is infinite (masked)."""

@@ -7,87 +7,28 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from normwise.figures.tables import Column, Table, paragraph
 from normwise.geometry import View
+from normwise.invariance.advice import advice
 from normwise.invariance.freedom import Freedom, ledger
 from normwise.invariance.roles import Role
+from normwise.invariance.row import KINDS, Kind, ParameterReport
 from normwise.invariance.scale_maps import ScaleMap, scale_maps
 from normwise.invariance.symmetry import Slices, Symmetry, Term
 
+if TYPE_CHECKING:
+    from normwise.figures import Figure
+
 __all__ = ["ParameterReport", "Report"]
 
-Kind = Literal["invariant", "joint", "balanced", "none", "not looked for", "no effect", "unused"]
-
-KINDS: dict[Kind, str] = {
-    "invariant": "scale-invariant by itself",
-    "joint": "scale-invariant together with others",
-    "balanced": "its scale can be traded against others'",
-    "none": "its scale matters",
-    "not looked for": "not invariant by itself; symmetries with others were not looked for",
-    "no effect": "zero gradient: its value changes nothing",
-    "unused": "not used by the forward: no evidence",
-}
-
-_FORMAT = 2
+_FORMAT = 3
 
 _COLUMNS = ("parameter", "shape", "verdict", "role", Column("residual"), "why")
-
-
-@dataclass(frozen=True)
-class ParameterReport:
-    """What is known of one parameter.
-
-    Args:
-        name: its name in the model.
-        shape: its shape.
-        kind: ``"invariant"`` (in ``view``), ``"joint"`` (only together with others, all scaled
-            alike), ``"balanced"`` (only against others, scaled by inverse powers), ``"none"``,
-            ``"no effect"`` (its gradient is zero, so it says nothing of scale), or ``"unused"``.
-        view: the finest view in which it is scale-invariant by itself, else None.
-        residual: the largest |⟨w, g⟩| / Σ|w g| over draws and slices in float64, epsilons shrunk.
-        residual_with_eps: the same at the model's own weights and epsilons: how far the invariance
-            holds as things are. NaN without a view.
-        chance: a bound on the odds that a weight without this invariance passes, 1 without a view.
-        why: what makes it so, as seen by scaling it; empty where nothing was seen.
-        frozen: whether it does not require a gradient.
-        aliases: its other names, if it is tied.
-        role: what it is for, as seen from what the network does with it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: Kind
-    view: View | None
-    residual: float
-    residual_with_eps: float
-    chance: float
-    why: str
-    frozen: bool = False
-    aliases: tuple[str, ...] = ()
-    role: Role = field(default_factory=lambda: Role("other", ""))
-
-    @property
-    def entries(self) -> int:
-        """The number of entries."""
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
-
-    @property
-    def is_vector(self) -> bool:
-        """Whether at most one dimension is larger than 1: a bias, a gain, a scale."""
-        return sum(size > 1 for size in self.shape) < 2
-
-    @property
-    def verdict(self) -> str:
-        """The view, or the kind where there is none."""
-        return self.kind if self.view is None else str(self.view)
 
 
 @dataclass(frozen=True)
@@ -98,6 +39,8 @@ class Report:
         rows: one for each parameter, in the model's order.
         symmetries: families of slices that can be scaled together, from the views, which are
             families of one weight, to whole parameters; independent of one another.
+        shifted: the families in which a number is added to a parameter before it is multiplied
+            (a gain ``1 + weight``), so that what is scaled is the sum.
         draws: the number of random points and upstream gradients behind the verdicts.
         mode: whether the model was analyzed as in training or in evaluation.
         notes: what a reader must know beside the rows.
@@ -108,6 +51,7 @@ class Report:
     draws: int
     mode: str
     notes: tuple[str, ...] = ()
+    shifted: tuple[Symmetry, ...] = ()
     _parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[ParameterReport]:
@@ -131,6 +75,18 @@ class Report:
         """The view of each parameter that is scale-invariant by itself, by name."""
         return {row.name: row.view for row in self.rows if row.view is not None}
 
+    def invariances(self) -> tuple[Symmetry, ...]:
+        """Each parameter that is scale-invariant by itself, as the symmetry of one term.
+
+        Those of whole weights that follow from other families are here too; they are not in
+        ``symmetries``, which are independent.
+        """
+        return tuple(
+            Symmetry.of_view(row.name, row.shape, row.view)
+            for row in self.rows
+            if row.view is not None
+        )
+
     def parameter_views(self, model: nn.Module | None = None) -> dict[nn.Parameter, View]:
         """As :meth:`views`, by parameter of ``model`` (default: of the model analyzed).
 
@@ -146,6 +102,8 @@ class Report:
     def rescale_(self, model: nn.Module | None = None, *, seed: int = 0) -> dict[str, Tensor]:
         """Rescale a model in place, at random along all symmetries: other weights, one function.
 
+        Shifted ones are among them: of a gain ``1 + weight`` the sum is multiplied.
+
         Every unit of every family is scaled by a factor of its own from [1/2, 2]. What the model
         computes stays the same up to rounding and the epsilons of its normalizations.
 
@@ -154,7 +112,8 @@ class Report:
             seed: of the factors (default: 0).
 
         Returns:
-            What each parameter was multiplied by, by name, as a tensor that broadcasts against it.
+            What each parameter, with its shift, was multiplied by, by name, as a tensor that
+            broadcasts against it.
 
         Raises:
             ValueError: see :meth:`param_groups`.
@@ -162,14 +121,16 @@ class Report:
         params = self._bound(model)
         generator = torch.Generator().manual_seed(seed)
         factors: dict[str, Tensor] = {}
-        for symmetry in self.symmetries:
+        families = (*self.symmetries, *self.shifted)
+        for symmetry in families:
             exponents = 2 * torch.rand(symmetry.units, generator=generator, dtype=torch.float64) - 1
             for name, factor in symmetry.factors(exponents.exp2()).items():
                 factors[name] = factors[name] * factor if name in factors else factor
+        shifts = {term.parameter: term.shift for family in families for term in family.terms}
         with torch.no_grad():
             for name, factor in factors.items():
-                p = params[name]
-                p.copy_(p * factor.to(p.device))
+                p, shift = params[name], shifts[name]
+                p.copy_((p + shift) * factor.to(p.device) - shift)
         return factors
 
     def freedom(self, fixed: Mapping[str, View | str] | Iterable[str] | None = None) -> Freedom:
@@ -198,11 +159,13 @@ class Report:
         }
         for name, view in views.items():
             view.check(self[name].shape)
-        return ledger(self.symmetries, {row.name: row.shape for row in self.rows}, views)
+        families = (*self.symmetries, *self.shifted)
+        shapes = {row.name: row.shape for row in self.rows}
+        return ledger(families, shapes, views, self.views())
 
     def scale_maps(self) -> tuple[ScaleMap, ...]:
         """Which layers can be smoothed against which others, for a quantizer's configuration."""
-        return scale_maps(self.symmetries)
+        return scale_maps((*self.symmetries, *self.shifted))
 
     def share(self, kind: Kind) -> float:
         """The share of the entries of all parameters that are of this kind, from 0 to 1.
@@ -223,17 +186,20 @@ class Report:
     ) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer of normwise or of torch.
 
-        The rule: a parameter with at most one dimension larger than 1 (a bias, a gain, a scale) is
-        a *vector* and is not decayed. Any other is decayed; if it is scale-invariant by itself it
-        is in a group named after its view, which normwise's optimizers then project in, else in the
-        group *plain*, where they do not project. Frozen parameters are in no group.
+        The rule: a parameter that the network uses as a gain or a bias, of whatever shape, or with
+        at most one dimension larger than 1, is a *vector* and is not decayed. Any other is decayed;
+        if it is scale-invariant by itself it is in a group named after its view, which normwise's
+        optimizers then project in, else in the group *plain*, where they do not project. Frozen
+        parameters are in no group.
 
         Args:
             weight_decay: of all groups but *vector*.
             lr: of all groups (default: left to the optimizer).
             overrides: options by group name (``"channel"``, ``"layer"``, ``"plain"``,
-                ``"vector"``, …) or by a pattern of parameter names (``"*.embed.weight"``), whose
-                parameters then make a group of their own, named after the pattern, for each view.
+                ``"vector"``, …), by role (``"embedding"``, ``"readout"``, ``"router"``, …), or by a
+                pattern of parameter names (``"*.embed.weight"``). The parameters of a role or a
+                pattern make a group of their own, named after it, for each view; where several
+                keys hold, the pattern's options count most, then the role's.
             model: whose parameters to take (default: those of the model analyzed).
 
         Returns:
@@ -260,9 +226,13 @@ class Report:
                 if key == name:
                     options |= values
                     used.add(key)
+            if row.role.kind in overrides:
+                name = _group_name(row.role.kind, view)
+                options |= overrides[row.role.kind]
+                used.add(row.role.kind)
             for key, values in overrides.items():
                 if any(fnmatch.fnmatchcase(n, key) for n in (row.name, *row.aliases)):
-                    name = key if view is None or key == view else f"{key} {view}"
+                    name = _group_name(key, view)
                     options |= values
                     used.add(key)
                     break
@@ -273,52 +243,29 @@ class Report:
         if unknown := overrides.keys() - used:
             names = sorted({name for name, _ in groups})
             raise ValueError(
-                f"Invalid overrides: {sorted(unknown)} match no group ({', '.join(names)}) and no "
-                "parameter"
+                f"Invalid overrides: {sorted(unknown)} match no group ({', '.join(names)}), no "
+                "role and no parameter"
             )
         return list(groups.values())
 
     def advice(self, weight_decay: float, lr: float) -> str:
-        """What decoupled decay of all parameters does to each kind, in a few lines.
+        """What decoupled decay of all parameters does, and what to do instead, in a few lines.
+
+        It says what decay acts on and where it has no effect, what to group, which norms can be
+        fixed, and what the gate of plain AdamP would project wrongly.
 
         Args:
             weight_decay: λ.
             lr: the learning rate η.
         """
-        total = sum(row.entries for row in self.rows)
-        invariant = [row for row in self.rows if row.kind == "invariant"]
-        together = [row for row in self.rows if row.kind == "joint"]
-        vectors = [row for row in self.rows if row.is_vector and row.kind not in ("unused",)]
-        rest = [row for row in self.rows if row.kind in ("none", "balanced") and not row.is_vector]
+        families = (*self.symmetries, *self.shifted)
+        freedom = self.freedom() if self.rows and self.looked_for else None
+        return advice(self.rows, families, freedom, weight_decay, lr)
 
-        def share(rows: list[ParameterReport]) -> str:
-            entries = sum(row.entries for row in rows)
-            plural = "" if len(rows) == 1 else "s"
-            return f"{len(rows)} parameter{plural}, {entries / max(total, 1):.1%} of the entries"
-
-        lines = [
-            f"weight_decay={weight_decay:g} on everything, at lr={lr:g}, multiplies every weight "
-            f"by {1 - lr * weight_decay:.8g} per step. It acts on",
-            f"- scale-invariant weights ({share(invariant)}): not on what they compute, only on "
-            "their effective learning rate, which it keeps from falling",
-        ]
-        if together:
-            lines.append(
-                f"- jointly invariant parameters ({share(together)}): likewise for the norm of "
-                "each set as a whole, if it decays all of a set alike"
-            )
-        lines.append(f"- other weights ({share(rest)}): on what they compute, as a regularizer")
-        unknown = [row for row in self.rows if row.kind == "not looked for"]
-        if unknown:
-            lines.append(
-                f"- of {share(unknown)} it is not known: symmetries with others were not looked for"
-            )
-        if vectors:
-            lines.append(
-                f"- biases, gains and scales ({share(vectors)}): on what they compute; "
-                "report.param_groups() leaves them out"
-            )
-        return "\n".join(map(paragraph, lines))
+    @property
+    def looked_for(self) -> bool:
+        """Whether symmetries between weights were looked for (``joint=True``)."""
+        return all(row.kind != "not looked for" for row in self.rows)
 
     def to_json(self, **options: Any) -> str:
         """The report as JSON, without the model; ``options`` go to ``json.dumps``.
@@ -340,6 +287,7 @@ class Report:
                 for row in rows
             ],
             "symmetries": [asdict(symmetry) for symmetry in self.symmetries],
+            "shifted": [asdict(symmetry) for symmetry in self.shifted],
         }
         return json.dumps(content, **options)
 
@@ -361,13 +309,17 @@ class Report:
             if content["format"] != _FORMAT:
                 raise ValueError(f"format {content['format']}; must be {_FORMAT}")
             rows = tuple(_row_from_json(row) for row in content["rows"])
-            symmetries = tuple(_symmetry_from_json(item) for item in content["symmetries"])
-            return cls(rows, symmetries, content["draws"], content["mode"], tuple(content["notes"]))
+            symmetries, shifted = (
+                tuple(_symmetry_from_json(item) for item in content[key])
+                for key in ("symmetries", "shifted")
+            )
+            notes = tuple(content["notes"])
+            return cls(rows, symmetries, content["draws"], content["mode"], notes, shifted)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"Invalid report: {error}") from error
 
     def plot(self, path: str | Path) -> None:
-        """Draw the parameters, coloured by kind, into a file whose suffix says the format.
+        """Draw :meth:`figure` into a file whose suffix says the format.
 
         Args:
             path: of the file.
@@ -375,9 +327,20 @@ class Report:
         Raises:
             ImportError: without matplotlib.
         """
-        from normwise.invariance.figure import draw
+        from normwise.figures import save
 
-        draw([(row.name, row.entries, row.kind) for row in self.rows], list(KINDS.items()), path)
+        save(self.figure(), path)
+
+    def figure(self) -> Figure:
+        """The share of each kind, and the parameters with the families that link them.
+
+        Returns:
+            A description to draw into a file or a page; see :mod:`normwise.figures`.
+        """
+        from normwise.invariance.figure import figure
+
+        rows = [(row.name, row.entries, row.kind, row.verdict) for row in self.rows]
+        return figure(rows, (*self.symmetries, *self.shifted), KINDS)
 
     def __str__(self) -> str:
         def cells(row: ParameterReport) -> tuple[str, ...]:
@@ -391,6 +354,7 @@ class Report:
 
         lines = [str(Table.of(_COLUMNS, map(cells, self.rows)))]
         shared = [s for s in self.symmetries if not (s.is_view and s.terms[0].view)]
+        shared += self.shifted
         if shared:
             lines += [
                 "",
@@ -434,7 +398,8 @@ class Report:
                 raise ValueError(f"the model has no parameter {row.name!r}, the report has")
             if row.view is not None:
                 row.view.check(params[row.name].shape)
-        for term in (term for symmetry in self.symmetries for term in symmetry.terms):
+        families = (*self.symmetries, *self.shifted)
+        for term in (term for family in families for term in family.terms):
             shape = tuple(params[term.parameter].shape)
             if shape != term.shape:
                 raise ValueError(
@@ -446,6 +411,10 @@ class Report:
                 if name not in known and p.requires_grad:
                     raise ValueError(f"the report has no parameter {name!r}, the model has")
         return params
+
+
+def _group_name(key: str, view: str | None) -> str:
+    return key if view is None or key == view else f"{key} {view}"
 
 
 def _row_from_json(row: dict[str, Any]) -> ParameterReport:
@@ -465,5 +434,6 @@ def _symmetry_from_json(item: dict[str, Any]) -> Symmetry:
         slices = term["slices"]
         digits = {key: tuple(map(tuple, slices[key])) for key in ("units", "within")}
         made = Slices(tuple(slices["dims"]), slices["start"], **digits)
-        terms.append(Term(term["parameter"], tuple(term["shape"]), made, term["exponent"]))
+        values = {**term, "shape": tuple(term["shape"]), "slices": made}
+        terms.append(Term(**values))
     return Symmetry(tuple(terms), item["units"], item["unseen"], item["why"])

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from normwise.invariance.exact import Call, Exact
 from normwise.invariance.replica import TOLERANCE, Replica
 from normwise.invariance.symmetry import Slices, Symmetry
 
@@ -41,7 +42,8 @@ _BIASES = {
 }
 _SUMS = frozenset({"add", "__add__", "__radd__", "__iadd__", "add_"})
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "__imul__", "mul_"})
-_LOOKUPS = frozenset({"embedding", "embedding_bag", "index_select"})
+_LOOKUPS = frozenset({"embedding", "embedding_bag", "index_select", "__getitem__", "gather"})
+_MATRIX_PRODUCTS = frozenset({"linear", "addmm", "matmul", "__matmul__", "mm", "bmm", "einsum"})
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Role:
     """What a parameter is for, and how that was seen.
 
     Args:
-        kind: ``"embedding"`` (rows are looked up), ``"readout"`` (the last matrix), ``"tied"``
+        kind: ``"embedding"`` (rows are looked up), ``"readout"`` (a last matrix), ``"tied"``
             (both), ``"hidden"`` (any other matrix), ``"router"`` (chooses among a stack of
             matrices), ``"gain"``, ``"bias"``, or ``"other"``.
         evidence: what the network does with it, in words.
@@ -71,37 +73,43 @@ class Role:
         return text
 
 
-def find_roles(replica: Replica, symmetries: Sequence[Symmetry]) -> dict[str, Role]:
+def find_roles(
+    replica: Replica, symmetries: Sequence[Symmetry], absorbers: Mapping[str, str | None]
+) -> dict[str, Role]:
     """The role of each parameter, by name.
 
     Args:
         replica: at a generic point.
         symmetries: of the network.
+        absorbers: the module that takes up the scale of a parameter, by name.
     """
-    outputs = replica.run(graph=True)
+    calls: list[Call] = []
+    outputs = replica.run(graph=True, calls=calls)
+    readouts = _readouts(replica, calls, symmetries)
     names = list(replica.params)
     grads = replica.gradients(outputs, replica.cotangents(outputs, -2), names)
     gradients = {name: g for name, g in zip(names, grads, strict=True) if g is not None}
     uses: dict[str, list[tuple[str, int | str]]] = defaultdict(list)
     for name, op, at in replica.uses():
         uses[name].append((op, at))
-    readout = _readout(replica)
     heads = _heads(replica, symmetries, gradients)
+    heads |= _heads_of_gains(replica, heads, absorbers)
     routers = _routers(symmetries)
     roles = {}
     for name, p in replica.params.items():
         matrix = sum(size > 1 for size in p.shape) > 1
         kind: RoleKind
-        kind, evidence = _told(name, uses[name], readout, matrix=matrix)
-        if kind == "hidden" and name in routers:
+        kind, evidence = _told(uses[name], matrix=matrix, last=name in readouts)
+        if not matrix and kind in ("hidden", "other") and replica.combined(name):
+            kind, evidence = "gain", "it goes into a weight together with others"
+        if kind in ("hidden", "readout") and name in routers:
             kind, evidence = "router", routers[name]
-        roles[name] = Role(kind, evidence, heads.get(name), _parts(name, symmetries))
+        mine = heads.get(name) if matrix else None
+        roles[name] = Role(kind, evidence, mine, _parts(name, symmetries))
     return roles
 
 
-def _told(
-    name: str, uses: list[tuple[str, int | str]], readout: str | None, *, matrix: bool
-) -> tuple[RoleKind, str]:
+def _told(uses: list[tuple[str, int | str]], *, matrix: bool, last: bool) -> tuple[RoleKind, str]:
     """The role that the operations tell, and the evidence."""
     for op, at in uses:
         if at in _GAINS.get(op, ()):
@@ -110,29 +118,51 @@ def _told(
             return "bias", f"the bias of a {op}"
     ops = [op for op, _ in uses]
     looked_up = any(op in _LOOKUPS for op in ops)
-    if looked_up and name == readout:
-        return "tied", "its rows are looked up, and the last matrix product is with it"
+    if looked_up and last:
+        return "tied", "its rows are looked up, and no other matrix product follows that with it"
     if looked_up:
         return "embedding", "its rows are looked up"
-    if name == readout:
-        return "readout", "the last matrix product of the forward is with it"
-    if not matrix and any(op in _PRODUCTS for op in ops):
+    if last:
+        return "readout", "no other matrix product follows that with it"
+    by_entry = all(op in _SUMS | _PRODUCTS for op in ops)
+    if any(op in _PRODUCTS for op in ops) and (by_entry or not matrix):
         return "gain", "it multiplies what passes by"
-    if any(op in _SUMS for op in ops):
+    if any(op in _SUMS for op in ops) and (by_entry or not matrix):
         return "bias", "it is added to what passes by"
     if matrix and ops:
         return "hidden", f"a matrix used in {', '.join(dict.fromkeys(ops))}"
+    if any(op in _MATRIX_PRODUCTS for op in ops):
+        return "hidden", f"a matrix of one row or column used in {', '.join(dict.fromkeys(ops))}"
     return "other", f"used in {', '.join(dict.fromkeys(ops))}" if ops else "not used"
 
 
-def _readout(replica: Replica) -> str | None:
-    """The last matrix that the forward uses in a product."""
-    last = None
-    for name, op, _ in replica.uses():
-        matrix = sum(size > 1 for size in replica.params[name].shape) > 1
-        if matrix and op not in _LOOKUPS | _SUMS | _PRODUCTS:
-            last = name
-    return last
+def _readouts(replica: Replica, calls: Sequence[Call], symmetries: Sequence[Symmetry]) -> set[str]:
+    """The matrices whose products reach no other matrix product, and whose scale is not removed."""
+    names = {id(p): name for name, p in replica.params.items()}
+    products: list[tuple[list[str], Call]] = []
+    for call in calls:
+        used = [names[key] for key in call.parameters if key in names]
+        matrices = [n for n in used if sum(size > 1 for size in replica.params[n].shape) > 1]
+        if matrices and call.name not in _LOOKUPS | _SUMS | _PRODUCTS:
+            products.append((matrices, call))
+    taken = [t for _, call in products for t in call.taken]
+    returned = [t for _, call in products for t in call.returned if t.requires_grad]
+    reaching: set[int] = set()
+    if taken and returned:
+        with Exact():
+            grads = torch.autograd.grad(
+                [t.abs().sum() for t in taken], returned, retain_graph=True, allow_unused=True
+            )
+        reaching = {id(t) for t, g in zip(returned, grads, strict=True) if g is not None}
+    normalized = {n for s in symmetries if s.is_scale for n in s.parameters}
+    return {
+        name
+        for matrices, call in products
+        for name in matrices
+        if name not in normalized
+        and any(t.requires_grad for t in call.returned)
+        and not any(id(t) in reaching for t in call.returned)
+    }
 
 
 def _heads(
@@ -163,23 +193,58 @@ def _heads(
             w = replica.params[term.parameter].detach()
             if w.is_complex():
                 continue
-            products = _by_unit(g, term.slices) @ _by_unit(w, term.slices).T
-            products = products.cpu()
+            products = (_by_unit(g, term.slices) @ _by_unit(w, term.slices).T).cpu()
             mixed += products if term.exponent > 0 else -products.T
             size += products.abs() if term.exponent > 0 else products.abs().T
         together = (mixed.abs() <= TOLERANCE * size) & (size > 0)
         heads, shared = _blocks(together), 1
-        if heads is None:
+        if heads is None and min(term.slices.per_unit for term in symmetry.terms) == 2:
             # A rotary embedding turns pairs: two indices a unit, and no two units mix.
-            shared = min(term.slices.per_unit for term in symmetry.terms)
-            digits = {term.slices.units[0][0] for term in symmetry.terms}
-            several = all(len(term.slices.units) == 2 for term in symmetry.terms)
-            heads = digits.pop() if shared == 2 and several and len(digits) == 1 else None
+            digits = {t.slices.units[0][0] for t in symmetry.terms if len(t.slices.units) == 2}
+            if len(digits) == 1 and _turns(replica, symmetry, gradients):
+                heads, shared = digits.pop(), 2
         if heads is not None:
             for term in symmetry.terms:
                 # Indices of one unit beside these belong to heads that share it: grouped queries.
-                if len(term.shape) == 2:
-                    found.setdefault(term.parameter, heads * term.slices.per_unit // shared)
+                found.setdefault(term.parameter, heads * term.slices.per_unit // shared)
+    return found
+
+
+def _turns(replica: Replica, symmetry: Symmetry, gradients: Mapping[str, Tensor]) -> bool:
+    """Whether the two indices of a pair can be turned in a plane, on all sides by one angle.
+
+    To first order turning takes up w₁ in slice 0 and gives up w₀ in slice 1. Of vectors, which
+    are gains behind a norm, only the scale of a pair is free, and nothing is asked.
+    """
+    terms = [term for term in symmetry.terms if len(term.shape) > 1]
+    total, size = torch.zeros(symmetry.units), torch.zeros(symmetry.units)
+    for term in terms:
+        g, w = gradients.get(term.parameter), replica.params[term.parameter].detach()
+        if g is None or w.is_complex() or term.slices.per_unit % 2:
+            return False
+        pairs = (symmetry.units, term.slices.per_unit // 2, 2, -1)
+        by_pair = [_by_unit(t, term.slices).view(pairs).cpu() for t in (g, w)]
+        terms_of_sum = torch.stack(
+            [by_pair[0][:, :, 0] * by_pair[1][:, :, 1], -by_pair[0][:, :, 1] * by_pair[1][:, :, 0]]
+        )
+        total = total + terms_of_sum.sum((0, 2, 3))
+        size = size + terms_of_sum.abs().sum((0, 2, 3))
+    return bool((total.abs() <= TOLERANCE * size).all())
+
+
+def _heads_of_gains(
+    replica: Replica, heads: Mapping[str, int], absorbers: Mapping[str, str | None]
+) -> dict[str, int]:
+    """The heads of matrices before a norm over all heads: those of the norm's gain."""
+    found = {}
+    for name, absorber in absorbers.items():
+        p = replica.params[name]
+        if absorber is None or name in heads or p.ndim != 2:
+            continue
+        for other, count in heads.items():
+            gain = replica.params[other]
+            if gain.ndim == 1 and gain.numel() == len(p) and other.startswith(f"{absorber}."):
+                found[name] = count
     return found
 
 

@@ -135,11 +135,30 @@ def _from_transformers(name: str, settings: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"):
         entries = sum(p.numel() for p in build().parameters())
     if entries > _MOST_ENTRIES:
+        sizes = _narrow(transformers.CONFIG_MAPPING[kind](**{**fields, **settings}))
+        narrow = " ".join(f"--set {key}={value}" for key, value in sizes.items())
         raise ValueError(
-            f"hf:{name} has {entries / 1e9:.1f} billion parameters; make it narrow with --set, "
-            "such as --set hidden_size=64 --set num_hidden_layers=2: the verdicts are the same"
+            f"hf:{name} has {entries / 1e9:.1f} billion parameters; make it narrow, with as many "
+            f"heads and groups, and the verdicts are the same: {narrow}"
         )
     return build()
+
+
+def _narrow(config: Any) -> dict[str, int]:
+    """Fields of a configuration that make its network small, its heads and groups as many."""
+    heads = next(
+        (n for key in ("num_attention_heads", "n_head") if (n := getattr(config, key, None))), 8
+    )
+    sizes = dict.fromkeys(("hidden_size", "n_embd", "d_model"), 4 * heads)
+    sizes |= dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size"), 6 * heads)
+    sizes |= dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), 2)
+    sizes |= {"head_dim": 4, "vocab_size": 256}
+    found = {}
+    for key, size in sizes.items():
+        value = getattr(config, key, None)
+        if key not in getattr(config, "attribute_map", {}) and type(value) is int and value > size:
+            found[key] = size
+    return found
 
 
 def _builder(transformers: Any, config: Any, name: str) -> Callable[[], nn.Module]:

@@ -151,7 +151,8 @@ class Slices:
     def resized(self, old: Sequence[int], new: Sequence[int]) -> list[Slices]:
         """What these slices can be in a weight of another shape: more units, or larger ones.
 
-        One digit takes up the ratio of the sizes, and the strides above it grow alike.
+        One digit takes up the ratio of the sizes, and the strides above it grow alike. Digits of
+        small strides come first: where nothing else decides, heads and groups stay as many.
 
         Args:
             old: the shape of the weight that they are slices of.
@@ -166,7 +167,7 @@ class Slices:
             return [self]
         ratio = after // before
         found = []
-        for stride in {step for _, step in (*self.units, *self.within)}:
+        for stride in sorted({step for _, step in (*self.units, *self.within)}):
             grown = [
                 tuple(
                     (
@@ -217,6 +218,8 @@ class Slices:
         covered = self.count * self.per_unit
         last = self.start + sum((n - 1) * step for n, step in (*self.units, *self.within))
         if covered < total:
+            if covered == 1:
+                return f"{text.removesuffix('s').replace('ie', 'y')} {self.start}"
             if last - self.start + 1 == covered:
                 text += f" {self.start}–{last}"
             else:
@@ -243,12 +246,15 @@ class Term:
         shape: its shape.
         slices: which entries belong to which unit.
         exponent: the power of the unit's factor by which its entries are multiplied.
+        shift: a number that the network adds to the parameter before any other use, as in a gain
+            ``1 + weight``. It is the sum that is multiplied (default: 0).
     """
 
     parameter: str
     shape: tuple[int, ...]
     slices: Slices
     exponent: float
+    shift: float = 0.0
 
     @property
     def view(self) -> View | None:
@@ -256,7 +262,7 @@ class Term:
         return self.slices.view(self.shape)
 
     def factors(self, values: Tensor) -> Tensor:
-        """What to multiply the parameter by where unit u is scaled by ``values[u]``.
+        """What the parameter and its shift are multiplied by where unit u is by ``values[u]``.
 
         Args:
             values: of the units, shape ``(units,)``.
@@ -265,7 +271,8 @@ class Term:
 
     def __str__(self) -> str:
         words = self.slices.words(self.shape)
-        text = f"{self.parameter} {words}" if words else self.parameter
+        name = f"({self.shift:g} + {self.parameter})" if self.shift else self.parameter
+        text = f"{name} {words}" if words else name
         size = abs(self.exponent)
         return text if size == 1 else f"{text} ^{size:g}"
 
@@ -289,6 +296,18 @@ class Symmetry:
     unseen: int = 0
     why: str = ""
 
+    @classmethod
+    def of_view(cls, parameter: str, shape: tuple[int, ...], view: View) -> Symmetry:
+        """A weight's own scale invariance, the symmetry of one term.
+
+        Args:
+            parameter: its name.
+            shape: its shape.
+            view: whose slices are the units.
+        """
+        slices = Slices.of_view(view, shape)
+        return cls((Term(parameter, shape, slices, 1.0),), slices.count)
+
     @property
     def is_view(self) -> bool:
         """Whether it is one weight's own: scale invariance by itself."""
@@ -298,6 +317,11 @@ class Symmetry:
     def is_scale(self) -> bool:
         """Whether all grow together: joint scale invariance, not one weight against another."""
         return all(term.exponent > 0 for term in self.terms)
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether a number is added to a parameter that takes part before it is multiplied."""
+        return any(term.shift for term in self.terms)
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,13 @@ from normwise.lab.errors import UsageError, require_lab
 
 if TYPE_CHECKING:
     from normwise.lab.parallel import Processes
-    from normwise.lab.recipes import Cell, Recipe
+    from normwise.lab.recipes import Recipe, RecipeCell
     from normwise.lab.running.events import Event
+    from normwise.lab.running.results import ResultTable
 
-__all__ = ["Lines", "add_lab_parsers"]
+__all__ = ["ProgressLines", "add_lab_parsers"]
 
-_FORMATS = (".html", ".md", ".tex", ".csv", ".json")
+_FORMATS = (".html", ".md", ".tex", ".csv", ".json", ".png", ".svg")
 
 
 def add_lab_parsers(subparsers: Any) -> None:
@@ -101,15 +103,23 @@ def _add_paper(subparsers: Any) -> None:
 def _add_report(subparsers: Any) -> None:
     report = subparsers.add_parser(
         "report",
-        help="tables and curves of runs: HTML, Markdown, LaTeX, CSV or JSON",
-        description="Tables of finished runs, and a page with their curves and settings.",
+        help="tables and curves of runs: HTML, Markdown, LaTeX, CSV, JSON, PNG or SVG",
+        description="Tables of finished runs, a page with their curves and settings, or a picture.",
     )
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders with runs")
+    report.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUNS", help="folders with runs, or reports in .json"
+    )
     report.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
         help=f"a file ending in {', '.join(_FORMATS)}; it is replaced (default: print Markdown)",
+    )
+    report.add_argument(
+        "--curves",
+        default="",
+        metavar="A,B,…",
+        help="what a picture shows, by the names in metrics.jsonl (default: as on the page)",
     )
     report.set_defaults(run=_report)
 
@@ -190,7 +200,7 @@ def _paper_run(arguments: argparse.Namespace) -> int:
 
 
 @dataclass
-class Lines:
+class ProgressLines:
     """Progress as lines on stderr, from this process and from those that train.
 
     Args:
@@ -201,38 +211,65 @@ class Lines:
     total: int
     quiet: bool
     done: int = 0
+    begin: float = field(default_factory=time.monotonic)
+    # Of each cell that was trained here, the share that is done.
+    _shares: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, event: Event) -> None:
-        from normwise.lab.running.events import Finished, Progress
+        from normwise.lab.running.events import Finished, Measured, Planned, Progress, Started
+        from normwise.lab.running.pace import spelled
 
+        if isinstance(event, Planned):
+            self._show(f"{event.trainings} trainings, about {spelled(event.seconds)}")
+            if event.gave_up:
+                print(f"normwise: to fit the budget: {event.gave_up}", file=sys.stderr, flush=True)
+            self.begin = time.monotonic()
+            return
         who = f"{event.cell.row} {event.cell.method} seed {event.cell.seed}"
-        if isinstance(event, Finished):
+        if isinstance(event, Measured | Started):
+            self._shares.setdefault(event.cell.folder, 0.0)
+        elif isinstance(event, Finished):
             self.done += 1
             if event.result["status"] == "skipped":
                 print(f"normwise: skipped: {event.result['error']}", file=sys.stderr)
                 return
-            shown = event.result.get("metrics", event.result.get("error"))
-            line = f"{self.done}/{self.total} {who}: {shown}"
+            if event.cell.folder in self._shares:
+                self._shares[event.cell.folder] = 1.0
+            shown = event.result.get("metrics") or event.result.get("error")
+            self._show(f"{self.done}/{self.total} {who}: {_spelled(shown)}{self._left()}")
         elif isinstance(event, Progress):
-            line = (
-                f"{who}: {100 * event.share:.0f}%, loss {event.loss:.4g}, "
-                f"{_duration(event.seconds_left)} left"
+            self._shares[event.cell.folder] = event.share
+            norm = "" if event.growth is None else f"norm ×{event.growth:.2f}, "
+            self._show(
+                f"{who}: {100 * event.share:.0f}%, loss {event.loss:.4g}, {norm}"
+                f"{spelled(event.seconds_left)} left{self._left()}"
             )
-        else:
-            return
+
+    def _left(self) -> str:
+        """How long all will take, at the pace of what has been trained since the start."""
+        from normwise.lab.running.pace import spelled
+
+        trained = sum(self._shares.values())
+        known = self.done - sum(share == 1.0 for share in self._shares.values())
+        left = self.total - known - trained
+        if left < 1e-9 or trained < 1e-9:
+            return ""
+        return f"; {spelled((time.monotonic() - self.begin) / trained * left)} in all"
+
+    def _show(self, line: str) -> None:
         if not self.quiet:
             print(line, file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02} min"
-    return f"{minutes // 60}:{minutes % 60:02} h"
+def _spelled(shown: object) -> str:
+    """Metrics in a line, or an error."""
+    if not isinstance(shown, dict):
+        return str(shown)
+    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
 def _run_and_show(
-    arguments: argparse.Namespace, recipe: Recipe, cells: list[Cell], together: Processes
+    arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCell], together: Processes
 ) -> int:
     """What the first process, or the only one, does."""
     from normwise.lab.data.files import data_root
@@ -255,7 +292,7 @@ def _run_and_show(
             executor=arguments.executor,
             device=arguments.device,
             checkpoint_seconds=arguments.checkpoint_every,
-            observe=Lines(len(cells), arguments.quiet),
+            observe=ProgressLines(len(cells), arguments.quiet),
             processes=together,
             trust=arguments.trust,
         )
@@ -278,7 +315,7 @@ def _run_and_show(
 
 def _report(arguments: argparse.Namespace) -> int:
     require_lab()
-    from normwise.lab.running.export import as_csv, as_data, as_latex, as_markdown
+    from normwise.lab.running.export import read_json
     from normwise.lab.running.results import read_cells, tables
     from normwise.lab.store import write_atomically
 
@@ -286,23 +323,39 @@ def _report(arguments: argparse.Namespace) -> int:
     if out is not None and out.suffix not in _FORMATS:
         raise UsageError(f"--out {str(out)!r} is not allowed: must end in {', '.join(_FORMATS)}")
     damaged: list[str] = []
-    made = tables(read_cells(arguments.runs, damaged.append))
+    folders = [path for path in arguments.runs if path.suffix != ".json"]
+    made = tables(read_cells(folders, damaged.append))
+    made += [
+        table for path in arguments.runs if path.suffix == ".json" for table in read_json(path)
+    ]
     for reason in damaged:
         print(f"normwise: skipped: {reason}", file=sys.stderr)
     if damaged and not made:
         return 1
+    text = _written(made, ".md" if out is None else out.suffix, _names(arguments.curves))
     if out is None:
-        print(as_markdown(made))
-        return 1 if damaged else 0
-    if out.suffix == ".html":
-        from normwise.lab.report.runs import render
-
-        text = render(made)
-    elif out.suffix == ".json":
-        text = json.dumps(as_data(made), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        print(text.decode())
     else:
-        text = {".md": as_markdown, ".tex": as_latex, ".csv": as_csv}[out.suffix](made)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, text.encode())
-    print(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, text)
+        print(out)
     return 1 if damaged else 0
+
+
+def _written(made: list[ResultTable], suffix: str, curves: list[str]) -> bytes:
+    """The tables, or a picture of their curves, as a file's bytes."""
+    from normwise.figures import document, png
+    from normwise.lab.report.runs import picture, render
+    from normwise.lab.running.export import as_csv, as_json, as_latex, as_markdown
+
+    if suffix in (".png", ".svg"):
+        figure = picture(made, curves)
+        return png(figure) if suffix == ".png" else document(figure).encode()
+    write = {
+        ".html": render,
+        ".json": as_json,
+        ".md": as_markdown,
+        ".tex": as_latex,
+        ".csv": as_csv,
+    }[suffix]
+    return write(made).encode()

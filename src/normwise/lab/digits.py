@@ -18,7 +18,7 @@ from normwise.lab.data.files import data_root
 from normwise.lab.environment import environment
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.parallel import ALONE, Processes
-from normwise.lab.recipes import Cell, Recipe, ids, read, text
+from normwise.lab.recipes import Recipe, RecipeCell, ids, read, text
 from normwise.lab.running.cell import now, run_cell
 from normwise.lab.running.events import Event, Measured, Started
 from normwise.lab.running.prepare import make_optimizer, normalize_weights
@@ -107,7 +107,7 @@ class Choice:
         return read(self.source, self.task)
 
     @cached_property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[RecipeCell]:
         """Seed by seed, so that an interrupted comparison has whole seeds of every method."""
         return self.recipe.cells(SCALE, self.seeds, self.names)
 
@@ -318,7 +318,7 @@ def _seeded() -> Iterator[None]:
 
 
 def _train(
-    cell: Cell,
+    cell: RecipeCell,
     folder: Path,
     keep: Observer,
     monitors: dict[str, Monitor],

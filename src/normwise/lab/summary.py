@@ -13,20 +13,21 @@ from typing import Any
 from scipy.stats import t as student_t
 
 __all__ = [
-    "Finding",
-    "Row",
+    "MethodEnd",
+    "ProjectionFinding",
     "Spread",
     "Verdict",
     "example_half_width",
     "findings",
     "headline",
+    "listed",
     "rows",
     "seed_half_width",
     "summarize",
 ]
 
 Record = Mapping[str, Any]
-Method = Mapping[str, Any]  # name, label, baseline: an entry of run.json's "methods"
+MethodEntry = Mapping[str, Any]  # name, label, baseline: an entry of run.json's "methods"
 
 # Two norms that differ by less than this factor are called equal in words.
 _SAME_NORM = 1.05
@@ -48,7 +49,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodEnd:
     """The end of one optimizer's runs.
 
     The numbers are those after the last epoch of the finished seeds. Where no seed has finished
@@ -87,12 +88,12 @@ _QUANTITIES = (
 )
 
 
-def rows(records: Sequence[Record], methods: Sequence[Method], epochs: int) -> list[Row]:
+def rows(records: Sequence[Record], methods: Sequence[MethodEntry], epochs: int) -> list[MethodEnd]:
     """One row for each method, in the order given."""
     return [_row(records, method, epochs) for method in methods]
 
 
-def _row(records: Sequence[Record], method: Method, epochs: int) -> Row:
+def _row(records: Sequence[Record], method: MethodEntry, epochs: int) -> MethodEnd:
     name = method["name"]
     own = [r for r in records if r["optimizer"] == name]
     failed = {r["seed"]: r["error"] for r in own if r["status"] == "failed"}
@@ -112,7 +113,7 @@ def _row(records: Sequence[Record], method: Method, epochs: int) -> Row:
 
     started = {r["seed"] for r in own}
     finished = {r["seed"] for r in own if r["status"] == "ok" and r["epoch"] == epochs}
-    return Row(
+    return MethodEnd(
         name=name,
         label=method["label"],
         epoch=epoch,
@@ -133,12 +134,23 @@ def _shown(own: Sequence[Record], epochs: int) -> list[int]:
 
 
 class Verdict(Enum):
-    """What the seeds and the test examples allow to say about a difference in accuracy."""
+    """What the seeds and the test examples allow to say about a difference."""
 
     BETTER = "better"
     WORSE = "worse"
-    WITHIN_SPREAD = "within the spread of seeds and test examples"
-    ONE_SEED = "one seed, so nothing can be said"
+    WITHIN_CHANCE = "within chance"
+    ONE_SEED = "one seed"
+
+    @classmethod
+    def of(
+        cls, difference: float, half_width: float | None, higher_is_better: bool = True
+    ) -> Verdict:
+        """Better or worse only where the 95% interval of the difference leaves out zero."""
+        if half_width is None:
+            return cls.ONE_SEED
+        if abs(difference) <= half_width or difference == 0:
+            return cls.WITHIN_CHANCE
+        return cls.BETTER if (difference > 0) == higher_is_better else cls.WORSE
 
 
 def seed_half_width(differences: Sequence[float]) -> float | None:
@@ -174,7 +186,7 @@ def example_half_width(
 
 
 @dataclass(frozen=True)
-class Finding:
+class ProjectionFinding:
     """What the projection changed, between two optimizers that differ in nothing else.
 
     Args:
@@ -206,12 +218,8 @@ class Finding:
 
     @property
     def verdict(self) -> Verdict:
-        """Better or worse only where the 95% interval of the difference leaves out zero."""
-        if self.half_width is None:
-            return Verdict.ONE_SEED
-        if abs(self.difference) <= self.half_width or self.difference == 0:
-            return Verdict.WITHIN_SPREAD
-        return Verdict.BETTER if self.difference > 0 else Verdict.WORSE
+        """What chance allows to say about the accuracies."""
+        return Verdict.of(self.difference, self.half_width)
 
     @property
     def norms_kept_smaller(self) -> bool | None:
@@ -252,8 +260,8 @@ def _points(share: float) -> str:
 
 
 def findings(
-    records: Sequence[Record], methods: Sequence[Method], epochs: int, test_examples: int
-) -> list[Finding]:
+    records: Sequence[Record], methods: Sequence[MethodEntry], epochs: int, test_examples: int
+) -> list[ProjectionFinding]:
     """A finding for every pair, with and without the projection, that finished a common seed."""
     end = {
         (r["optimizer"], r["seed"]): r
@@ -277,7 +285,7 @@ def findings(
             [r["test_errors"] for r in mine], [r["test_errors"] for r in theirs], test_examples
         )
         found.append(
-            Finding(
+            ProjectionFinding(
                 projected=labels[name],
                 baseline=labels[baseline],
                 growth=fmean(r["norm_growth"] for r in mine),
@@ -294,7 +302,7 @@ def findings(
     return found
 
 
-def headline(found: Sequence[Finding], table: Sequence[Row]) -> str:
+def headline(found: Sequence[ProjectionFinding], table: Sequence[MethodEnd]) -> str:
     """The comparison in one sentence, as good or bad as the data make it."""
     if not found:
         ends = [
@@ -304,57 +312,57 @@ def headline(found: Sequence[Finding], table: Sequence[Row]) -> str:
         ]
         if not ends:
             return "No run came far enough to say anything"
-        return f"The norm of the scale-invariant weights changed by {_listed(ends)}"
+        return f"The norm of the scale-invariant weights changed by {listed(ends)}"
     return f"{_norm_clause(found)}; {_accuracy_clause(found)}"
 
 
-def _norm_clause(found: Sequence[Finding]) -> str:
+def _norm_clause(found: Sequence[ProjectionFinding]) -> str:
     kept = [f for f in found if f.norms_kept_smaller is True]
     grown = [f for f in found if f.norms_kept_smaller is False]
     same = [f for f in found if f.norms_kept_smaller is None]
     parts = []
     if kept:
         parts.append(
-            f"{_listed([f.projected for f in kept])} kept the norms smaller than "
-            f"{_listed([f.baseline for f in kept])}"
+            f"{listed([f.projected for f in kept])} kept the norms smaller than "
+            f"{listed([f.baseline for f in kept])}"
         )
     if grown:
         parts.append(
-            f"{_listed([f.projected for f in grown])} left larger norms than "
-            f"{_listed([f.baseline for f in grown])}"
+            f"{listed([f.projected for f in grown])} left larger norms than "
+            f"{listed([f.baseline for f in grown])}"
         )
     if same:
-        pairs = _listed([f"{f.projected} and {f.baseline}" for f in same])
+        pairs = listed([f"{f.projected} and {f.baseline}" for f in same])
         parts.append(f"norms ended about equal under {pairs}")
     text = ", ".join(parts)
     return text[0].upper() + text[1:]
 
 
-def _accuracy_clause(found: Sequence[Finding]) -> str:
+def _accuracy_clause(found: Sequence[ProjectionFinding]) -> str:
     said: dict[Verdict, list[str]] = {}
     for f in found:
         said.setdefault(f.verdict, []).append(f.projected)
-    if set(said) == {Verdict.WITHIN_SPREAD}:
+    if set(said) == {Verdict.WITHIN_CHANCE}:
         return "test accuracies differ by no more than chance explains"
     parts = []
     if Verdict.BETTER in said:
-        parts.append(f"{_listed(said[Verdict.BETTER])} ended more accurate")
+        parts.append(f"{listed(said[Verdict.BETTER])} ended more accurate")
     if Verdict.WORSE in said:
-        parts.append(f"{_listed(said[Verdict.WORSE])} ended less accurate")
-    if Verdict.WITHIN_SPREAD in said:
-        parts.append(f"{_listed(said[Verdict.WITHIN_SPREAD])} within chance")
+        parts.append(f"{listed(said[Verdict.WORSE])} ended less accurate")
+    if Verdict.WITHIN_CHANCE in said:
+        parts.append(f"{listed(said[Verdict.WITHIN_CHANCE])} within chance")
     if Verdict.ONE_SEED in said:
         parts.append("one seed is too few to compare accuracies")
     return ", ".join(parts)
 
 
-def _listed(items: Sequence[str]) -> str:
+def listed(items: Sequence[str]) -> str:
     """``a``, ``a and b``, or ``a, b and c``."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+    return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))
 
 
 def summarize(
-    records: Sequence[Record], methods: Sequence[Method], epochs: int, test_examples: int
+    records: Sequence[Record], methods: Sequence[MethodEntry], epochs: int, test_examples: int
 ) -> dict[str, Any]:
     """What ``summary.json`` holds beside the run's identity: rows, findings and the headline."""
     table = rows(records, methods, epochs)

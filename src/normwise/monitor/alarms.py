@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -14,18 +15,21 @@ from torch import Tensor
 from normwise.monitor.measurement import Measurement
 from normwise.monitor.watched import Layer
 from normwise.theory import norm_range
-from normwise.updates import UpdateRule
+from normwise.updates import Update, UpdateRule
 
 __all__ = [
     "Alarm",
     "AlarmError",
     "AlarmRule",
+    "BelowResolution",
     "DeadSlices",
     "EffectiveLRFell",
     "ExplodingSlices",
     "LargeAngularUpdate",
     "NotFinite",
     "RangeForecast",
+    "SuddenChange",
+    "UpdateAboveExpected",
     "standard_rules",
 ]
 
@@ -98,6 +102,9 @@ def standard_rules(range_of: torch.dtype | None = None) -> tuple[AlarmRule, ...]
         DeadSlices(),
         ExplodingSlices(),
         LargeAngularUpdate(),
+        UpdateAboveExpected(),
+        SuddenChange(),
+        BelowResolution(),
     )
 
 
@@ -377,6 +384,179 @@ class LargeAngularUpdate(AlarmRule):
                     "Lower lr·weight_decay, which sets the angle at equilibrium, or the learning "
                     "rate.",
                 )
+
+
+class UpdateAboveExpected(AlarmRule):
+    """A step far longer than theory expects of this optimizer at this norm: a bad batch, a jump.
+
+    Compared is the RMS angle of a layer with that of :func:`normwise.theory.angle_at`, and that of
+    SGD and its kin at the mean gradient of late. Both must be known of a layer; the ratio settles
+    in the first measurements, and its median until then is what the layer is compared with too,
+    since gradients that are not all noise make steps longer than theory says.
+
+    Args:
+        factor: of how many times is too long (default: 2; Adam's own normalization keeps the step
+            of a batch whose gradient is 30 times too large to 2.4).
+        warm_up: measurements before the first alarm, 3 or more (default: 10).
+    """
+
+    needs = ("angular_update",)
+
+    def __init__(self, factor: float = 2.0, warm_up: int = 10) -> None:
+        if not factor > 1:
+            raise ValueError(f"Invalid factor: {factor}; must be above 1")
+        if warm_up < 3:
+            raise ValueError(f"Invalid warm_up: {warm_up}; must be 3 or more")
+        self.factor = factor
+        self._past: dict[str, deque[float]] = {}
+        self._warm_up = warm_up
+
+    def __call__(self, m: Measurement, rules: tuple[UpdateRule, ...]) -> Iterator[Alarm]:
+        if "expected_angular_update" not in m.names:
+            return
+        angles, expected = m["angular_update"], m["expected_angular_update"]
+        for name, angle in angles.items():
+            ratio = angle / expected[name] if expected[name] > 0 else math.nan
+            if not 0 < ratio < math.inf:
+                continue
+            past = self._past.setdefault(name, deque(maxlen=self._warm_up))
+            usual = max(1.0, statistics.median(past)) if past else math.nan
+            if len(past) == past.maxlen and ratio > self.factor * usual:
+                yield Alarm(
+                    "update above expected",
+                    m.step,
+                    name,
+                    (),
+                    f"the step turned {name} by {angle:.3g} rad, {ratio / usual:.1f} times what "
+                    "its learning rate, norm and past steps lead to expect.",
+                    "Look at this batch and at what changed just before: the learning rate, the "
+                    "loss scale, the data, the weight itself; clip the gradient.",
+                )
+            else:
+                past.append(ratio)
+
+
+class SuddenChange(AlarmRule):
+    """A norm that changed between two measurements as no step explains, or a jump of η.
+
+    A norm is compared with the expected one, which follows the rates so far: a weight overwritten,
+    corrupted in memory or loaded from elsewhere does not. η is compared with that of the last
+    measurement, where it goes beyond its largest so far, as a warm restart does not.
+
+    Args:
+        factor: by which a norm may differ more than at the last measurement (default: 1.5).
+        rate: by which η may grow beyond its largest so far at once (default: 3).
+        warm_up: measurements before η is looked at, since warm-ups begin near zero (default: 10).
+    """
+
+    needs = ("norm",)
+
+    def __init__(self, factor: float = 1.5, rate: float = 3.0, warm_up: int = 10) -> None:
+        for name, value in (("factor", factor), ("rate", rate)):
+            if not value > 1:
+                raise ValueError(f"Invalid {name}: {value}; must be above 1")
+        self.factor, self.rate, self.warm_up = factor, rate, warm_up
+        self._past: dict[str, tuple[float, float]] = {}  # the last norm, and that expected
+        self._lrs: dict[str, tuple[float, float]] = {}  # the last, and the largest
+        self._count = 0
+
+    def __call__(self, m: Measurement, rules: tuple[UpdateRule, ...]) -> Iterator[Alarm]:
+        yield from self._norms(m)
+        self._count += 1
+        jumped = []
+        for layer, lr in zip(m.layers, m.lrs, strict=True):
+            last, largest = self._lrs.get(layer.name, (lr, lr))
+            if self._count > self.warm_up and lr > largest and lr > self.rate * last > 0:
+                jumped.append((layer.name, lr / last))
+            self._lrs[layer.name] = (lr, max(largest, lr))
+        if jumped:
+            name, times = jumped[0]
+            others = f" and {len(jumped) - 1} more" if len(jumped) > 1 else ""
+            yield Alarm(
+                "learning rate jumped",
+                m.step,
+                None,
+                (),
+                f"the learning rate of {name}{others} is {times:.1f} times that of the last "
+                "measurement, and the largest so far.",
+                "Look at the schedule, and at whether its state was loaded with the checkpoint.",
+            )
+
+    def _norms(self, m: Measurement) -> Iterator[Alarm]:
+        if "expected_norm" not in m.names:
+            return
+        norms, expected = m["norm"], m["expected_norm"]
+        for name, norm in norms.items():
+            before, then = self._past.get(name, (math.nan, math.nan))
+            self._past[name] = (norm, expected[name])
+            change = norm / before if before > 0 else math.nan
+            due = expected[name] / then if then > 0 else math.nan
+            # Both the change itself and what of it is not due: an expectation may be at fault too.
+            least = min(abs(_log(change)), abs(_log(change / due) if due > 0 else math.nan))
+            if least > math.log(self.factor):
+                yield Alarm(
+                    "norm jumped",
+                    m.step,
+                    name,
+                    (),
+                    f"the norm of {name} is {change:.2g} times that of the last measurement, "
+                    "beyond what its steps lead to expect.",
+                    "Look for what else writes to this weight: a checkpoint, a callback, memory.",
+                )
+
+
+class BelowResolution(AlarmRule):
+    """Decay, or a whole update, that rounding to the weight's dtype makes nothing of.
+
+    A factor 1 − ηλ changes no entry where ηλ is under a quarter of the dtype's epsilon: the result
+    rounds back. So does an update under that share of an entry, of whose typical size η over the
+    RMS of the entries tells where updates are normalized. Weights that an optimizer rounds at
+    random (``stochastic_rounding``) are left out, since there it works on average; so is the end of
+    a schedule, where η is under a tenth of its largest.
+    """
+
+    needs = ("norm",)
+
+    def __init__(self) -> None:
+        self._largest: dict[str, float] = {}
+
+    def __call__(self, m: Measurement, rules: tuple[UpdateRule, ...]) -> Iterator[Alarm]:
+        norms = m["norm"]
+        for layer, rule in zip(m.layers, rules, strict=True):
+            lr = float(rule.lr)
+            largest = self._largest[layer.name] = max(lr, self._largest.get(layer.name, 0.0))
+            if rule.rounds_at_random or lr < largest / 10:
+                continue
+            least = torch.finfo(layer.dtype).eps / 4
+            dtype = str(layer.dtype).removeprefix("torch.")
+            decay = float(rule.shrink)
+            if 0 < decay < least:
+                yield Alarm(
+                    "decay below resolution",
+                    m.step,
+                    layer.name,
+                    (),
+                    f"lr·weight_decay of {layer.name} is {decay:.1e}, below what {dtype} resolves "
+                    f"({least:.1e}): a factor 1 − lr·weight_decay leaves every entry as it is.",
+                    "Keep float32 weights for the optimizer, round at random "
+                    "(stochastic_rounding=True), or raise the weight decay.",
+                )
+            share = lr * rule.scale / (norms[layer.name] / math.sqrt(layer.entries))
+            if rule.update is Update.NORMALIZED and 0 < share < least:
+                yield Alarm(
+                    "update below resolution",
+                    m.step,
+                    layer.name,
+                    (),
+                    f"an update of {layer.name} is {share:.1e} of its entries, below what {dtype} "
+                    f"resolves ({least:.1e}): most entries stay as they are.",
+                    "Keep float32 weights for the optimizer, round at random "
+                    "(stochastic_rounding=True), or raise the learning rate.",
+                )
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else math.nan
 
 
 def _indices(mask: Tensor) -> tuple[int, ...]:

@@ -22,12 +22,15 @@ class History:
         names: of what is known of a layer: the quantities, and the predictions.
         measurements: in the order of their steps.
         update: what sets the length of an update, and so which effective learning rate counts.
+        knows_invariance: whether the weights are known to be scale-invariant, of which alone
+            norms and angles can be expected.
     """
 
     layers: tuple[str, ...]
     names: tuple[str, ...]
     measurements: tuple[Measurement, ...]
     update: Update
+    knows_invariance: bool = True
 
     def series(self, name: str) -> tuple[list[int], Tensor]:
         """The steps measured so far, and a quantity of each layer at them.

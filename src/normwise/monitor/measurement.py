@@ -14,7 +14,13 @@ from normwise.monitor.watched import Layer
 
 __all__ = ["PREDICTIONS", "Measurement", "aggregate"]
 
-PREDICTIONS = ("predicted_norm", "predicted_angular_update", "steps_to_equilibrium")
+PREDICTIONS = (
+    "predicted_norm",
+    "predicted_angular_update",
+    "steps_to_equilibrium",
+    "expected_norm",
+    "expected_angular_update",
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,9 @@ class Measurement:
         layers: the layers, in the order of the columns of ``values``.
         names: the quantities, in the order of the rows of ``values``; the last are
             :data:`PREDICTIONS`: norm and angle at equilibrium, and the steps until the norm is
-            within 10% of it at the present learning rate.
+            within 10% of it at the present learning rate; and what is expected at this step: the
+            norm that the rates so far lead to from that of the first measurement, and the angle at
+            the present norm.
         values: shape ``(names, layers)``, float64.
         slices: shape ``(quantities, slices of all layers)``; the predictions have no rows.
         lrs: the learning rate of each layer.
@@ -70,6 +78,20 @@ class Measurement:
             if candidate.name == layer:
                 return values[candidate.slices]
         raise KeyError(f"no layer {layer!r} is watched")
+
+    def gradient_shares(self) -> dict[str, float]:
+        """The part of the squared gradient norm of all watched weights that is each layer's.
+
+        Returns:
+            Shares that add to 1, by the layer's name.
+
+        Raises:
+            KeyError: if ``gradient_norm`` is not measured.
+        """
+        squares = self.of_slices("gradient_norm").double().square()
+        squares = torch.where(squares.isfinite(), squares, 0.0)
+        total = float(squares.sum()) or 1.0
+        return {layer.name: float(squares[layer.slices].sum()) / total for layer in self.layers}
 
     def rows(self) -> Iterator[tuple[str, str, float]]:
         """Layer, quantity and value, one after the other.

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normwise.checks import check_report
 from normwise.figures.tables import paragraph
 from normwise.geometry import View
 from normwise.monitor.alarms import Alarm, AlarmError, AlarmRule, standard_rules
@@ -29,8 +30,9 @@ from normwise.monitor.sharded import (
 )
 from normwise.monitor.triggers import Trigger, at_least_one, every
 from normwise.monitor.watched import Bucket, Layer, WatchedWeights
+from normwise.monitor.whole import WeightQuantity
 from normwise.sharding import is_sharded
-from normwise.theory import equilibrium_of, time_to_equilibrium
+from normwise.theory import angle_at, equilibrium_of, norm_after, time_to_equilibrium
 from normwise.updates import Update, UpdateRule, describe, rule_of
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class _Taken:
 
     step: int
     rules: list[UpdateRule]  # of each layer
+    whole: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by quantity and layer
 
 
 @dataclass
@@ -59,6 +62,7 @@ class _Batch:
     taken: list[_Taken]
     values: list[Tensor]  # of each bucket: (measurements, quantities, rows)
     first_bad: list[Tensor]  # of each bucket: (rows,)
+    whole: list[tuple[list[tuple[int, int, int]], Tensor]]  # measurement, quantity, layer
     events: list[Any]
 
     def arrived(self) -> bool:
@@ -89,6 +93,9 @@ class Monitor:
             channel, embeddings as a whole; then it is for you to know which are scale-invariant.
         every: when to measure: the first step and every so many, or a trigger (default: 100).
         quantities: what to measure (default: :data:`normwise.monitor.STANDARD`).
+        of_weights: what to measure of whole weights besides, each on a schedule of its own, such as
+            ``spectral(every(500))``; NaN at other measurements. DTensors are refused with it
+            (default: nothing).
         writers: where measurements go: any callables, such as those of
             :mod:`normwise.monitor.writers`. One that has ``close()`` is closed with the monitor.
             One that fails is dropped, with one warning of the logger ``normwise.monitor``.
@@ -128,6 +135,7 @@ class Monitor:
         *,
         every: int | Trigger = 100,
         quantities: Sequence[Quantity] = STANDARD,
+        of_weights: Sequence[WeightQuantity] = (),
         writers: Sequence[Writer] = (),
         alarms: OnAlarm = "log",
         rules: Sequence[AlarmRule] | None = None,
@@ -149,6 +157,7 @@ class Monitor:
             )
         _check_types("optimizer", optimizers, Optimizer, "a torch optimizer")
         _check_types("quantity", quantities, Quantity, "a Quantity, such as Norm()")
+        _check_types("of_weights", of_weights, WeightQuantity, "a WeightQuantity")
         _check_types("writer", writers, Callable, "a function of a Measurement")
         _check_types("rule", rules or (), AlarmRule, "an AlarmRule, such as NotFinite()")
         _check_types("check_finite", [check_finite], Trigger | None, "a trigger, such as every(1)")
@@ -160,6 +169,8 @@ class Monitor:
         self._keep, self._stride, self._received = keep, 1, 0
         self._quantities = tuple(quantities)
         self._names = tuple(q.name for q in self._quantities)
+        self._of_weights = tuple(of_weights)
+        self._model = model
         self._rules = tuple(standard_rules() if rules is None else rules)
         self._check_names()
         self.writers = list(writers)
@@ -170,8 +181,12 @@ class Monitor:
         every_group = [(i, g) for i, o in enumerate(optimizers) for g in o.param_groups]
         groups = {p: k for k, (_, g) in enumerate(every_group) for p in g["params"]}
         owners = {p: i for i, g in every_group for p in g["params"]}
-        views = _views(model, [g for _, g in every_group], report, names, groups)
+        views, knows = _views(model, [g for _, g in every_group], report, names, groups)
         self._layout = WatchedWeights(views, names, groups, owners)
+        self._knows_invariance = knows
+        for layer, p in zip(self._layout.layers, self._layout.params, strict=True):
+            if of_weights and is_sharded(p):
+                raise ValueError(f"{layer.name} is a DTensor, of which of_weights measures nothing")
         self._results: list[Tensor] | None = None
         self._first_bad: list[Tensor] | None = None
         self._before: dict[int, Tensor] = {}  # by bucket
@@ -180,6 +195,8 @@ class Monitor:
         self._taken: list[_Taken] = []
         self._under_way: list[_Batch] = []
         self._gradient_squares: Tensor | None = None
+        self._expected: dict[int, tuple[float, UpdateRule]] = {}  # the norm of each layer
+        self._expected_at = 0
         self._seen: set[tuple[str, str | None]] = set()
 
         self.step = 0
@@ -200,7 +217,7 @@ class Monitor:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of what is known of a layer: the quantities, and the predicted equilibrium."""
-        return (*self._names, *PREDICTIONS)
+        return (*self._names, *PREDICTIONS, *(q.name for q in self._of_weights))
 
     def series(self, name: str) -> tuple[list[int], Tensor]:
         """The steps measured so far, and a quantity of each layer at them.
@@ -240,7 +257,6 @@ class Monitor:
         """The pictures of :meth:`plot` one by one, as ``<svg>`` elements to put into a page.
 
         Raises:
-            ImportError: without matplotlib.
             ValueError: if nothing has been measured yet.
         """
         from normwise.monitor.plots import panels
@@ -248,7 +264,9 @@ class Monitor:
         return panels(self._data())
 
     def _data(self) -> History:
-        return History(self.layers, self.names, tuple(self.history), self.update)
+        return History(
+            self.layers, self.names, tuple(self.history), self.update, self._knows_invariance
+        )
 
     def fetch(self) -> None:
         """Get every measurement taken so far; this waits for the device."""
@@ -318,7 +336,7 @@ class Monitor:
         if which == 0:
             while self._under_way and self._under_way[0].arrived():
                 self._receive(self._under_way.pop(0))
-            if self._open is None and self._trigger(self.step + 1):
+            if self._open is None and self._is_measured(self.step + 1):
                 gone = UpdateRule("", self.update, math.nan)
                 self._open = _Taken(self.step + 1, [gone] * len(self._layout.layers))
                 self._due = {bucket.owner for bucket in self._layout.buckets}
@@ -331,6 +349,9 @@ class Monitor:
     @torch.no_grad()
     def _after_step(self, which: int, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.step += which == 0
+        if which == 0:
+            for quantity in self._of_weights:
+                quantity.after_step(self._model, self.layers)
         if self._check_finite is not None and self._check_finite(self.step):
             self._check_shapes()
             self._look_for_bad(which)
@@ -341,12 +362,26 @@ class Monitor:
         self._measure(which, before)
         self._due.remove(which)
         if not self._due and self._open is not None:
+            self._open.whole = self._measure_whole(self._open.step)
             self._taken.append(self._open)
             self._open = None
             if len(self._taken) == self._fetch_every:
                 self._send()
                 if not self._under_way[0].events:
                     self._receive(self._under_way.pop(0))
+
+    def _is_measured(self, step: int) -> bool:
+        return self._trigger(step) or any(q.when(step) for q in self._of_weights)
+
+    def _measure_whole(self, step: int) -> dict[tuple[int, int], Tensor]:
+        """The quantities of whole weights that are due."""
+        index = {name: i for i, name in enumerate(self.layers)}
+        return {
+            (row, index[name]): value.detach().reshape(())
+            for row, quantity in enumerate(self._of_weights)
+            if quantity.when(step)
+            for name, value in quantity(self._model, self.layers).items()
+        }
 
     def _buckets_of(self, which: int) -> list[tuple[int, Bucket | ShardedWeight]]:
         """The weights that one of the optimizers steps, numbered among all."""
@@ -460,13 +495,20 @@ class Monitor:
         count = len(self._taken)
         values = [_to_host(results[:count]) for results in self._results]
         first_bad = [_to_host(first) for first in self._first_bad or ()]
+        places: dict[torch.device, list[tuple[int, int, int]]] = {}
+        scalars: dict[torch.device, list[Tensor]] = {}
+        for number, taken in enumerate(self._taken):
+            for (row, layer), value in taken.whole.items():
+                places.setdefault(value.device, []).append((number, row, layer))
+                scalars.setdefault(value.device, []).append(value.double())
+        whole = [(at, _to_host(torch.stack(scalars[device]))) for device, at in places.items()]
         events = []
         for device in {b.device for b in self._layout.buckets}:
             if device.type == "cuda":
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types here
                 event.record(torch.cuda.current_stream(device))
                 events.append(event)
-        self._under_way.append(_Batch(self._taken, values, first_bad, events))
+        self._under_way.append(_Batch(self._taken, values, first_bad, whole, events))
         self._taken = []
         if self._open is not None:
             for results in self._results:
@@ -477,20 +519,25 @@ class Monitor:
     def _receive(self, batch: _Batch) -> None:
         values = torch.cat([v.double() for v in batch.values], dim=2)
         first_bad = torch.cat(batch.first_bad) if batch.first_bad else None
-        for taken, slices in zip(batch.taken, values, strict=True):
-            layers = self._layout.layers
+        layers = self._layout.layers
+        whole = torch.full(
+            (len(batch.taken), len(self._of_weights), len(layers)), math.nan, dtype=torch.float64
+        )
+        for places, found in batch.whole:
+            whole[tuple(torch.tensor(places).T)] = found
+        for taken, slices, of_weights in zip(batch.taken, values, whole, strict=True):
             rules = tuple(
                 self._gated(rule.converted(float), layer, slices)
                 for rule, layer in zip(taken.rules, layers, strict=True)
             )
             lrs = tuple(float(rule.lr) for rule in rules)
             measured = aggregate(slices, self._quantities, layers)
-            predicted = self._predict(slices, rules)
+            predicted = self._predict(taken.step, slices, rules)
             m = Measurement(
                 taken.step,
                 layers,
                 self.names,
-                torch.cat([measured, predicted]),
+                torch.cat([measured, predicted, of_weights]),
                 slices,
                 lrs,
                 None if first_bad is None else torch.where(first_bad <= taken.step, first_bad, 0),
@@ -532,22 +579,35 @@ class Monitor:
         cosines = slices[self._names.index("gradient_cosine")][layer.slices]
         return rule.with_gate(bool(cosines.max() < rule.delta / math.sqrt(layer.entries)))
 
-    def _predict(self, slices: Tensor, rules: tuple[UpdateRule, ...]) -> Tensor:
-        """The equilibrium of each layer; E‖g̃‖² is the mean over the last ten or so measurements."""
+    def _predict(self, step: int, slices: Tensor, rules: tuple[UpdateRule, ...]) -> Tensor:
+        """The equilibrium of each layer, and where the rates so far lead to.
+
+        E‖g̃‖² is the mean over the last ten or so measurements.
+        """
         predicted = torch.full((len(PREDICTIONS), len(rules)), math.nan, dtype=torch.float64)
-        norm = Norm.name
-        now = slices[self._names.index(norm)].double().log() if norm in self._names else None
+        steps = step - self._expected_at if self._expected else 0
+        self._expected_at = step
+        now = None
+        if Norm.name in self._names:
+            now = slices[self._names.index(Norm.name)].double().log()
+        usual = self._gradient_squares
         if "scaled_gradient" in self._names:
             squares = slices[self._names.index("scaled_gradient")].square()
-            old = self._gradient_squares
+            old = usual
             self._gradient_squares = squares if old is None else old.lerp(squares, 0.1)
         for i, (layer, rule) in enumerate(zip(self._layout.layers, rules, strict=True)):
             mean = math.nan
             if self._gradient_squares is not None:
-                alive = self._gradient_squares[layer.slices]
-                mean = float(alive[alive > 0].log().mean().exp())
+                mean = _mean_square(self._gradient_squares[layer.slices])
             present = math.nan if now is None else float(now[layer.slices].mean().exp())
-            predicted[:, i] = torch.tensor(_prediction(rule, mean, layer, present))
+            settled = _prediction(rule, mean, layer, present)
+            before, last = self._expected.get(i, (present, rule))
+            norm = _expected_norm(_midway(last, rule), mean, layer, before, steps)
+            self._expected[i] = (norm, rule)
+            # Without this gradient, which is what an expectation is there to judge.
+            past = mean if usual is None else _mean_square(usual[layer.slices])
+            now_expected = (norm, _expected_angle(rule, past, layer, present))
+            predicted[:, i] = torch.tensor((*settled, *now_expected))
         return predicted
 
     def _raise(self, alarm: Alarm) -> None:
@@ -564,8 +624,8 @@ class Monitor:
             self._on_alarm(alarm)
 
     def _check_names(self) -> None:
-        if len(set(self._names)) < len(self._names):
-            raise ValueError(f"two quantities have one name: {', '.join(self._names)}")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"two quantities have one name: {', '.join(self.names)}")
         for rule in self._rules:
             missing = set(rule.needs) - set(self._names)
             if missing:
@@ -584,12 +644,9 @@ def _prediction(
     """
     time = math.nan
     try:
-        found = equilibrium_of(
-            rule,
-            gradient_square=square if 0 < square < math.inf else math.nan,
-            entries=layer.entries,
-            shape=layer.shape,
-        )
+        found = equilibrium_of(rule, **_known(square, layer))
+        if rule.norm == "fixed":
+            return present, found.angle, 0.0
         if 0 < found.norm < math.inf and 0 < present < math.inf:
             time = time_to_equilibrium(rule, present / found.norm)
     except ValueError:  # beyond where one exists
@@ -597,6 +654,51 @@ def _prediction(
     if not found.angle > 0:  # without decay
         return math.nan, math.nan, math.nan
     return found.norm, found.angle, time
+
+
+def _mean_square(squares: Tensor) -> float:
+    """The geometric mean over the slices that have a gradient; NaN without any."""
+    return float(squares[squares > 0].log().mean().exp())
+
+
+def _midway(a: UpdateRule, b: UpdateRule) -> UpdateRule:
+    """The rule between two measurements, over which rates are taken to change evenly."""
+    return replace(
+        b,
+        lr=(float(a.lr) + float(b.lr)) / 2,
+        decay_per_step=(float(a.decay_per_step) + float(b.decay_per_step)) / 2,
+    )
+
+
+def _expected_norm(
+    rule: UpdateRule, square: float, layer: Layer, before: float, steps: int
+) -> float:
+    """The norm that steps at these rates lead to; NaN where that is not known."""
+    if not 0 < before < math.inf or steps == 0:
+        return before
+    try:
+        return norm_after(rule, before, steps, **_known(square, layer))
+    except (ValueError, OverflowError):  # beyond where the closed form holds
+        return math.nan
+
+
+def _expected_angle(rule: UpdateRule, square: float, layer: Layer, present: float) -> float:
+    """The RMS angle of a step at the present norm; NaN where that is not known."""
+    if not 0 < present < math.inf:
+        return math.nan
+    try:
+        return angle_at(rule, present, **_known(square, layer))
+    except ValueError:
+        return math.nan
+
+
+def _known(square: float, layer: Layer) -> dict[str, Any]:
+    """What the closed forms want to know of a layer."""
+    return {
+        "gradient_square": square if 0 < square < math.inf else math.nan,
+        "entries": layer.entries,
+        "shape": layer.shape,
+    }
 
 
 def _ranges(m: Measurement) -> Iterator[str]:
@@ -678,9 +780,10 @@ def _views(
     report: Report | Mapping[str, View | str] | None,
     names: Mapping[nn.Parameter, str],
     groups: Mapping[nn.Parameter, int],
-) -> dict[nn.Parameter, View]:
-    """What to watch, in the model's order."""
+) -> tuple[dict[nn.Parameter, View], bool]:
+    """What to watch, in the model's order, and whether it is known to be scale-invariant."""
     views: dict[nn.Parameter, View] = {}
+    knows = report is not None
     if isinstance(report, Mapping):
         by_name = dict(model.named_parameters(remove_duplicate=False))
         for name, view in report.items():
@@ -688,8 +791,17 @@ def _views(
                 raise ValueError(f"the model has no parameter {name!r}")
             views[by_name[name]] = view if isinstance(view, View) else View.parse(view)
     elif report is not None:
+        check_report(report, "a mapping from names, or")
         views = dict(report.parameter_views(model))
-    else:
+        if not views:
+            knows = False
+            views = _in_symmetries(model, report)
+            _LOG.warning(
+                "no weight of this network is scale-invariant by itself; %s, and no equilibrium is "
+                "predicted",
+                f"watching the {len(views)} weights of its symmetries" if views else "watching all",
+            )
+    if not views and not isinstance(report, Mapping):
         tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         for p in names:
             if p in groups and p.ndim > 1:
@@ -704,4 +816,18 @@ def _views(
             raise ValueError(f"{names[p]} is of dtype {p.dtype}; only floating-point has a norm")
         if is_sharded(p) and p.is_complex():
             raise ValueError(f"{names[p]} is a complex DTensor; a Monitor reads real ones only")
-    return views
+    return views, knows
+
+
+def _in_symmetries(model: nn.Module, report: Report) -> dict[nn.Parameter, View]:
+    """The weights that can be scaled together with others, each as its largest family splits it."""
+    params = report.parameters(model)
+    found: dict[nn.Parameter, tuple[int, View]] = {}
+    for symmetry in report.symmetries:
+        for term in symmetry.terms:
+            p = params[term.parameter]
+            if p.ndim > 1 and isinstance(term.view, View):
+                units = found.get(p, (0, term.view))[0]
+                if symmetry.units > units:
+                    found[p] = (symmetry.units, term.view)
+    return {p: view for p, (_, view) in found.items()}

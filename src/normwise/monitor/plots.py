@@ -35,7 +35,7 @@ _COLUMNS = 240
 
 
 def charts(history: History) -> dict[str, Chart]:
-    """What a monitor has measured: norms, effective learning rates, angles, and equilibrium.
+    """What a monitor has measured: norms, effective learning rates, angles, beside the expected.
 
     Raises:
         ValueError: if nothing has been measured yet.
@@ -52,7 +52,7 @@ def charts(history: History) -> dict[str, Chart]:
             f"η/{power}, geometric mean over a layer's slices",
         ),
         "angles": _angles(history),
-        "equilibrium": _equilibrium(history),
+        **({"expected": _expected(history)} if history.knows_invariance else {}),
     }
 
 
@@ -113,20 +113,20 @@ def _angles(history: History) -> Heat:
     )
 
 
-def _equilibrium(history: History) -> Dots:
-    """Measured over predicted angle and norm of each layer, over the last quarter of the run."""
+def _expected(history: History) -> Dots:
+    """Measured over expected angle and norm of each layer, over the last quarter of the run."""
     first = len(history.measurements) * 3 // 4
 
     def ratio(name: str) -> tuple[float, ...]:
         def late(quantity: str) -> Tensor:
             return history.series(quantity)[1][first:]
 
-        return tuple((late(name) / late(f"predicted_{name}")).nanmean(0).tolist())
+        return tuple((late(name) / late(f"expected_{name}")).nanmean(0).tolist())
 
     return Dots(
-        "Measured ÷ predicted equilibrium",
-        "over the last quarter of the run; band: ±10%",
-        Axis("measured ÷ predicted, log scale", Spacing.LOG, holds=(0.5, 2.0)),
+        "Measured ÷ expected",
+        "norm: from the first measurement on, at the rates since; angle: at the norm; last quarter",
+        Axis("measured ÷ expected, log scale", Spacing.LOG, holds=(0.5, 2.0)),
         short_names(history.layers),
         (
             Series("angle", ratio("angular_update"), colours=("blue",)),

@@ -19,6 +19,7 @@ __all__ = [
     "DecayPull",
     "EffectiveLR",
     "GradientCosine",
+    "GradientNorm",
     "GradientPush",
     "LargestInverseNorm",
     "Norm",
@@ -241,6 +242,16 @@ class ScaledGradient(Quantity):
         return s.norm_before * s.gradient_norm
 
 
+class GradientNorm(Quantity):
+    """‖g‖; of a layer, root mean square."""
+
+    name = "gradient_norm"
+    aggregate = Aggregate.RMS
+
+    def __call__(self, s: SteppedSlices) -> Tensor:
+        return s.gradient_norm
+
+
 STANDARD: tuple[Quantity, ...] = (
     Norm(),
     EffectiveLR(),
@@ -252,5 +263,6 @@ STANDARD: tuple[Quantity, ...] = (
     SmallestNorm(),
     LargestInverseNorm(),
     ScaledGradient(),
+    GradientNorm(),
 )
 """What a monitor measures unless told otherwise."""

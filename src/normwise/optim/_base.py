@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,22 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _default_to_fused_or_foreach
 
 from normwise.geometry import View, computing_dtype
-from normwise.optim.groups import as_view_option, check_keys, check_not_flattened, check_options
+from normwise.optim.displaced import Displacements
+from normwise.optim.groups import (
+    as_view_option,
+    check_keys,
+    check_not_flattened,
+    check_options,
+    names_of,
+)
+from normwise.optim.joint import (
+    Family,
+    Joint,
+    Removal,
+    Symmetries,
+    families_of,
+    with_views,
+)
 from normwise.optim.kernels import FusedPlans, check_available, takes_scaler, use_fused
 from normwise.optim.sharded import Exchange
 from normwise.optim.state_dicts import StateForm, params_of
@@ -32,9 +48,14 @@ class NormwiseOptimizer(Optimizer):
     # The step of some weights: weights, gradients, a list for each key of the state, and options.
     _functional: Callable[..., None]
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], symmetries: Symmetries | None = None
+    ) -> None:
         check_options(_with_view(defaults))
+        self._families: list[Family] = []
         super().__init__(params, defaults)
+        if symmetries is not None:
+            self._families = self._resolved(symmetries)
 
     def _rule(self, group: dict[str, Any]) -> tuple[AdamRule | SGDRule, float]:
         """How directions are made, and what lr·weight_decay is multiplied by."""
@@ -45,7 +66,7 @@ class NormwiseOptimizer(Optimizer):
 
         Args:
             group: one of this optimizer's.
-            p: a weight of it, which is treated as the others are (default: any).
+            p: a weight of it (default: any that has no symmetry with others).
 
         Returns:
             The rule.
@@ -56,21 +77,42 @@ class NormwiseOptimizer(Optimizer):
             directions: dict[str, Any] = {"momentum": rule.beta1, "betas": betas}
         else:
             directions = {"momentum": rule.momentum, "dampening": rule.dampening}
-        return UpdateRule(
+        found = UpdateRule(
             type(self).__name__,
             Update.NORMALIZED if isinstance(rule, AdamRule) else Update.GRADIENT,
             group["lr"],
             nesterov=rule.nesterov,
             scale=1.0,
             takes_tensor=True,
+            rounds_at_random=bool(group.get("stochastic_rounding")),
             **{key: group[key] for key in ("view", "wd_ratio", "delta", "norm") if key in group},
             **directions,
             **decoupled(group, decay_scale),
         )
+        return self._along_families(found, p)
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of a weight before its first step."""
         raise NotImplementedError
+
+    def _resolved(self, symmetries: Symmetries) -> list[Family]:
+        """Families of the weights; those that are one weight's view are left to its group."""
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        name = type(self).__name__
+        families = families_of(symmetries, names_of(self), list(group_of), name)
+        given = {p: group["view"] for p, group in group_of.items() if p.ndim > 1}
+        given = {p: view for p, view in given.items() if isinstance(view, View)}
+        joint, views = with_views(families, given)
+        joint += [Family.of_view(p, view) for p, view in views.items() if given.get(p) != view]
+        for family in joint:
+            if any(group_of[p]["norm"] == "fixed" for p in family.params):
+                raise ValueError(
+                    f"norm='fixed' keeps the norm of each weight, and symmetries={family.name} "
+                    "moves along it; wrap torch's optimizer in normwise.sphere to fix joint norms"
+                )
+        if self.defaults["differentiable"]:
+            raise ValueError("differentiable=True cannot be had with symmetries")
+        return joint
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked, and an option that is misspelt is an error."""
@@ -114,11 +156,59 @@ class NormwiseOptimizer(Optimizer):
             return loss
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             parts = [part for part in map(self._part, self.param_groups) if part.params]
-            if any(is_sharded(p) for part in parts for p in part.params):
-                self._step_sharded(parts)
-            else:
-                self._step_parts(parts, 0)
+            if self._families:
+                self._step_along_families(parts)
+            elif (exchange := self._step_all(parts)) is not None:
+                exchange.finish_()
         return loss
+
+    def _step_all(self, parts: list[Part]) -> Exchange | None:
+        """Step all weights as the options of their parts say.
+
+        Returns:
+            Where there are DTensors, what ends their step.
+        """
+        if any(is_sharded(p) for part in parts for p in part.params):
+            return self._step_sharded(parts)
+        self._step_parts(parts, 0)
+        return None
+
+    def _step_along_families(self, parts: list[Part]) -> None:
+        """Step all weights; of those of families take symmetries out of what was done, and decay.
+
+        They take the step of the optimizer without a view first, as one that is wrapped does.
+        """
+        joint: Joint = self.__dict__.setdefault("_joint_plans", Joint(self._families))
+        taking = joint.taking(lambda p: p.grad is not None)
+        if not taking:
+            if (exchange := self._step_all(parts)) is not None:
+                exchange.finish_()
+            return
+        plan = joint.plan(taking)
+        engine: Displacements = self.__dict__.setdefault(
+            "_displacements", Displacements(stochastic_rounding=False)
+        )
+        together = set(plan.params)
+        split: list[Part] = []
+        for part in parts:
+            ours = [i for i, p in enumerate(part.params) if p in together]
+            theirs = [i for i, p in enumerate(part.params) if p not in together]
+            if theirs:
+                split.append(part.only(theirs))
+            if ours:
+                free = replace(part.step, view=None, norm="free", weight_decay=0.0)
+                split.append(replace(part.only(ours), step=free))
+        members = [(p, part.group) for part in parts for p in part.params if p in together]
+        with engine.stepping(members, lambda _: False) as stepped:
+            exchange = self._step_all(split) or Exchange({})
+        rounding = self.defaults["stochastic_rounding"]
+        exchange.finish_(Removal(plan, stepped, self._keep, stochastic_rounding=rounding))
+
+    def _keep(self, group: Mapping[str, Any]) -> float | Tensor:
+        """What decay leaves of a projected weight in a step."""
+        _, scale = self._rule(dict(group))
+        keep: float | Tensor = 1 - group["lr"] * scale * group["weight_decay"] * group["wd_ratio"]
+        return keep
 
     def _part(self, group: dict[str, Any]) -> Part:
         """The weights of a group that have gradients, with their state and the step's options."""
@@ -180,8 +270,8 @@ class NormwiseOptimizer(Optimizer):
                 *part.tensors, part.step, foreach=_use_foreach(part), ending=part.ending
             )
 
-    def _step_sharded(self, parts: list[Part]) -> None:
-        """Step DTensors, alone or among others, with one exchange for all groups."""
+    def _step_sharded(self, parts: list[Part]) -> Exchange:
+        """Step DTensors, alone or among others, as far as it goes without the exchange."""
         if self.defaults["differentiable"]:
             raise RuntimeError("differentiable=True cannot be had with DTensor parameters")
         exchange = Exchange(self.__dict__.setdefault("_layouts", {}))
@@ -193,11 +283,13 @@ class NormwiseOptimizer(Optimizer):
             for shards in exchange.parts(part, grads):
                 self._step_parts([shards], number)
                 number += 1
-        exchange.finish_()
+        return exchange
 
     def _unscales_in_kernel(self) -> bool:
         """Whether the kernels do, without a wait, what a GradScaler leaves to a fused step."""
         if getattr(self, "found_inf", None) is None or torch.compiler.is_compiling():
+            return False
+        if self._families:  # what ends the step would decay the weights of one that is skipped
             return False
         return all(
             group["fused"] and takes_scaler(p)
@@ -257,8 +349,25 @@ class NormwiseOptimizer(Optimizer):
     def _adapt_state(self, saved: dict[str, Any], states: list[dict[str, Any]]) -> None:
         """Convert the states of a saved group, where its options say that they mean another."""
 
+    def _along_families(self, rule: UpdateRule, p: Tensor | None) -> UpdateRule:
+        """The rule of a weight whose steps lose their part along symmetries of several weights."""
+        if p is None or not any(p in family.params for family in self._families):
+            return rule
+        return replace(
+            rule,
+            view=None,
+            wd_ratio=1.0,
+            weight_decay=rule.weight_decay * rule.wd_ratio,
+            rate=rule.rate * rule.wd_ratio,
+            decay_per_step=rule.decay_per_step * rule.wd_ratio,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_families": self._families}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_families", [])
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

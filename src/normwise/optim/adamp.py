@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from normwise.optim._base import NormwiseOptimizer, new_moment, new_step
+from normwise.optim.joint import Symmetries
 from normwise.optim.projection import ViewOption
 from normwise.optim.state_dicts import StateForm
 from normwise.optim.step import (
@@ -154,6 +155,9 @@ class AdamP(NormwiseOptimizer):
         norm: an option of parameter groups. ``"fixed"`` puts each slice back on the norm it had
             before the step, so that only directions are trained; it needs a :class:`normwise.View`
             and takes the place of decay (default: ``"free"``).
+        symmetries: a report of :func:`normwise.analyze`, or some of its ``symmetries`` if
+            parameters are named: steps lose their part along each of them, over all its weights
+            at once, see :func:`normwise.tangential` (default: None).
         stochastic_rounding: round bfloat16 and float16 weights up or down at random, so that small
             steps count on average; arithmetic and state are float32 in any case (default: False).
         foreach: use the multi-tensor step (default: where torch would).
@@ -188,6 +192,7 @@ class AdamP(NormwiseOptimizer):
         *,
         view: ViewOption | str = "auto",
         norm: Literal["free", "fixed"] = "free",
+        symmetries: Symmetries | None = None,
         stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -212,7 +217,7 @@ class AdamP(NormwiseOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, symmetries)
 
     def _rule(self, group: dict[str, Any]) -> tuple[AdamRule, float]:
         beta1, beta2 = group["betas"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normwise.figures.tables import Table
 from normwise.geometry import View
 from normwise.protocols import AnalysisReport, ReportRow
 from normwise.sharding import is_sharded
@@ -198,15 +199,14 @@ class ByRole(Optimizer):
 
     def account(self) -> str:
         """A table of where each parameter went, and why."""
-        lines = []
+        rows = []
         for destination, inner in self.optimizers.items():
-            mine = [route for route in self.routes if route.destination == destination]
-            count = "1 parameter" if len(mine) == 1 else f"{len(mine)} parameters"
-            lines.append(f"{destination}: {type(inner).__name__}, {count}")
-            for route in mine:
-                cut = f", as {len(route.blocks)} matrices" if len(route.blocks) > 1 else ""
-                lines.append(f"    {route.name}: {route.why}{cut}")
-        return "\n".join(lines)
+            for route in self.routes:
+                if route.destination == destination:
+                    cut = f", as {len(route.blocks)} matrices" if len(route.blocks) > 1 else ""
+                    made = f"{destination} ({type(inner).__name__})"
+                    rows.append((route.name, made, route.why + cut))
+        return str(Table.of(("parameter", "goes to", "why"), rows))
 
     def _inner_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group as its optimizer sees it: itself, or with blocks in the place of weights."""

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from normwise.geometry import View
 from normwise.optim.projection import ViewOption
@@ -158,3 +159,11 @@ _CHECKS: dict[str, Callable[[object], None]] = {
     "foreach": _flag("foreach", None),
     "fused": _flag("fused", None),
 }
+
+
+def names_of(optimizer: Optimizer) -> dict[Tensor, str]:
+    """The names of parameters, as far as an optimizer was made from named ones."""
+    names: dict[Tensor, str] = {}
+    for group in optimizer.param_groups:
+        names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+    return names

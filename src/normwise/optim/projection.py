@@ -95,8 +95,12 @@ def retract_(
         if isinstance(view, View):
             w = batch(weights, members, view)
             norm = slice_norms(w, 2)
-            # A factor, which is exactly 1 where nothing has changed.
-            unbatch_(weights, members, view, w * (next(remaining) / torch.where(norm > 0, norm, 1)))
+            unbatch_(weights, members, view, w * retraction(next(remaining), norm))
+
+
+def retraction(radius: Tensor, norm: Tensor) -> Tensor:
+    """The factor that puts a slice of a norm on its radius: exactly 1 where nothing has changed."""
+    return radius / torch.where(norm > 0, norm, 1)
 
 
 def _buckets(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from normwise.optim.joint import Symmetries
 from normwise.optim.projection import ViewOption
 from normwise.optim.sgd import MomentumOptimizer
 from normwise.optim.state_dicts import StateForm
@@ -48,6 +49,9 @@ class SGDP(MomentumOptimizer):
         norm: an option of parameter groups. ``"fixed"`` puts each slice back on the norm it had
             before the step, so that only directions are trained; it needs a :class:`normwise.View`
             and takes the place of decay (default: ``"free"``).
+        symmetries: a report of :func:`normwise.analyze`, or some of its ``symmetries`` if
+            parameters are named: steps lose their part along each of them, over all its weights
+            at once, see :func:`normwise.tangential` (default: None).
         stochastic_rounding: round bfloat16 and float16 weights up or down at random, so that small
             steps count on average; arithmetic and state are float32 in any case (default: False).
         foreach: use the multi-tensor step (default: where torch would).
@@ -85,6 +89,7 @@ class SGDP(MomentumOptimizer):
         *,
         view: ViewOption | str = "auto",
         norm: Literal["free", "fixed"] = "free",
+        symmetries: Symmetries | None = None,
         stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -108,7 +113,7 @@ class SGDP(MomentumOptimizer):
             "maximize": maximize,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, symmetries)
 
     def _rule(self, group: dict[str, Any]) -> tuple[SGDRule, float]:
         momentum = group["momentum"]

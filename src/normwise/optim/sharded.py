@@ -18,8 +18,15 @@ import torch
 from torch import Tensor
 
 from normwise.geometry import View, computing_dtype
+from normwise.optim.displaced import Others
 from normwise.optim.kernels import takes_split
-from normwise.optim.projection import BATCHED_ENTRIES, ViewOption, batch, is_alias, unbatch_
+from normwise.optim.projection import (
+    BATCHED_ENTRIES,
+    ViewOption,
+    batch,
+    is_alias,
+    unbatch_,
+)
 from normwise.optim.step import (
     AT_ONCE,
     Ending,
@@ -29,7 +36,17 @@ from normwise.optim.step import (
     descend_,
     round_back_,
 )
-from normwise.optim.sums import GG, SHUT, WU, WW, channel_sums, cosine, divisor, retraction, shrunk
+from normwise.optim.sums import (
+    GG,
+    SHUT,
+    WU,
+    WW,
+    channel_sums,
+    cosine,
+    divisor,
+    retraction_from_sums,
+    shrunk,
+)
 from normwise.sharding import Layout, is_sharded, lay_out, lay_out_channels, local, sum_over_ranks_
 
 if TYPE_CHECKING:
@@ -218,8 +235,12 @@ class Exchange:
             pieces, sums = [], list(torch.split(plan.totals(), 1))
         self._plans.append(_DeferredPlan(plan, params, of_params, pieces, sums))
 
-    def finish_(self) -> None:
-        """Exchange the sums of all steps that were put off, and end them."""
+    def finish_(self, others: Others | None = None) -> None:
+        """Exchange the sums of all steps that were put off, and end them.
+
+        Args:
+            others: whose sums are exchanged with these, and which end then too (default: none).
+        """
         # In the order of parameters: another rank may have other batches, or no fused step.
         messages = [
             (self._order[step.params[i]], b.sums[j], b.layout)
@@ -231,11 +252,15 @@ class Exchange:
             rows = zip(fused.params, fused.sums, fused.layouts, strict=True)
             messages += [(self._order[p], sums, layout) for p, sums, layout in rows]
         messages.sort(key=lambda message: message[0])
+        if others is not None:
+            messages += others.messages(len(messages))
         sum_over_ranks_([m for _, m, _ in messages], [layout for _, _, layout in messages])
         for step in self._deferred:
             _finish_(step)
         for fused in self._plans:
             _finish_plan_(fused)
+        if others is not None:
+            others.finish_()
 
 
 @dataclass(frozen=True)
@@ -345,7 +370,7 @@ def _finish_(deferred: _Deferred) -> None:
     if step.norm == "fixed":
         for b in deferred.batches:
             for i, sums in zip(b.members, b.sums, strict=True):
-                factors = b.layout.by_channel(retraction(sums, deferred.step_sizes[i]))
+                factors = b.layout.by_channel(retraction_from_sums(sums, deferred.step_sizes[i]))
                 slices = b.layout.channels.slices(deferred.weights[i])
                 slices.mul_(factors.to(slices.dtype).view(-1, *(1 for _ in slices.shape[1:])))
     round_back_(deferred.params, deferred.weights, step.stochastic_rounding)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from normwise.optim.projection import retraction
 from normwise.optim.step import scalar_dtype
 
 __all__ = [
@@ -19,7 +20,7 @@ __all__ = [
     "channel_sums",
     "cosine",
     "divisor",
-    "retraction",
+    "retraction_from_sums",
     "shrunk",
 ]
 
@@ -68,8 +69,8 @@ def shrunk(sums: Tensor, eps: float) -> Tensor:
     return sums[..., WU] / divisor((sums[..., WW].sqrt() + eps).square())
 
 
-def retraction(sums: Tensor, step_size: float | Tensor) -> Tensor:
+def retraction_from_sums(sums: Tensor, step_size: float | Tensor) -> Tensor:
     """‖w‖/‖w − σu‖ of slices whose u has lost its radial part; 0 for a slice that is zero."""
     tangential = (sums[:, UU] - sums[:, WU].square() / divisor(sums[:, WW])).clamp_min(0)
-    after = sums[:, WW] + step_size * step_size * tangential
-    return (sums[:, WW] / divisor(after)).sqrt()
+    norm = sums[:, WW].sqrt()
+    return retraction(norm, torch.hypot(norm, step_size * tangential.sqrt()))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from normwise.checks import check_optimizer, check_report
 from normwise.geometry import View
-from normwise.optim.groups import as_view_option, check_not_flattened
+from normwise.optim.groups import as_view_option, check_not_flattened, names_of
+from normwise.optim.joint import Family, Joint, Symmetries, families_of, with_views
 from normwise.optim.step import is_nonzero
 from normwise.protocols import AnalysisReport, Views
 
-__all__ = ["Wrapper", "names_of", "resolve_views"]
+__all__ = ["Wrapper", "resolve"]
 
 
 class Wrapper(Optimizer):
@@ -24,15 +26,19 @@ class Wrapper(Optimizer):
 
     Args:
         optimizer: the wrapped one.
-        views: of the weights whose steps are changed.
+        views: of the weights whose steps are changed slice by slice.
+        families: of the weights whose steps are changed together.
     """
 
-    def __init__(self, optimizer: Optimizer, views: Mapping[Tensor, View]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, views: Mapping[Tensor, View], families: Sequence[Family]
+    ) -> None:
         # Intentionally no call of Optimizer.__init__, which would make groups of its own.
         self.optimizer = optimizer
         self._views = dict(views)
+        self._families = list(families)
         # What copies and pickles are made of; the rest is found again when it is needed.
-        self._own = {"optimizer", "_views", "_own"}
+        self._own = {"optimizer", "_views", "_families", "_own"}
         self.__setstate__({})
 
     @property
@@ -46,6 +52,21 @@ class Wrapper(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # shared
         return self.optimizer.param_groups
+
+    @property
+    def _changed(self) -> dict[Tensor, View | None]:
+        """The weights whose steps are changed, with their views; None for those of families."""
+        if "_changed_weights" not in self.__dict__:
+            joint: dict[Tensor, View | None] = {p: None for f in self._families for p in f.params}
+            self.__dict__["_changed_weights"] = {**self._views, **joint}
+        changed: dict[Tensor, View | None] = self.__dict__["_changed_weights"]
+        return changed
+
+    @property
+    def _joint(self) -> Joint:
+        """What is known of the families, found once."""
+        joint: Joint = self.__dict__.setdefault("_joint_plans", Joint(self._families))
+        return joint
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in self._own}
@@ -68,7 +89,7 @@ class Wrapper(Optimizer):
 
     @contextmanager
     def _without_decay(self) -> Iterator[None]:
-        """For one step, keep the wrapped optimizer from decaying the weights that have a view.
+        """For one step, keep the wrapped optimizer from decaying the weights that are changed.
 
         Its groups are split in two for that long, where they decay at all. State belongs to
         parameters and stays; what the optimizer writes into a group is carried over.
@@ -76,11 +97,11 @@ class Wrapper(Optimizer):
         groups = self.optimizer.param_groups
         parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for group in groups:
-            ours = [p for p in group["params"] if p in self._views]
+            ours = [p for p in group["params"] if p in self._changed]
             if not ours or not is_nonzero(group.get("weight_decay", 0.0)):
                 parts.append((group, group))
                 continue
-            theirs = [p for p in group["params"] if p not in self._views]
+            theirs = [p for p in group["params"] if p not in self._changed]
             parts.append((group, {**group, "params": ours, "weight_decay": 0.0}))
             if theirs:
                 parts.append((group, {**group, "params": theirs}))
@@ -94,15 +115,36 @@ class Wrapper(Optimizer):
                     group[key] = part[key]
 
 
-def names_of(optimizer: Optimizer) -> dict[Tensor, str]:
-    """The names of parameters, as far as an optimizer was made from named ones."""
-    names: dict[Tensor, str] = {}
-    for group in optimizer.param_groups:
-        names.update(zip(group["params"], group.get("param_names", ()), strict=False))
-    return names
+def resolve(
+    optimizer: Optimizer, views: Views | None, symmetries: Symmetries | None, wrapper: str
+) -> tuple[dict[Tensor, View], list[Family]]:
+    """The view of each weight that a wrapper is to treat, and families of weights.
+
+    Args:
+        optimizer: whose weights they are.
+        views: as of :func:`resolve_views`; None for no views.
+        symmetries: as of :func:`normwise.optim.joint.families_of`; None for no families.
+        wrapper: the wrapper's name, for errors.
+
+    Raises:
+        ValueError: see these.
+    """
+    if symmetries is None:
+        if views is None:
+            raise ValueError(f"{wrapper} needs views, or symmetries=")
+        return resolve_views(optimizer, views, wrapper), []
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    families = families_of(symmetries, names_of(optimizer), params, wrapper)
+    for p in {p for family in families for p in family.params}:
+        check_not_flattened(p, f"of {wrapper}")
+    resolved = {} if views is None else resolve_views(optimizer, views, wrapper, required=False)
+    joint, resolved = with_views(families, resolved)
+    return resolved, joint
 
 
-def resolve_views(optimizer: Optimizer, views: Views, wrapper: str) -> dict[Tensor, View]:
+def resolve_views(
+    optimizer: Optimizer, views: Views, wrapper: str, *, required: bool = True
+) -> dict[Tensor, View]:
     """The view of each weight that a wrapper is to treat.
 
     Args:
@@ -110,11 +152,14 @@ def resolve_views(optimizer: Optimizer, views: Views, wrapper: str) -> dict[Tens
         views: one view or its spelling for all weights of two dimensions or more; a mapping from
             parameters or names; or a report, of which vectors are passed over.
         wrapper: the wrapper's name, for errors.
+        required: whether there must be a weight (default: True).
 
     Raises:
+        TypeError: for what is no optimizer, or no views and no report.
         ValueError: if a view does not fit its weight, if a weight is not one of the optimizer's or
             has fewer than two dimensions, or if no weight is left.
     """
+    check_optimizer(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params:
         check_not_flattened(p, f"of {wrapper}")
@@ -124,7 +169,7 @@ def resolve_views(optimizer: Optimizer, views: Views, wrapper: str) -> dict[Tens
         resolved = _resolved_mapping(optimizer, params, views, wrapper)
     for p, view in resolved.items():
         view.check(p.shape)
-    if not resolved:
+    if not resolved and required:
         raise ValueError("no weight of two dimensions or more has a view: nothing to project")
     return resolved
 
@@ -139,6 +184,7 @@ def _resolved_mapping(
     if isinstance(views, Mapping):
         mapping = views
     else:
+        check_report(views, "a view, its spelling, a mapping from parameters, or")
         mapping = {p: view for p, view in views.parameter_views().items() if p.ndim > 1}
     by_name = {name: p for p, name in names_of(optimizer).items()}
     known = set(params)

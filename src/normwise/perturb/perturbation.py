@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import Optimizer
 
+from normwise.checks import check_model, check_number, check_optimizer, check_report
 from normwise.geometry import View, at_least_float32
 from normwise.perturb.sizes import Located
 from normwise.protocols import Views
@@ -24,15 +24,19 @@ __all__ = ["Perturbation", "buffers_kept"]
 class Perturbation(ABC):
     """Base of :class:`AWP` and :class:`RWP`; not for direct use.
 
-    Attributes:
-        gamma: γ; may be changed between steps, to warm up for example. At 0 a step is plain.
-        names: the weights that are perturbed, by their names in the model.
+    Args:
         model: whose weights are perturbed.
         optimizer: that steps them.
+        gamma: γ; may be changed between steps, to warm up for example. At 0 a step is plain.
         views: whose slices are perturbed in proportion to their norms.
+
+    Attributes:
+        names: the weights that are perturbed, by their names in the model.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, gamma: float, views: Views) -> None:
+        check_model(model)
+        check_optimizer(optimizer)
         self.model, self.optimizer, self.gamma = model, optimizer, gamma
         self._check_gamma()
         self._weights = _resolved(type(self).__name__, model, optimizer, views)
@@ -130,8 +134,7 @@ class Perturbation(ABC):
                 p.grad = gradient
 
     def _check_gamma(self) -> None:
-        if not 0 <= self.gamma < math.inf:
-            raise ValueError(f"Invalid gamma: {self.gamma}; must be finite and 0 or more")
+        check_number("gamma", self.gamma)
 
 
 @contextmanager
@@ -194,7 +197,11 @@ def _resolved(
         )
     if isinstance(views, View | str):
         return {w: _fitting(views, names[w], w) for w in weights}
-    mapping = views if isinstance(views, Mapping) else views.parameter_views()
+    if isinstance(views, Mapping):
+        mapping = views
+    else:
+        check_report(views, "a view, its spelling, a mapping from parameters, or")
+        mapping = views.parameter_views()
     by_name = {name: p for p, name in names.items()}
     chosen: dict[Any, View | str] = {}
     for key, view in mapping.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from normwise.checks import check_at_least_one
 from normwise.geometry import View, at_least_float32
 from normwise.perturb.perturbation import Perturbation
 from normwise.perturb.sizes import sized_as, sized_together
@@ -62,10 +62,10 @@ class RWP(Perturbation):
         steps: int = 10,
         views: Views | None = None,
     ) -> None:
-        if math.isnan(max_loss) or max_loss < 0:
-            raise ValueError(f"Invalid max_loss: {max_loss}; must be 0 or more")
-        if steps < 1:
-            raise ValueError(f"Invalid steps: {steps}; must be 1 or more")
+        given: Any = max_loss
+        if not (isinstance(given, int | float) and given >= 0):
+            raise ValueError(f"Invalid max_loss: {max_loss!r}; must be 0 or more")
+        check_at_least_one("steps", steps)
         self.max_loss, self.steps, self._together = max_loss, steps, views is None
         super().__init__(model, optimizer, gamma, View.layer() if views is None else views)
 

@@ -51,6 +51,8 @@ def forecast(s: Settings, w: Weights) -> PlanRow:
     known = w.known(s)
     rule = s.rule(known["shape"])
     settled = equilibrium_of(rule, **known)
+    if rule.update.is_relative:
+        return PlanRow(w, w.norm, settled.angle, 0.0, w.norm, (s.lr, s.lr), 1.0)
     lrs, decay, power = s.lrs(), float(rule.shrink_per_lr), 2 * rule.update.exponent
     final = norm_trajectory(rule, lrs, w.norm, **known)[-1]
     left = math.prod(1 - lr * decay for lr in lrs) ** power

@@ -60,6 +60,11 @@ def notes_of(s: Settings, rows: Sequence[PlanRow]) -> list[str]:
     """
     rule = s.rule(rows[0].weights.known(s)["shape"])
     notes = []
+    if rule.update.is_relative:
+        return [
+            "Norms are fixed: the angle per step is the arctangent of the learning rate, whatever "
+            "the norm, the gradient and the wrapped optimizer, and follows its schedule."
+        ]
     if s.weight_decay == 0:
         notes.append(
             "Without weight decay the norms grow for as long as there is a gradient, and the "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normwise.geometry import View, norms
-from normwise.optim import SGDP, SGDW, AdamP
+from normwise.optim import SGDP, SGDW, AdamP, sphere
 from normwise.updates import UpdateRule, rule_of
 
 __all__ = ["OPTIMIZERS", "Settings", "Weights", "weights_of"]
@@ -42,6 +42,7 @@ OPTIMIZERS: dict[str, Callable[[Tensor, Settings], Optimizer]] = {
     "adamp": _of_adam(AdamP),
     "lion": _of_adam(Lion),
     "muon": lambda p, s: _muon([p], lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay),
+    "sphere": lambda _, s: _sphere(s),
 }
 
 
@@ -52,13 +53,20 @@ def _muon(params: Any, **options: Any) -> Optimizer:
     return made
 
 
+def _sphere(s: Settings) -> Optimizer:
+    if s.weight_decay:
+        raise ValueError(f"norms on spheres do not decay, but weight_decay is {s.weight_decay}")
+    # Any weight will do: what a relative step does depends on none.
+    return sphere(torch.optim.SGD([torch.ones(1, 1)], lr=s.lr), View.layer())
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a run will be trained.
 
     Args:
         optimizer: one of :data:`OPTIMIZERS`: ``"sgd"``, ``"sgdw"``, ``"sgdp"``, ``"adamw"``,
-            ``"adamp"``, ``"lion"`` or ``"muon"``.
+            ``"adamp"``, ``"lion"``, ``"muon"``, or ``"sphere"`` around any of them.
         lr: η, at its highest.
         weight_decay: λ, as the optimizer means it.
         steps: of the run.
@@ -107,7 +115,8 @@ class Settings:
         (group,) = optimizer.param_groups
         if "wd_ratio" in group:
             group["wd_ratio"] = self.wd_ratio
-        return rule_of(optimizer, group, p).with_gate(True)
+        (member,) = group["params"]
+        return rule_of(optimizer, group, member).with_gate(True)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from normwise.checks import check_model
 from normwise.figures.tables import Table
 from normwise.reparam.checkpoint import LoadOtherFormats
 from normwise.reparam.parametrizations import (
@@ -240,6 +241,7 @@ def reparametrize(
             convert, or a weight to convert that already has a parametrization of this library.
             The model is then as it was.
     """
+    check_model(model)
     method(**options)  # tells of invalid options before anything else is looked at
     chosen = None if only is None else _matching(model, only, "only")
     skipped = _matching(model, skip, "skip")
@@ -369,6 +371,8 @@ def _matching(model: nn.Module, named: Iterable[str | nn.Module], argument: str)
     """The modules that names, patterns and modules stand for; each must stand for one or more."""
     if isinstance(named, (str, nn.Module)):
         named = [named]
+    if not isinstance(named, Iterable):
+        raise TypeError(f"Invalid {argument}: {named!r}; must be modules, names or patterns")
     found: set[nn.Module] = set()
     for item in named:
         matches = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normwise.checks import check_model
 from normwise.protocols import AnalysisReport, FreedomLedger
 from normwise.reparam.parametrizations import originals, stacks
 
@@ -127,6 +128,7 @@ def add_gains(model: nn.Module, gains: Wanted) -> Gains:
 
     Source: arXiv 2606.25971 (rows and columns).
     """
+    check_model(model)
     mapping = gains if isinstance(gains, Mapping) else _needed(gains)
     places = _places(model)
     todo: list[tuple[nn.Module, str, str, Gain]] = []
@@ -158,6 +160,10 @@ def add_gains(model: nn.Module, gains: Wanted) -> Gains:
 
 def _needed(source: FreedomLedger | AnalysisReport) -> dict[str, GainKind]:
     """The gains that a ledger asks for, one for each slice whose norm is fixed."""
+    if not isinstance(source, FreedomLedger) and not hasattr(source, "freedom"):
+        raise TypeError(
+            f"Invalid gains: {source!r}; must be a mapping from weights, a ledger, or a report"
+        )
     ledger = source if isinstance(source, FreedomLedger) else source.freedom()
     kinds: dict[str, GainKind] = {}
     for name, verdict in ledger.verdicts.items():

@@ -115,7 +115,7 @@ class ContractiveResidual(nn.Module):
     It is 1-Lipschitz where ‖V‖ ≤ 1.
 
     Args:
-        weight: V, shape ``(inner, features)``.
+        weight: V, shape ``(inner, features)``, or ``(inner, channels, k, k)`` of a convolution.
         bias: b, shape ``(inner,)``.
     """
 
@@ -127,12 +127,31 @@ class ContractiveResidual(nn.Module):
         """The output, of the shape of the input.
 
         Args:
-            x: shape ``(..., features)``.
+            x: shape ``(..., features)``, or ``(N, channels, H, W)`` of a convolution.
         """
-        return x - 2 * F.linear(F.relu(F.linear(x, self.weight, self.bias)), self.weight.T)
+        return x - 2 * _spread(F.relu(_read(x, self.weight, self.bias)), self.weight)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, inner={self.weight.shape[0]}"
+        return _sizes(self.weight)
+
+
+def _read(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    """W·x + b, as a matrix or as a convolution that is padded with zeros."""
+    if w.ndim == 2:
+        return F.linear(x, w, bias)
+    return F.conv2d(x, w, bias, padding=w.shape[-1] // 2)
+
+
+def _spread(inner: Tensor, w: Tensor) -> Tensor:
+    """Wᵀ·inner, the adjoint of what :func:`_read` multiplies by."""
+    if w.ndim == 2:
+        return F.linear(inner, w.T)
+    return F.conv_transpose2d(inner, w, padding=w.shape[-1] // 2)
+
+
+def _sizes(w: Tensor) -> str:
+    kernel = "" if w.ndim == 2 else f", kernel_size={w.shape[-1]}"
+    return f"{w.shape[1]}, inner={w.shape[0]}{kernel}"
 
 
 class SLL(nn.Module):
@@ -142,14 +161,20 @@ class SLL(nn.Module):
         y = x - 2\, W^\top \mathrm{diag}(t)\, \mathrm{relu}(W x + b), \qquad
         t_i = \Big(\sum_j |W W^\top|_{ij}\, q_j / q_i\Big)^{-1}, \quad q = e^{\hat q}
 
+    With ``kernel_size`` W is a convolution of stride 1, padded with zeros, Wᵀ its adjoint, and
+    (WWᵀ)ᵢⱼ becomes Σ over all shifts of the correlation of kernels i and j, each by its size: a
+    bound for images of any size, since zero padding only leaves out a part of the infinite plane.
+
     Zero rows of W have t = 0. W, b are scale-invariant together: c·W, c·b gives the same function;
     and t does not change when a constant is added to q̂.
 
     W starts Xavier-normal, b from U(±1/√features), q̂ from N(0, 1), as in the official code.
 
     Args:
-        features: the size of the last dimension of input and output.
+        features: the size of the last dimension of input and output; of images the channels.
         inner: the number of rows of W (default: ``features``).
+        kernel_size: the taps along each side of a convolution over images; 1 or more (default:
+            none, a linear layer).
         device: of the parameters.
         dtype: of the parameters.
 
@@ -161,6 +186,7 @@ class SLL(nn.Module):
         features: int,
         inner: int | None = None,
         *,
+        kernel_size: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -168,7 +194,10 @@ class SLL(nn.Module):
         inner = features if inner is None else inner
         if features < 1 or inner < 1:
             raise ValueError(f"Invalid sizes: {features} and {inner}; must be 1 or more")
-        self.weight = nn.Parameter(torch.empty(inner, features, device=device, dtype=dtype))
+        if kernel_size is not None and kernel_size < 1:
+            raise ValueError(f"Invalid kernel_size: {kernel_size}; must be 1 or more")
+        taps = () if kernel_size is None else (kernel_size, kernel_size)
+        self.weight = nn.Parameter(torch.empty(inner, features, *taps, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(inner, device=device, dtype=dtype))
         self.log_q = nn.Parameter(torch.empty(inner, device=device, dtype=dtype))
         self.reset_parameters()
@@ -176,13 +205,13 @@ class SLL(nn.Module):
     def reset_parameters(self) -> None:
         """Draw W, b and q̂ anew."""
         nn.init.xavier_normal_(self.weight)
-        bound = 1 / math.sqrt(self.weight.shape[1])
+        bound = 1 / math.sqrt(self.weight[0].numel())
         nn.init.uniform_(self.bias, -bound, bound)
         nn.init.normal_(self.log_q)
 
     def scales(self) -> Tensor:
         """The t of the weight, shape ``(inner,)``."""
-        gram = (self.weight @ self.weight.T).abs()
+        gram = _absolute_gram(self.weight)
         # q_j/q_i as one exponential, which does not overflow where each would.
         ratios = (self.log_q - self.log_q.unsqueeze(1)).exp()
         sums = (gram * ratios).sum(1)
@@ -192,16 +221,24 @@ class SLL(nn.Module):
         """The output, of the shape of the input.
 
         Args:
-            x: shape ``(..., features)``.
+            x: shape ``(..., features)``, or ``(N, channels, H, W)`` of a convolution.
         """
-        inner = self.scales() * F.relu(F.linear(x, self.weight, self.bias))
-        return x - 2 * F.linear(inner, self.weight.T)
+        t = self.scales().view(-1, *[1] * (self.weight.ndim - 2))
+        return x - 2 * _spread(t * F.relu(_read(x, self.weight, self.bias)), self.weight)
 
     @torch.no_grad()
     def folded(self) -> ContractiveResidual:
         """The same layer with V = √t·W and √t·b, which needs no t."""
         root = self.scales().sqrt()
-        return ContractiveResidual(root.unsqueeze(1) * self.weight, root * self.bias)
+        rows = root.view(-1, *[1] * (self.weight.ndim - 1))
+        return ContractiveResidual(rows * self.weight, root * self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, inner={self.weight.shape[0]}"
+        return _sizes(self.weight)
+
+
+def _absolute_gram(w: Tensor) -> Tensor:
+    """Σ over shifts of |correlation| of rows i and j, ``(inner, inner)``; |WWᵀ| of a matrix."""
+    if w.ndim == 2:
+        return (w @ w.T).abs()
+    return F.conv2d(w, w, padding=w.shape[-1] - 1).abs().sum((2, 3))

@@ -1,4 +1,4 @@
-"""Compute effective weights once a step, however often a model is called."""
+"""Compute effective weights once per step, however often a model is called."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normwise.checks import check_number, check_switch
 from normwise.geometry import View
 from normwise.reparam import functional
 
@@ -168,6 +169,8 @@ class DividedWeight(WeightParametrization):
     ) -> None:
         super().__init__(view, groups=groups)
         check_eps(eps)
+        if gain is not None:
+            check_switch("gain", gain)
         self.gain = self.default_gain if gain is None else gain
         self.eps = eps
 
@@ -241,8 +244,8 @@ class WeightStandardization(DividedWeight):
 
 def check_eps(eps: float | None) -> None:
     """Raise ``ValueError`` for a guard that is negative or not finite."""
-    if eps is not None and not 0 <= eps < math.inf:
-        raise ValueError(f"Invalid eps: {eps}; must be finite and 0 or more")
+    if eps is not None:
+        check_number("eps", eps)
 
 
 def output_slices(module: nn.Module) -> tuple[View, int]:

@@ -2,11 +2,9 @@
 
 from normwise.theory.curvature import scaled_hessian_trace, scaled_jacobian_norm
 from normwise.theory.decay_schedule import (
-    AdamWWithDecay,
-    AdamWWithoutDecay,
+    AdamWSchedule,
     PlannedGroups,
-    SGDWithDecay,
-    SGDWithoutDecay,
+    SGDSchedule,
     adamw_schedule_limit,
     adamw_with_decay,
     adamw_without_decay,
@@ -25,6 +23,7 @@ from normwise.theory.equilibrium import (
     epsilon_shifted_equilibrium,
     equilibrium_of,
     lion_equilibrium_angle,
+    norm_after,
     norm_trajectory,
     sgd_angle,
     sgd_equilibrium,
@@ -54,12 +53,10 @@ from normwise.theory.utilization import Utilization, utilization, utilized_ranks
 from normwise.updates import Update
 
 __all__ = [
-    "AdamWWithDecay",
-    "AdamWWithoutDecay",
+    "AdamWSchedule",
     "Equilibrium",
     "PlannedGroups",
-    "SGDWithDecay",
-    "SGDWithoutDecay",
+    "SGDSchedule",
     "Update",
     "Utilization",
     "adamw_angle",
@@ -83,6 +80,7 @@ __all__ = [
     "mean_absolute_cosine",
     "mean_cosine",
     "momentum_norms",
+    "norm_after",
     "norm_range",
     "norm_trajectory",
     "scaled_fisher_trace",

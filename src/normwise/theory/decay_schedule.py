@@ -19,11 +19,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from normwise.theory._checks import check, check_below_one, checked
 
 __all__ = [
-    "AdamWWithDecay",
-    "AdamWWithoutDecay",
+    "AdamWSchedule",
     "PlannedGroups",
-    "SGDWithDecay",
-    "SGDWithoutDecay",
+    "SGDSchedule",
     "adamw_schedule_limit",
     "adamw_with_decay",
     "adamw_without_decay",
@@ -37,36 +35,21 @@ GroupValues = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class SGDWithoutDecay:
-    """Learning rates that give SGD without decay the directions of SGD with it.
+class SGDSchedule:
+    """Learning rates that give SGD with one weight decay the directions of SGD with another.
+
+    One of the two is 0.
 
     Attributes:
-        lrs: the learning rate of each step, η̃_t.
+        lrs: the learning rate of each step: η̃_t without decay, η_t with it.
         scales: the norm without decay over the norm with it, before each step and after the last:
             one more than ``lrs``.
+        weight_decay: λ (default: 0).
     """
 
     lrs: tuple[float, ...]
     scales: tuple[float, ...]
-
-    def groups(self) -> GroupValues:
-        """What to write into the parameter group before each step, for :class:`PlannedGroups`."""
-        return [{"lr": lr, "weight_decay": 0.0} for lr in self.lrs]
-
-
-@dataclass(frozen=True)
-class SGDWithDecay:
-    """Learning rates that give SGD with decay the directions of SGD without it.
-
-    Attributes:
-        lrs: the learning rate of each step, η_t.
-        scales: as of :class:`SGDWithoutDecay`: the norm without decay over the norm with it.
-        weight_decay: λ.
-    """
-
-    lrs: tuple[float, ...]
-    scales: tuple[float, ...]
-    weight_decay: float
+    weight_decay: float = 0.0
 
     def groups(self) -> GroupValues:
         """What to write into the parameter group before each step, for :class:`PlannedGroups`."""
@@ -74,57 +57,36 @@ class SGDWithDecay:
 
 
 @dataclass(frozen=True)
-class AdamWWithoutDecay:
-    """Settings that give Adam without decay the directions of AdamW, both with eps = 0.
+class AdamWSchedule:
+    """Settings that give AdamW with one weight decay the directions of AdamW with another.
 
-    The moments are m ← (β1·r)m + (1 − β1)g and v ← (β2·r²)v + (1 − β2)g², with r of the step:
-    ``decay_factors``. The input coefficients and the bias corrections stay those of β1 and β2.
-    :meth:`groups` says the same to an optimizer that cannot keep them.
+    One of the two is 0, and eps is. The moments are m ← (β1·r)m + (1 − β1)g and
+    v ← (β2·r²)v + (1 − β2)g², with r of the step: ``decay_factors``. The input coefficients and the
+    bias corrections stay those of β1 and β2. :meth:`groups` says the same to an optimizer that
+    cannot keep them.
 
     Attributes:
         lrs: the learning rate of each step.
-        scales: as of :class:`SGDWithoutDecay`.
-        decay_factors: r of each step; that of the first step multiplies zero.
+        scales: as of :class:`SGDSchedule`: the norm without decay over the norm with it.
+        decay_factors: r of each step, above 1 in a run with decay; that of the first step
+            multiplies zero.
+        weight_decay: λ (default: 0).
     """
 
     lrs: tuple[float, ...]
     scales: tuple[float, ...]
     decay_factors: tuple[float, ...]
+    weight_decay: float = 0.0
 
     def groups(self, betas: tuple[float, float] = (0.9, 0.999)) -> GroupValues:
-        """What to write into a group of ``torch.optim.Adam`` or ``AdamW`` before each step.
+        """What to write into a group of ``torch.optim.AdamW``, without decay ``Adam``, each step.
 
         torch's moments tie the input coefficient to the decay coefficient. The betas here make
         them multiples of the moments wanted, and the learning rate takes the multiples out again,
         and torch's bias corrections with them.
 
         Args:
-            betas: those of the run with decay (default: torch's).
-        """
-        return _adam_groups(self.lrs, self.decay_factors, betas, 0.0)
-
-
-@dataclass(frozen=True)
-class AdamWWithDecay:
-    """Settings that give AdamW the directions of Adam without decay, both with eps = 0.
-
-    Attributes:
-        lrs: the learning rate of each step.
-        scales: as of :class:`SGDWithoutDecay`: the norm without decay over the norm with it.
-        decay_factors: what multiplies β1, and squared β2, in the moments of each step: above 1.
-        weight_decay: λ.
-    """
-
-    lrs: tuple[float, ...]
-    scales: tuple[float, ...]
-    decay_factors: tuple[float, ...]
-    weight_decay: float
-
-    def groups(self, betas: tuple[float, float] = (0.9, 0.999)) -> GroupValues:
-        """What to write into a group of ``torch.optim.AdamW`` before each step.
-
-        Args:
-            betas: those of the run without decay (default: torch's).
+            betas: those of the other run (default: torch's).
         """
         return _adam_groups(self.lrs, self.decay_factors, betas, self.weight_decay)
 
@@ -134,7 +96,7 @@ def sgd_without_decay(
     weight_decay: float,
     momentum: float = 0.0,
     dtype: torch.dtype = torch.float32,
-) -> SGDWithoutDecay:
+) -> SGDSchedule:
     """Replace the L2 of SGD on scale-invariant weights by a schedule ([ES] Theorem 1, [EXP]).
 
     With P_0 = 1 and P_{t+1} = P_t/α_t the learning rates are η̃_t = P_t·P_{t+1}·η_t. Without
@@ -177,12 +139,10 @@ def sgd_without_decay(
         rates.append(scales[-2] * scales[-1] * lr)
         _check_range(t, max(scales[-1], rates[-1]), dtype)
         previous_lr, previous_alpha = lr, alpha
-    return SGDWithoutDecay(tuple(rates), tuple(scales))
+    return SGDSchedule(tuple(rates), tuple(scales))
 
 
-def sgd_with_decay(
-    lrs: Iterable[float], weight_decay: float, momentum: float = 0.0
-) -> SGDWithDecay:
+def sgd_with_decay(lrs: Iterable[float], weight_decay: float, momentum: float = 0.0) -> SGDSchedule:
     """Find the run of SGD with decay that takes the directions of one without: the way back.
 
     :func:`sgd_without_decay` solved for the learning rate, step by step: η_t = η̃_t/(P_t² +
@@ -214,12 +174,12 @@ def sgd_with_decay(
         scales.append(scales[-1] / alpha)
         if momentum and rates[-1]:
             buffered = momentum * (1 - 1 / alpha) / rates[-1]
-    return SGDWithDecay(tuple(rates), tuple(scales), weight_decay)
+    return SGDSchedule(tuple(rates), tuple(scales), weight_decay)
 
 
 def adamw_without_decay(
     lrs: Iterable[float], weight_decay: float, dtype: torch.dtype = torch.float32
-) -> AdamWWithoutDecay:
+) -> AdamWSchedule:
     """Replace the decoupled decay of AdamW (eps = 0) on scale-invariant weights by a schedule.
 
     With r_t = 1 − η_t·λ, P_0 = 1 and P_{t+1} = P_t/r_t, the learning rates are η̃_t = P_{t+1}·η_t,
@@ -251,10 +211,10 @@ def adamw_without_decay(
         rates.append(scales[-1] * lr)
         factors.append(r)
         _check_range(t, max(scales[-1], rates[-1]), dtype)
-    return AdamWWithoutDecay(tuple(rates), tuple(scales), tuple(factors[:-1]))
+    return AdamWSchedule(tuple(rates), tuple(scales), tuple(factors[:-1]))
 
 
-def adamw_with_decay(lrs: Iterable[float], weight_decay: float) -> AdamWWithDecay:
+def adamw_with_decay(lrs: Iterable[float], weight_decay: float) -> AdamWSchedule:
     """Find the AdamW (eps = 0) that takes the directions of Adam without decay: the way back.
 
     η_t = η̃_t/(P_t + λη̃_t), r_t = 1 − η_t·λ, and step t multiplies β1 by 1/r_{t−1} and β2 by its
@@ -277,7 +237,7 @@ def adamw_with_decay(lrs: Iterable[float], weight_decay: float) -> AdamWWithDeca
         r = 1 - rates[-1] * weight_decay
         scales.append(scales[-1] / r)
         factors.append(1 / r)
-    return AdamWWithDecay(tuple(rates), tuple(scales), tuple(factors[:-1]), weight_decay)
+    return AdamWSchedule(tuple(rates), tuple(scales), tuple(factors[:-1]), weight_decay)
 
 
 def sgd_decay_limit(momentum: float) -> float:

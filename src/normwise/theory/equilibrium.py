@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from normwise.theory._checks import check, check_below_one, check_positive, checked
 from normwise.theory.decay_schedule import sgd_decay_limit
@@ -32,6 +33,7 @@ __all__ = [
     "epsilon_shifted_equilibrium",
     "equilibrium_of",
     "lion_equilibrium_angle",
+    "norm_after",
     "norm_trajectory",
     "sgd_angle",
     "sgd_equilibrium",
@@ -90,14 +92,17 @@ def equilibrium_of(
 
     Returns:
         The norm, and the RMS angle per step. Infinite and 0 without decay. NaN where no closed form
-        is known, as with a fixed norm, L2 of normalized updates, or unknown optimizers.
+        is known, as with a fixed norm, L2 of normalized updates, or unknown optimizers. Of relative
+        steps on a fixed norm, whatever it is, the angle is η, or arctan η where the step leads off
+        the sphere and back. That takes steps to be tangential; momentum leads outward, so that they
+        turn by less, to second order in μη/(1 − μ).
 
     Raises:
         ValueError: for δ of 1 or more, or L2 with ηλ above (1 − √μ)², where the weight swings
             through zero instead; for numbers out of their range.
     """
     if rule.norm == "fixed":
-        return Equilibrium(math.nan, math.nan)
+        return Equilibrium(math.nan, _relative_angle(rule))
     decay, lr = _number(rule.shrink), _number(rule.lr)
     if decay == 0 and rule.coupling in (Coupling.L2, Coupling.DECOUPLED, Coupling.NONE):
         return Equilibrium(math.inf, 0.0)
@@ -131,10 +136,67 @@ def time_to_equilibrium(rule: UpdateRule, start: float, tolerance: float = 0.1) 
     """
     check_positive(start=start)
     decay = _number(rule.shrink)
+    if rule.update.is_relative:
+        return 0.0 if rule.norm == "fixed" else math.nan
     if not decay > 0 or rule.is_projected is None or rule.norm == "fixed":
         return math.inf if decay == 0 else math.nan
     _check_decay(rule)
     return _steps(decay, _power(rule), start, tolerance)
+
+
+def norm_after(
+    rule: UpdateRule,
+    norm: float,
+    steps: int,
+    *,
+    gradient_square: float = math.nan,
+    entries: int = 0,
+    shape: Sequence[int] = (),
+) -> float:
+    """The expected norm some steps on, at a constant η: :func:`norm_trajectory` in closed form.
+
+    With p = 4 where updates are gradients and 2 where they have a length of their own, ‖w‖^p
+    relaxes by (1 − δ)^p per step towards that of the equilibrium; without decay it grows evenly.
+    What projected steps add changes with the norm, so that a path of theirs is halved until each
+    part changes it by little.
+
+    Args:
+        rule: as of :func:`equilibrium_of`.
+        norm: now.
+        steps: how many.
+        gradient_square: as of :func:`equilibrium_of`.
+        entries: as of :func:`equilibrium_of`.
+        shape: as of :func:`equilibrium_of`.
+
+    Returns:
+        The norm; NaN where no closed form is known.
+
+    Raises:
+        ValueError: as :func:`equilibrium_of`; for a norm that is not positive.
+    """
+    check_positive(norm=norm)
+    if rule.norm == "fixed":
+        return norm
+    if rule.is_projected is None:
+        return math.nan
+    _check_decay(rule)
+    power = _power(rule)
+    growth = _growth(rule, gradient_square, entries, shape, 0.0)
+    # Per step, of ‖w‖^p.
+    added = power / 2 * _added(growth / norm**power, _turning(rule)) * norm**power
+    kept = (1 - _number(rule.shrink)) ** power
+    left: float = kept**steps
+    total = added * (steps if kept == 1 else (1 - left) / (1 - kept))
+    result: float = (norm**power * left + total) ** (1 / power)
+    if rule.is_projected and steps > 1 and abs(result / norm - 1) > 0.05:
+        known: dict[str, Any] = {
+            "gradient_square": gradient_square,
+            "entries": entries,
+            "shape": shape,
+        }
+        half = norm_after(rule, norm, steps // 2, **known)
+        return norm_after(rule, half, steps - steps // 2, **known)
+    return result
 
 
 def angle_at(
@@ -161,6 +223,8 @@ def angle_at(
         ValueError: for a norm that is not positive.
     """
     check_positive(norm=norm)
+    if rule.update.is_relative:
+        return _relative_angle(rule)
     if rule.is_projected is None:
         return math.nan
     growth = _growth(rule, gradient_square, entries, shape, 0.0)
@@ -198,6 +262,8 @@ def norm_trajectory(
     """
     check_positive(start=start)
     rates = list(checked(lrs))
+    if rule.update.is_relative:
+        return [start if rule.norm == "fixed" else math.nan] * (len(rates) + 1)
     decay = _number(rule.shrink_per_lr)
     peak = max(rates, default=0.0)
     _check_decay(replace(rule, lr=peak, decay_per_step=peak * _number(rule.weight_decay)))
@@ -209,6 +275,14 @@ def norm_trajectory(
         added = _added(lr**2 * growth / square**half, turning)
         squares.append(((1 - lr * decay) ** 2 + added) * square)
     return [math.sqrt(square) for square in squares]
+
+
+def _relative_angle(rule: UpdateRule) -> float:
+    """The angle of a step whose length is a share of the norm; NaN of any other."""
+    lr = _number(rule.lr)
+    if rule.update is Update.ROTATION:
+        return lr
+    return math.atan(lr) if rule.update is Update.RELATIVE else math.nan
 
 
 def _turning(rule: UpdateRule) -> float:

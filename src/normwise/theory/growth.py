@@ -30,6 +30,8 @@ Number = TypeVar("Number", float, Tensor)
 def effective_lr(lr: Number, norm: Number, update: Update) -> Number:
     """How fast the direction of a scale-invariant weight moves: η/‖w‖², or η/‖w‖ (normalized).
 
+    Of relative steps (:func:`normwise.sphere`) it is η.
+
     The direction of w turns by the length of the update over ‖w‖, and an update that is a gradient
     is itself shorter by ‖w‖ ([AdamP], Section 2.3). [ES] arXiv 1911.05920 takes η/‖w‖ for SGD too,
     which is wrong.

@@ -17,7 +17,7 @@ from normwise.lab.data.files import DataError
 from normwise.lab.data.folders import Decoder, Job, fit
 from normwise.lab.errors import UsageError
 from normwise.lab.recipes import find
-from normwise.lab.tasks.detection import Detection, Options, average_precision
+from normwise.lab.tasks.detection import Detection, DetectionOptions, average_precision
 
 CPU = torch.device("cpu")
 CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}]
@@ -79,7 +79,9 @@ def in_this_process(monkeypatch):
 
 
 def options(**given):
-    return Options(**{"data": "coco", "test_part": "val", "image_size": 32, "width": 4, **given})
+    return DetectionOptions(
+        **{"data": "coco", "test_part": "val", "image_size": 32, "width": 4, **given}
+    )
 
 
 # COCO

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from normwise import cli
 from normwise.lab.data import boxes, drawings, files, images, sounds, texts
 from normwise.lab.data import fetch as fetching
 from normwise.lab.data.catalogue import CATALOGUE, Archive, Source
@@ -536,6 +537,15 @@ def test_without_a_network_it_says_what_to_put_where(offered):
         fetch(root, "bccd")
     with pytest.raises(UsageError, match="did you mean 'cifar10'"):
         fetch(root, "cifar1")
+
+
+def test_a_download_that_fails_is_no_wrong_usage(offered, monkeypatch, capsys):
+    root, archive, _ = offered
+    root.mkdir()
+    archive.unlink()
+    monkeypatch.setenv("NORMWISE_DATA", str(root))
+    assert cli.main(["data", "fetch", "set"]) == 1
+    assert "cannot reach" in capsys.readouterr().err
 
 
 def test_an_archive_put_there_by_hand_is_used(offered):

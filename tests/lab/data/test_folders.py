@@ -22,9 +22,8 @@ from normwise.lab.errors import UsageError
 from normwise.lab.recipes import find
 from normwise.lab.running import cell as running
 from normwise.lab.running.cell import run_cell
-from normwise.lab.tasks.adversarial import Adversarial
-from normwise.lab.tasks.adversarial import Options as AdversarialOptions
-from normwise.lab.tasks.classification import Classification, Options
+from normwise.lab.tasks.adversarial import Adversarial, AdversarialOptions
+from normwise.lab.tasks.classification import Classification, ClassificationOptions
 
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee")
@@ -71,7 +70,7 @@ def two():
 
 
 def options(**given):
-    return Options("folder:tiny", "resnet8", **{"width": 4, "image_size": 8, **given})
+    return ClassificationOptions("folder:tiny", "resnet8", **{"width": 4, "image_size": 8, **given})
 
 
 # Listing

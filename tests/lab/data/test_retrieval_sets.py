@@ -18,7 +18,7 @@ from normwise.lab.data.matlab import read_records
 from normwise.lab.data.retrieval import cars, cub, inshop, sop
 from normwise.lab.errors import UsageError
 from normwise.lab.recipes import find
-from normwise.lab.tasks.retrieval import Options, Retrieval, hits
+from normwise.lab.tasks.retrieval import Retrieval, RetrievalOptions, hits
 
 CPU = torch.device("cpu")
 rng = np.random.default_rng(0)
@@ -300,7 +300,7 @@ def root(tmp_path_factory):
 
 
 def options(**given):
-    return Options(
+    return RetrievalOptions(
         **{"data": "cub", "network": "resnet8", "loss": "triplet", "width": 4, "image_size": 8}
         | {"embedding": 8, "images_per_class": 2}
         | given
@@ -377,7 +377,7 @@ def test_streamed_images_are_opened_as_they_are_needed(root, monkeypatch):
     problem = Retrieval(options(data="sop"), root, CPU)
     # The baseline has seen the test images, and keeps small ones in grey.
     assert opened == list(problem.data.test)
-    assert problem.data.small().shape == (5, 1, 16, 16)
+    assert problem._pixels().shape == (5, 1, 16, 16)
     opened.clear()
     steps = problem.batches(4, generator())
     assert steps.shape == (2, 4)

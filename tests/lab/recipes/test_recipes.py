@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
 
+from normwise.geometry import View
 from normwise.lab.errors import UsageError
 from normwise.lab.networks import build
 from normwise.lab.recipes import find, ids, parse, read
 from normwise.lab.running.prepare import (
     decay_within_window,
+    decayed_lrs,
     make_optimizer,
     normalize_weights,
 )
@@ -160,7 +164,8 @@ def test_every_cell_can_take_a_step(name):
         channels = 1 if options.data in ("fsdd", "speech-commands", "esc10", "digits") else 3
         network = build(options.network, channels, 10, options.width)
         normalize_weights(network, cell.training)
-        optimizer = make_optimizer(network, cell.training)
+        filters = {p: View.channel() for p in network.parameters() if p.ndim == 4}
+        optimizer = make_optimizer(network, cell.training, filters)
         decay_within_window(optimizer, cell.training, 100)
         before = [p.detach().clone() for p in network.parameters()]
         loss = network(torch.randn(2, channels, 40, 16)).square().mean()
@@ -169,6 +174,18 @@ def test_every_cell_can_take_a_step(name):
         assert loss.isfinite(), cell.folder
         after = list(network.parameters())
         assert not all(map(torch.equal, before, after)), cell.folder
+
+
+def test_translated_decay_needs_sgd_and_weights_to_translate():
+    wrong = GOOD.replace("lr: 0.1}", "lr: 0.1, coupling: translated}")
+    with pytest.raises(UsageError, match="translated needs optimizer sgd without nesterov"):
+        read(wrong, "mine.yaml")
+    right = GOOD.replace("lr: 0.1}", "lr: 0.1, coupling: translated, decay_on: invariant}")
+    (cell,) = read(right, "mine.yaml").cells("small", 1, ["sgd"], ["digits"])
+    with pytest.raises(UsageError, match="there are none"):
+        make_optimizer(torch.nn.Linear(2, 2), cell.training)
+    with pytest.raises(UsageError, match="float32"):
+        decayed_lrs(replace(cell.training, weight_decay=0.02), 10**6)
 
 
 def test_methods_of_a_pair_differ_in_the_optimizer_alone():

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from normwise.lab.errors import Damaged, UsageError
-from normwise.lab.parallel import Processes
-from normwise.lab.recipes import find
+from normwise.lab.parallel import ALONE, Processes
+from normwise.lab.recipes import find, read
 from normwise.lab.recipes.schema import Training
 from normwise.lab.running import cell as module
 from normwise.lab.running.cell import DiskFull, run_cell
@@ -31,6 +31,7 @@ from normwise.lab.running.executors import run_cells
 from normwise.lab.running.prepare import make_optimizer, normalize_weights
 from normwise.lab.running.trainer import Trainer
 from normwise.lab.store import locked, read_metrics, seal
+from normwise.theory import sgd_without_decay
 
 ROOT = Path("no data is needed")
 FILES = ("metrics.jsonl", "result.json", "config.json")
@@ -183,7 +184,7 @@ def test_a_finished_cell_is_not_run_again(tmp_path, whole, monkeypatch):
     folder.mkdir(parents=True)
     for name, content in whole.items():
         (folder / name).write_bytes(content)
-    monkeypatch.setattr(module, "_Run", None)
+    monkeypatch.setattr(module, "_CellStart", None)
     assert run_cell(tiny(), tmp_path, ROOT) == json.loads(whole["result.json"])
 
 
@@ -636,6 +637,7 @@ def test_an_error_in_a_process_stops_the_others_with_its_message(tmp_path):
         run_cells([bad, replace(bad, seed=1)], tmp_path, ROOT, jobs=2)
 
 
+@pytest.mark.slow
 def test_ray_gives_what_one_after_the_other_gives(tmp_path):
     ray = pytest.importorskip("ray", reason="compares with a local Ray cluster")
     cells = [tiny(m, epochs=1) for m in ("sgd", "sgdp", "adamp")]
@@ -679,3 +681,48 @@ def test_the_schedules_are_their_formulas():
     assert [cosine.factor(s, 100) for s in (0, 9, 19, 20, 60, 100)] == pytest.approx(
         [0.05, 0.5, 1, 1, 0.5, 0]
     )
+
+
+TRANSLATED = """
+schema: 1
+id: translated
+title: Decay as a schedule
+question: Is it the same way?
+task: classification
+paper: {source: Theorem 1, metric: accuracy}
+methods:
+  decay: {label: decay, settings: {}}
+  translated: {label: translated, settings: {coupling: translated}}
+  none: {label: none, settings: {weight_decay: 0}}
+settings:
+  {data: digits, network: convnet, width: 4, optimizer: sgd, lr: 0.02, weight_decay: 0.05,
+   decay_on: invariant, schedule: cosine, batch_size: 64, epochs: 2}
+scales: {paper: {settings: {}, rows: {a: {}}}, small: {settings: {}, rows: {a: {}}}}
+"""
+
+
+def test_translated_decay_takes_the_way_of_decay_at_other_norms(tmp_path):
+    """Theorem 1: the norms grow by P_T, and the losses are the same up to rounding."""
+    lines = {}
+    for one in read(TRANSLATED, "translated.yaml").cells("small", 1):
+        run_cell(one, tmp_path, tmp_path)
+        lines[one.method] = read_metrics(tmp_path / one.folder / "metrics.jsonl")
+    steps = lines["decay"][-1]["step"]
+    lrs = [0.02 * one.training.factor(step, steps) for step in range(steps)]
+    plan = sgd_without_decay(lrs, 0.05, 0.9)
+    ends = {method: records[-1] for method, records in lines.items()}
+    assert ends["translated"]["norm"] / ends["decay"]["norm"] == pytest.approx(
+        plan.scales[-1], rel=1e-3
+    )
+    assert ends["translated"]["lr"] == pytest.approx(plan.lrs[-1])
+    assert ends["translated"]["train_loss"] == pytest.approx(ends["decay"]["train_loss"], rel=1e-3)
+    assert ends["none"]["train_loss"] != pytest.approx(ends["decay"]["train_loss"], rel=1e-3)
+
+
+def test_the_smallest_norm_is_that_of_the_slice_that_shrinks(tmp_path):
+    (one,) = find("digits").cells("small", 1, ["sgd"])
+    trainer = Trainer(one, tmp_path, tmp_path, torch.device("cpu"), ALONE)
+    with torch.no_grad():
+        trainer.problem.model.get_parameter(next(iter(trainer.views)))[0] *= 1e-6
+    line = trainer.line({})
+    assert line["smallest_norm"] < 1e-5 < line["norm"]

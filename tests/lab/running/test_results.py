@@ -16,12 +16,20 @@ import pytest
 from scipy.stats import ttest_rel
 
 from normwise import cli
+from normwise.figures import document
 from normwise.lab.errors import UsageError
 from normwise.lab.recipes import find
-from normwise.lab.report.runs import render
+from normwise.lab.report.runs import picture, render
 from normwise.lab.running import cell
 from normwise.lab.running.cell import config_of
-from normwise.lab.running.export import as_csv, as_data, as_latex, as_markdown
+from normwise.lab.running.export import (
+    as_csv,
+    as_data,
+    as_json,
+    as_latex,
+    as_markdown,
+    read_json,
+)
 from normwise.lab.running.results import Done, read_cells, tables
 from normwise.lab.store import seal_json
 
@@ -193,12 +201,49 @@ def test_filter_and_sort_work_in_a_browser(runs, tmp_path):
     assert rows("filter=adam&sort=0") == ["AdamP", "AdamW"]
 
 
-@pytest.mark.parametrize("ending", [".md", ".tex", ".csv", ".json", ".html"])
+@pytest.mark.parametrize("ending", [".md", ".tex", ".csv", ".json", ".html", ".svg"])
 def test_the_command_writes_every_format(runs, tmp_path, capsys, ending):
     out = tmp_path / "new" / f"report{ending}"
     assert cli.main(["report", str(runs), "--out", str(out)]) == 0
     assert "SGDP" in out.read_text("utf-8") or "sgdp" in out.read_text("utf-8")
     assert capsys.readouterr().out == f"{out}\n"
+
+
+def test_a_report_in_json_says_all_that_its_runs_say(runs, tmp_path):
+    made = tables(read_cells([runs]))
+    path = tmp_path / "report.json"
+    path.write_text(as_json(made), encoding="utf-8")
+    again = read_json(path)
+    assert as_markdown(again) == as_markdown(made)
+    assert as_data(again) == as_data(made)
+    assert document(picture(again)) == document(picture(made))
+    page, same = render(made), render(again)
+    assert Page(same).rows == Page(page).rows
+    assert same.count("<figure") == page.count("<figure") > 4
+    assert "11 of 12 runs finished" in same
+    assert "How each was made" in page
+    assert "How each was made" not in same
+
+
+def test_the_command_draws_chosen_curves_of_runs_and_of_reports(runs, tmp_path, capsys):
+    report, drawn, again = (tmp_path / f"made.{n}" for n in ("json", "svg", "2.svg"))
+    curves = ["--curves", "norm_growth,train_loss"]
+    for source, out, more in ((runs, report, []), (runs, drawn, curves), (report, again, curves)):
+        assert cli.main(["report", str(source), "--out", str(out), *more]) == 0
+    assert drawn.read_text("utf-8") == again.read_text("utf-8")
+    assert "Training loss" in drawn.read_text("utf-8")
+    assert "Effective learning rate" not in drawn.read_text("utf-8")
+    capsys.readouterr()
+    assert cli.main(["report", str(runs), "--out", "x.png", "--curves", "norms"]) == 2
+    assert "unknown curve 'norms': did you mean 'norm'" in capsys.readouterr().err
+
+
+def test_a_report_in_json_that_is_none_is_an_error(tmp_path):
+    for content in ("{", "[]", "[1]", '[{"recipe": "digits"}]'):
+        path = tmp_path / "report.json"
+        path.write_text(content)
+        with pytest.raises(UsageError, match=r"report\.json is damaged"):
+            read_json(path)
 
 
 def test_the_commands_refuse_what_they_cannot_do(runs, tmp_path, capsys):
@@ -230,7 +275,7 @@ def test_paper_run_trains_once_and_shows_the_table(tmp_path, capsys, monkeypatch
     first = capsys.readouterr()
     assert "2/2 digits sgdp seed 0" in first.err
     assert "| Mine |" in first.out
-    monkeypatch.setattr(cell, "_Run", None)
+    monkeypatch.setattr(cell, "_CellStart", None)
     assert cli.main([*command, "--json"]) == 0
     assert [row["method"] for row in json.loads(capsys.readouterr().out)] == ["sgd", "sgdp"]
     assert cli.main(["report", str(tmp_path / "runs")]) == 0

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normwise.lab.errors import UsageError
-from normwise.lab.tasks.adversarial import BALLS, Options, attack
+from normwise.lab.tasks.adversarial import BALLS, AdversarialOptions, attack
 
 NORM = {"linf": torch.inf, "l2": 2.0}
 
@@ -116,8 +116,8 @@ def test_an_image_without_a_gradient_is_left_where_it_began(ball: str) -> None:
 
 
 def test_a_mistake_in_the_options_is_shown() -> None:
-    def options(**given: object) -> Options:
-        return Options(data="cifar10", network="resnet8", **given)
+    def options(**given: object) -> AdversarialOptions:
+        return AdversarialOptions(data="cifar10", network="resnet8", **given)
 
     with pytest.raises(UsageError, match=r"unknown ball 'l-inf': did you mean 'linf'"):
         options(ball="l-inf")

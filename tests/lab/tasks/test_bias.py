@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.lab.errors import UsageError
-from normwise.lab.tasks.bias import COLOURS, Bias, Options, coloured, colours, hsic
+from normwise.lab.tasks.bias import COLOURS, Bias, BiasOptions, coloured, colours, hsic
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -115,7 +115,7 @@ def test_features_that_coincide_give_a_finite_gradient() -> None:
 
 def test_each_network_follows_its_own_part_of_the_loss() -> None:
     problem = object.__new__(Bias)  # without the data
-    problem.options = Options(width=2, penalty=0.7)
+    problem.options = BiasOptions(width=2, penalty=0.7)
     reference = _two_networks()
     problem.model = _two_networks()
     problem.model.load_state_dict(reference.state_dict())
@@ -146,8 +146,8 @@ def test_the_biased_network_sees_no_shape() -> None:
 
 def test_a_mistake_in_the_options_is_shown() -> None:
     with pytest.raises(UsageError, match=r"correlation 1\.5 is not allowed"):
-        Options(correlation=1.5)
+        BiasOptions(correlation=1.5)
     with pytest.raises(UsageError, match=r"penalty -1 is not allowed"):
-        Options(penalty=-1)
+        BiasOptions(penalty=-1)
     with pytest.raises(UsageError, match=r"shrink 3 is not allowed: must divide 28"):
-        Options(shrink=3)
+        BiasOptions(shrink=3)

@@ -15,7 +15,7 @@ from normwise.lab.errors import UsageError
 from normwise.lab.tasks.detection import (
     STRIDE,
     Detection,
-    Options,
+    DetectionOptions,
     average_precision,
     centre_targets,
     decode,
@@ -228,6 +228,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_mistake_in_the_options_is_shown() -> None:
     with pytest.raises(UsageError, match=r"unknown test_part 'tests': did you mean 'test'"):
-        Options(test_part="tests")
+        DetectionOptions(test_part="tests")
     with pytest.raises(UsageError, match=r"scale 0 is not allowed"):
-        Options(scale=0)
+        DetectionOptions(scale=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normwise.lab.errors import UsageError
-from normwise.lab.tasks.retrieval import Options, Retrieval, hits, make_loss
+from normwise.lab.tasks.retrieval import Retrieval, RetrievalOptions, hits, make_loss
 
 
 def embedded(n: int = 40, classes: int = 8) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def test_proxy_anchor_is_equation_4_of_its_paper() -> None:
 
 def test_batches_have_the_asked_number_of_images_of_each_class() -> None:
     problem = object.__new__(Retrieval)  # without the data
-    problem.options = Options(data="omniglot", network="resnet8", loss="triplet")
+    problem.options = RetrievalOptions(data="omniglot", network="resnet8", loss="triplet")
     problem.members = torch.arange(200).view(10, 20)
     problem.examples = 200
     batches = problem.batches(24, torch.Generator().manual_seed(0))
@@ -135,8 +135,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_mistake_in_the_options_is_shown() -> None:
     with pytest.raises(UsageError, match=r"unknown loss 'triplets': did you mean 'triplet'"):
-        Options(data="omniglot", network="resnet8", loss="triplets")
+        RetrievalOptions(data="omniglot", network="resnet8", loss="triplets")
     with pytest.raises(UsageError, match=r"unknown data 'omniglott': did you mean 'omniglot'"):
-        Options(data="omniglott", network="resnet8", loss="triplet")
+        RetrievalOptions(data="omniglott", network="resnet8", loss="triplet")
     with pytest.raises(UsageError, match=r"test_classes 1 is not allowed"):
-        Options(data="omniglot", network="resnet8", loss="triplet", test_classes=1)
+        RetrievalOptions(data="omniglot", network="resnet8", loss="triplet", test_classes=1)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from normwise.lab.recipes import Cell, find
+from normwise.lab.recipes import RecipeCell, find
 from normwise.lab.running.cell import run_cell
 from normwise.lab.tasks.kinds import kind
 
@@ -32,7 +32,7 @@ MARGIN = {
 }
 
 
-def tiny(name: str) -> Cell:
+def tiny(name: str) -> RecipeCell:
     cell = find(name).cells("small", seeds=1, methods=["adamp"])[0]
     training = replace(cell.training, epochs=2, batch_size=16, evaluate_every=2)
     pytest.importorskip(NEEDS.get(name, "torch"), reason="the task is judged or trained by it")
@@ -46,7 +46,10 @@ def root() -> Path:
     return Path(os.environ["NORMWISE_DATA"])
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name",  # detection resumes daily on boxes that are made, in tests/lab/data/test_boxes.py
+    [pytest.param(n, marks=[pytest.mark.slow] * (n == "adamp-detection")) for n in TINY],
+)
 def test_an_interrupted_run_ends_in_the_same_bits(
     name: str, root: Path, assert_resumes: Callable[..., None]
 ) -> None:

@@ -209,7 +209,7 @@ def small(monkeypatch):
 
 def problem(**options):
     given = {"data": "small", "network": "resnet8", "width": 4, **options}
-    return classification.Classification(classification.Options(**given), None, CPU)
+    return classification.Classification(classification.ClassificationOptions(**given), None, CPU)
 
 
 def test_inputs_are_standardized_by_channel(small):
@@ -267,7 +267,7 @@ def test_an_epoch_takes_every_example_once():
 
 # Language
 
-OPTIONS = language.Options("t", context=6, layers=2, width=8, heads=2)
+OPTIONS = language.LanguageOptions("t", context=6, layers=2, width=8, heads=2)
 
 
 def test_a_prediction_does_not_see_what_follows():

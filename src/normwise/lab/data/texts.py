@@ -13,14 +13,14 @@ import numpy.typing as npt
 
 from normwise.lab.data.files import DataError, locate
 
-__all__ = ["Text", "brown", "encode", "tinyshakespeare", "wikitext"]
+__all__ = ["EncodedText", "brown", "encode", "tinyshakespeare", "wikitext"]
 
 UNKNOWN = "<unk>"
 END = "<eos>"
 
 
 @dataclass(frozen=True)
-class Text:
+class EncodedText:
     """A corpus: what is learned from, and what is tested on.
 
     Args:
@@ -36,7 +36,7 @@ class Text:
     vocabulary: tuple[str, ...]
 
 
-def encode(name: str, parts: Sequence[Sequence[str]], size: int | None = None) -> Text:
+def encode(name: str, parts: Sequence[Sequence[str]], size: int | None = None) -> EncodedText:
     """Number the tokens of a training and a test part.
 
     The vocabulary is that of the training part, most frequent first; what is not in it becomes
@@ -55,7 +55,7 @@ def encode(name: str, parts: Sequence[Sequence[str]], size: int | None = None) -
     number = {word: index for index, word in enumerate(vocabulary)}
     coded = (np.array([number.get(word, 0) for word in part], np.int64) for part in parts)
     train, test = coded
-    return Text(name, train, test, vocabulary)
+    return EncodedText(name, train, test, vocabulary)
 
 
 def _read(path: Path) -> str:
@@ -67,7 +67,7 @@ def _read(path: Path) -> str:
         raise DataError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def brown(root: Path, vocabulary: int | None = 10_000) -> Text:
+def brown(root: Path, vocabulary: int | None = 10_000) -> EncodedText:
     """The Brown corpus, by words: of every ten documents the first eight, and the last to test on.
 
     It has no official split; the ninth documents are kept for validation. Documents begin with a
@@ -90,7 +90,7 @@ def brown(root: Path, vocabulary: int | None = 10_000) -> Text:
     return encode("brown", (train, test), vocabulary)
 
 
-def tinyshakespeare(root: Path) -> Text:
+def tinyshakespeare(root: Path) -> EncodedText:
     """Tiny Shakespeare, by characters: the first 90%, and the last 5% to test on."""
     path = locate(root, "tinyshakespeare", ("tinyshakespeare", "."), "input.txt") / "input.txt"
     text = _read(path)
@@ -100,7 +100,7 @@ def tinyshakespeare(root: Path) -> Text:
     return encode("tinyshakespeare", (text[:first], text[second:]))
 
 
-def wikitext(root: Path, version: str = "2") -> Text:
+def wikitext(root: Path, version: str = "2") -> EncodedText:
     """WikiText-2 or -103 by words, from ``wiki.train.tokens`` and ``wiki.test.tokens``.
 
     Args:

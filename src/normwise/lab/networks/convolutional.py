@@ -8,6 +8,7 @@ classifier.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -48,15 +49,17 @@ def _head(features: int, classes: int) -> list[nn.Module]:
 
 def convnet(channels: int, classes: int, width: int) -> nn.Module:
     """Four 3×3 convolutions with torch's own initial weights, the last two twice as wide."""
-    layers: list[nn.Module] = []
+    layers: dict[str, nn.Module] = {}  # named, for pages that show them layer by layer
     fan_in = channels
-    for index, fan_out in enumerate((width, width, 2 * width, 2 * width)):
-        conv = nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False)
-        layers += [conv, nn.BatchNorm2d(fan_out), nn.ReLU()]
-        if index == 1:
-            layers.append(nn.MaxPool2d(2))
+    for k, fan_out in enumerate((width, width, 2 * width, 2 * width), 1):
+        layers[f"conv{k}"] = nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False)
+        layers[f"norm{k}"] = nn.BatchNorm2d(fan_out)
+        layers[f"relu{k}"] = nn.ReLU()
+        if k == 2:
+            layers["pool"] = nn.MaxPool2d(2)
         fan_in = fan_out
-    return nn.Sequential(*layers, *_head(fan_in, classes))
+    layers |= dict(zip(("mean", "flat", "head"), _head(fan_in, classes), strict=True))
+    return nn.Sequential(OrderedDict(layers))
 
 
 class _Residual(nn.Module):

@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from normwise.lab.errors import UsageError, nearest
-from normwise.lab.recipes.schema import Cell, Method, Paper, Recipe, Scale, Training, parse
+from normwise.lab.recipes.schema import (
+    Paper,
+    Recipe,
+    RecipeCell,
+    RecipeMethod,
+    RecipeScale,
+    Training,
+    parse,
+)
 
 __all__ = [
-    "Cell",
-    "Method",
     "Paper",
     "Recipe",
-    "Scale",
+    "RecipeCell",
+    "RecipeMethod",
+    "RecipeScale",
     "Training",
     "find",
     "ids",

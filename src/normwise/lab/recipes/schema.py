@@ -11,17 +11,27 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from normwise.lab.checks import within
-from normwise.lab.contenders import parse as parse_contender
 from normwise.lab.errors import UsageError, nearest
+from normwise.lab.optimizers import parse as parse_optimizer
 from normwise.lab.tasks.kinds import kind
 
-__all__ = ["SCHEMA", "Cell", "Method", "Paper", "Recipe", "Scale", "Training", "parse"]
+__all__ = [
+    "SCHEMA",
+    "Paper",
+    "Recipe",
+    "RecipeCell",
+    "RecipeMethod",
+    "RecipeScale",
+    "Training",
+    "parse",
+]
 
 SCHEMA = 1
 MOST_SEEDS = 10_000
 SCHEDULES = ("constant", "steps", "cosine")
 NORMALIZATIONS = ("none", "WN", "CWN", "WS")
-COUPLINGS = ("own", "l2", "decoupled", "schedule")
+COUPLINGS = ("own", "l2", "decoupled", "schedule", "translated")
+DECAYED = ("weights", "no-depthwise", "no-biases", "invariant", "all")
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class Training:
     """How a network is trained, whatever the task.
 
     Args:
-        epochs: passes over the training data.
+        epochs: passes over the training data; 0 only where a method starts from another.
         batch_size: examples per step.
         optimizer: sgd, sgdp, adam, adamw or adamp; ``torch:CLASS``; ``MODULE:FACTORY`` of the
             user's; or ``tangential(…)`` or ``sphere(…)`` around one of these.
@@ -37,10 +47,13 @@ class Training:
         weight_decay: L2 in sgd and adam, decoupled in the others (default: 0).
         coupling: ``own`` is the optimizer's; ``l2``; ``decoupled``, λ times the learning rate;
             ``schedule``, decoupled and λ times the share of ``lr`` that the schedule leaves, as in
-            SGDW and AdamW of arXiv 1711.05101 (default: own).
+            SGDW and AdamW of arXiv 1711.05101; ``translated``, no decay, but learning rates under
+            which sgd takes scale-invariant weights the same way (arXiv 1911.05920, Theorem 1)
+            (default: own).
         decay_window: from and to which share of the steps weights decay (default: 0 and 1).
         decay_on: ``weights`` of two or more dimensions, those ``no-depthwise`` convolution has,
-            all parameters but ``no-biases``, or ``all`` (default: weights).
+            all parameters but ``no-biases``, ``invariant`` ones alone, or ``all`` (default:
+            weights).
         momentum: of sgd and sgdp (default: 0.9).
         nesterov: of sgd, sgdp and adamp (default: no).
         betas: of adam, adamw and adamp (default: 0.9 and 0.999).
@@ -51,6 +64,7 @@ class Training:
         drops: after which shares of the steps ``lr`` is multiplied (default: 0.3, 0.6, 0.9).
         lr_factor: by what (default: 0.1).
         warmup: the share of the steps in which ``lr`` rises evenly from 0 (default: 0).
+        cycles: how many times the schedule, warm-up included, runs through (default: 1).
         normalization: of the weights: none, WN, CWN or WS (default: none).
         normalization_skip: modules, by name or pattern, whose weights are left alone besides those
             that ``reparametrize`` leaves alone of itself (default: none).
@@ -61,6 +75,10 @@ class Training:
         epsilon_shift: ε of the ε-shifted L2 that takes the place of weight decay on normalized
             weights (default: plain decay).
         clip: the largest norm of the whole gradient (default: any).
+        awp_gamma: γ of the adversarial weight perturbation at which steps are taken (default: 0,
+            none).
+        awp_view: what is perturbed by γ times its norm: ``layer``, every tensor as a whole, or
+            ``slices``, the scale-invariant ones slice by slice (default: layer).
         evaluate_every: epochs between tests; the last is always tested (default: 1).
         autocast: ``none`` or ``bfloat16`` (default: none).
     """
@@ -83,6 +101,7 @@ class Training:
     drops: tuple[float, ...] = (0.3, 0.6, 0.9)
     lr_factor: float = 0.1
     warmup: float = 0.0
+    cycles: int = 1
     normalization: str = "none"
     normalization_skip: tuple[str, ...] = ()
     normalize_depthwise: bool = False
@@ -90,24 +109,36 @@ class Training:
     gain: bool = False
     epsilon_shift: float | None = None
     clip: float | None = None
+    awp_gamma: float = 0.0
+    awp_view: str = "layer"
     evaluate_every: int = 1
     autocast: str = "none"
 
     def __post_init__(self) -> None:
-        parse_contender(self.optimizer)
+        parse_optimizer(self.optimizer)
         for name, allowed in (
             ("schedule", SCHEDULES),
             ("normalization", NORMALIZATIONS),
             ("coupling", COUPLINGS),
-            ("decay_on", ("weights", "no-depthwise", "no-biases", "all")),
+            ("decay_on", DECAYED),
             ("autocast", ("none", "bfloat16")),
+            ("awp_view", ("layer", "slices")),
         ):
             value = getattr(self, name)
             if value not in allowed:
                 raise UsageError(f"unknown {name} {value!r}: {nearest(value, allowed)}")
-        for name in ("epochs", "batch_size", "evaluate_every"):
+        for name in ("batch_size", "evaluate_every", "cycles"):
             within(self, name, 1)
-        for name in ("lr", "weight_decay", "eps", "wd_ratio", "delta", "lr_factor"):
+        for name in (
+            "epochs",
+            "awp_gamma",
+            "lr",
+            "weight_decay",
+            "eps",
+            "wd_ratio",
+            "delta",
+            "lr_factor",
+        ):
             within(self, name, 0)
         for name in ("normalization_eps", "epsilon_shift"):
             within(self, name, 0)
@@ -139,6 +170,12 @@ class Training:
                 f"weight_decay {self.weight_decay} is not allowed: must be below 1 where no "
                 "learning rate is multiplied with it"
             )
+        if self.coupling == "translated" and (
+            self.optimizer != "sgd" or self.nesterov or self.decay_on != "invariant"
+        ):
+            raise UsageError(
+                "coupling translated needs optimizer sgd without nesterov, and decay_on invariant"
+            )
         window = self.decay_window
         if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
             raise UsageError(
@@ -158,7 +195,9 @@ class Training:
 
     def factor(self, step: int, steps: int) -> float:
         """The share of ``lr`` at a step, counted from 0, of ``steps`` in all."""
-        done = step / steps
+        done = step * self.cycles / steps % 1
+        steps = steps // self.cycles
+        step = round(done * steps)
         if done < self.warmup:
             return (step + 1) / (self.warmup * steps)
         if self.schedule == "cosine":
@@ -186,22 +225,25 @@ class Paper:
 
 
 @dataclass(frozen=True)
-class Method:
+class RecipeMethod:
     """One column of a table.
 
     Args:
         label: as a reader sees it.
         settings: what it sets.
         baseline: the method that it is compared with (default: none).
+        start: the method of whose finished training, of the same row and seed, it takes the weights
+            to begin with (default: none; weights are drawn).
     """
 
     label: str
     settings: dict[str, Any]
     baseline: str | None = None
+    start: str | None = None
 
 
 @dataclass(frozen=True)
-class Scale:
+class RecipeScale:
     """A size of the experiment.
 
     Args:
@@ -225,7 +267,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Cell:
+class RecipeCell:
     """One training: a row, a method and a seed of a recipe at a scale.
 
     Args:
@@ -234,6 +276,7 @@ class Cell:
         task: the kind of task.
         training: how it is trained.
         options: the task's own settings.
+        start: the method of whose training it takes the weights to begin with.
     """
 
     recipe: str
@@ -244,11 +287,20 @@ class Cell:
     task: str
     training: Training
     options: Any
+    start: str | None = None
 
     @property
     def folder(self) -> str:
         """Where it lies under the output folder."""
-        return f"{self.recipe}-{self.scale}/{self.row}/{self.method}/seed-{self.seed}"
+        return self._folder_of(self.method)
+
+    @property
+    def start_folder(self) -> str | None:
+        """Where the training lies whose weights it begins with."""
+        return None if self.start is None else self._folder_of(self.start)
+
+    def _folder_of(self, method: str) -> str:
+        return f"{self.recipe}-{self.scale}/{self.row}/{method}/seed-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -271,8 +323,8 @@ class Recipe:
     question: str
     task: str
     paper: Paper
-    methods: dict[str, Method]
-    scales: dict[str, Scale]
+    methods: dict[str, RecipeMethod]
+    scales: dict[str, RecipeScale]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -290,7 +342,7 @@ class Recipe:
         seeds: int | None = None,
         methods: Iterable[str] = (),
         rows: Iterable[str] = (),
-    ) -> list[Cell]:
+    ) -> list[RecipeCell]:
         """The trainings, whole seeds first; later settings overrule earlier ones.
 
         Args:
@@ -316,7 +368,7 @@ class Recipe:
             for method in (list(methods) or self.methods)
         ]
 
-    def _cell(self, scale: str, row: str, method: str, seed: int) -> Cell:
+    def _cell(self, scale: str, row: str, method: str, seed: int) -> RecipeCell:
         size = self.scales[scale]
         settings = {
             **self.settings,
@@ -335,9 +387,12 @@ class Recipe:
         try:
             training = _checked(Training, {k: v for k, v in settings.items() if k in shared}, where)
             rest = _checked(options, {k: v for k, v in settings.items() if k in own}, where)
+            if self.methods[method].start is None:
+                within(training, "epochs", 1)
         except UsageError as error:
             raise UsageError(_placed(where, str(error))) from None
-        return Cell(self.id, scale, row, method, seed, self.task, training, rest)
+        start = self.methods[method].start
+        return RecipeCell(self.id, scale, row, method, seed, self.task, training, rest, start)
 
 
 def _placed(where: str, text: str) -> str:
@@ -400,6 +455,13 @@ def parse(content: Any, where: str) -> Recipe:
             _known(recipe.methods, method.baseline, f"baseline of method {name!r}")
             if method.baseline == name:
                 raise UsageError(f"{where}: method {name!r} is its own baseline")
+        if method.start is not None:
+            first = _known(recipe.methods, method.start, f"start of method {name!r}")
+            if first.start is not None:
+                raise UsageError(
+                    f"{where}: method {name!r} starts from {method.start!r}, which starts from "
+                    "another itself; must be one that draws its weights"
+                )
     for row, values in recipe.paper.rows.items():
         for name in values:
             _known(recipe.methods, name, f"method in the paper's row {row!r}")

@@ -9,15 +9,22 @@ from statistics import fmean
 from typing import Any
 
 from normwise.figures import Axis, Line, Lines, Spacing, marks
+from normwise.lab.summary import listed
 
-__all__ = ["EPOCH", "QUANTITIES", "Comparison", "Quantity", "listed", "over_seeds"]
+__all__ = [
+    "EPOCH",
+    "QUANTITIES",
+    "Comparison",
+    "DrawnQuantity",
+    "over_seeds",
+]
 
 Record = Mapping[str, Any]
 EPOCH = Axis("epoch", Spacing.TIGHT)
 
 
 @dataclass(frozen=True)
-class Quantity:
+class DrawnQuantity:
     """A quantity of the metrics and how it is drawn.
 
     Args:
@@ -35,24 +42,24 @@ class Quantity:
     factor: float = 1.0
 
 
-QUANTITIES: dict[str, Quantity] = {
+QUANTITIES: dict[str, DrawnQuantity] = {
     q.key: q
     for q in (
-        Quantity(
+        DrawnQuantity(
             "norm_growth",
             "Norm of the scale-invariant weights",
             Axis("norm ÷ norm at the start", holds=(1.0,), text=lambda v: f"×{v:.3f}"),
             "Look for how fast the dashed lines leave 1, and how much of that the solid line of "
             "the same pair avoids. None of this growth changes what the network computes.",
         ),
-        Quantity(
+        DrawnQuantity(
             "relative_effective_lr",
             "The hidden slowdown",
             Axis("effective lr without schedule ÷ start", holds=(0.0,), text=lambda v: f"×{v:.3f}"),
             "What the norms alone do to the learning rate, relative to the start: {formulas}. At "
             "0.5 the weights turn half as fast as the chosen learning rate would have them.",
         ),
-        Quantity(
+        DrawnQuantity(
             "effective_lr",
             "Effective learning rate",
             Axis("η/‖w‖² or η/‖w‖, log scale", Spacing.LOG),
@@ -60,14 +67,14 @@ QUANTITIES: dict[str, Quantity] = {
             "lines of a pair is the norms' doing. Compare only methods with the same unit: "
             "{formulas}, times η.",
         ),
-        Quantity(
+        DrawnQuantity(
             "angular_update",
             "Angle per step",
             Axis("radians, log scale", Spacing.LOG, text=lambda v: f"{v:.3g} rad"),
             "All that training can do to a scale-invariant weight is to turn it. This is the speed "
             "as measured, every fifth step; where it falls, the weights come to rest.",
         ),
-        Quantity(
+        DrawnQuantity(
             "test_accuracy",
             "Test accuracy",
             Axis(
@@ -79,7 +86,7 @@ QUANTITIES: dict[str, Quantity] = {
             "keeps the weights moving; what counts is the end. Where the bands overlap, the seeds "
             "matter as much as the method.",
         ),
-        Quantity(
+        DrawnQuantity(
             "train_loss",
             "Training loss",
             Axis("cross-entropy in nats, log scale", Spacing.LOG, text=lambda v: f"{v:.4g}"),
@@ -90,7 +97,7 @@ QUANTITIES: dict[str, Quantity] = {
 }
 
 
-def over_seeds(line: Line, runs: Iterable[Sequence[Record]], quantity: Quantity) -> Line:
+def over_seeds(line: Line, runs: Iterable[Sequence[Record]], quantity: DrawnQuantity) -> Line:
     """The line with a quantity's mean and range over the epochs that all runs have reached.
 
     An epoch that only some have reached would make the mean jump.
@@ -167,8 +174,3 @@ class Comparison:
         drops = tuple(map(float, self.run["settings"].get("drop_epochs", ())))
         note = quantity.note.format(formulas=self.formulas)
         return Lines(quantity.title, note, EPOCH, quantity.axis, tuple(lines), drops)
-
-
-def listed(items: Sequence[str]) -> str:
-    """``a``, ``a and b``, or ``a, b and c``."""
-    return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))

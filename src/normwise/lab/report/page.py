@@ -7,9 +7,10 @@ from types import MappingProxyType
 from typing import Any
 
 from normwise.figures.tables import Cell, Column, Row, Table
-from normwise.lab.report.curves import QUANTITIES, Comparison, listed
+from normwise.lab.report.curves import QUANTITIES, Comparison
 from normwise.lab.report.pages import page
 from normwise.lab.report.toy import toy_loss, toy_norm, toy_plane, toy_table
+from normwise.lab.summary import listed
 from normwise.lab.toy import trajectories
 from normwise.monitor import Monitor
 
@@ -119,7 +120,7 @@ def comparison_table(comparison: Comparison, summary: Mapping[str, Any]) -> Tabl
         cells = (
             row["label"],
             _spread(n.get("test_accuracy"), lambda v: f"{100 * v:.2f}"),
-            "" if finding is None else _verdict(finding["verdict"]),
+            "" if finding is None else finding["verdict"],
             "" if finding is None else _difference(finding),
             _spread(n.get("norm_growth"), lambda v: f"{v:.2f}"),
             _mean(n.get("effective_lr"), lambda v: f"{v:.2e}"),
@@ -131,16 +132,6 @@ def comparison_table(comparison: Comparison, summary: Mapping[str, Any]) -> Tabl
         )
         rows.append(Row(cells, row["name"], colour, bool(dash)))
     return Table(columns, tuple(rows))
-
-
-def _verdict(said: str) -> str:
-    return (
-        said
-        if said in ("better", "worse")
-        else "one seed"
-        if "one seed" in said
-        else "within chance"
-    )
 
 
 def _signed(value: float) -> str:
@@ -178,7 +169,7 @@ def _layers(comparison: Comparison, layers: Mapping[str, Monitor]) -> list[dict[
         "norms": "Norm",
         "effective_lrs": "Effective learning rate",
         "angles": "Angle per step",
-        "equilibrium": "Measured ÷ predicted equilibrium",
+        "expected": "Measured ÷ expected",
     }
     found = []
     for name, monitor in layers.items():

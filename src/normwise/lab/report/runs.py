@@ -5,42 +5,55 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from normwise.figures import Axis, Dots, Line, Lines, Series, Spacing, marks
+from normwise.figures import Axis, Dots, Figure, Line, Lines, Series, Spacing, marks
 from normwise.figures.tables import Cell, Column, Row, Table
-from normwise.lab.report.curves import EPOCH, QUANTITIES, Quantity, over_seeds
+from normwise.lab.errors import UsageError, nearest
+from normwise.lab.report.curves import EPOCH, QUANTITIES, DrawnQuantity, over_seeds
 from normwise.lab.report.pages import page
 
 if TYPE_CHECKING:
-    from normwise.lab.running.results import Done, Entry
-    from normwise.lab.running.results import Table as Result
+    from normwise.lab.running.results import Done, Entry, ResultTable
     from normwise.lab.tasks.problem import Metric
 
-__all__ = ["chart", "quantities", "render"]
+__all__ = ["chart", "picture", "quantities", "render"]
+
+_LOSS = Axis("mean over the epoch, log scale", Spacing.LOG, text=lambda v: f"{v:.4g}")
+_SHOWN = (
+    DrawnQuantity("train_loss", "Training loss", _LOSS),
+    DrawnQuantity("norm_growth", "Norm of the weights", QUANTITIES["norm_growth"].axis),
+    QUANTITIES["effective_lr"],
+)
+# What a picture can show beside these.
+_OTHERS = (
+    DrawnQuantity("norm", "Norm of the weights", Axis("log scale", Spacing.LOG)),
+    DrawnQuantity("smallest_norm", "Smallest norm of a slice", Axis("log scale", Spacing.LOG)),
+    DrawnQuantity("lr", "Learning rate", Axis("log scale", Spacing.LOG)),
+    QUANTITIES["relative_effective_lr"],
+    QUANTITIES["angular_update"],
+)
 
 Marks = Mapping[str, tuple[str, tuple[float, ...]]]
 _NAN = math.nan
 
 
-def render(tables: Sequence[Result]) -> str:
+def render(tables: Sequence[ResultTable]) -> str:
     """The page as one HTML document that loads nothing.
 
     Args:
         tables: as :func:`normwise.lab.running.results.tables` makes them, one or more.
     """
-    entries = [entry for table in tables for entry in table.entries]
-    labels = {entry.method: entry.label for entry in entries}
-    compared = {entry.compared_with for entry in entries}
-    drawn = marks(labels, {name for name, label in labels.items() if label in compared})
+    labels, drawn = _labels_and_marks(tables)
     cells = list({cell.folder: cell for table in tables for cell in table.cells}.values())
-    title = _title(tables, cells)
+    title = _title(tables)
     return page(
         "runs.html",
         brand="normwise report",
         title=title,
         page_title=title,
-        subtitle=_subtitle(cells),
+        subtitle=_subtitle(tables),
         notices=_notices(cells),
         numbers=_numbers(tables, drawn),
         differences=_differences(tables, drawn),
@@ -49,41 +62,77 @@ def render(tables: Sequence[Result]) -> str:
             for name, (colour, dash) in drawn.items()
         ],
         sections=_sections(tables, drawn),
-        configs=[(_name(cell), _config(cell)) for cell in cells],
+        configs=[(_name(cell), _config(cell)) for cell in cells if "training" in cell.config],
     )
 
 
-def quantities(metric: Metric) -> list[Quantity]:
+def picture(tables: Sequence[ResultTable], names: Sequence[str] = ()) -> Figure:
+    """The curves as a figure, one row of charts for each row of a recipe.
+
+    Args:
+        tables: as for :func:`render`.
+        names: of quantities in ``metrics.jsonl`` (default: what the page shows).
+
+    Raises:
+        UsageError: for a quantity that there is not, or where no table has curves.
+    """
+    _, drawn = _labels_and_marks(tables)
+    firsts, charts = _firsts(tables), []
+    for table in firsts:
+        judged = [quantities(t.metric)[0] for t in tables if _place(t) == _place(table)]
+        known = {q.key: q for q in (*quantities(table.metric), *judged, *_OTHERS)}
+        for name in names:
+            if name not in known:
+                raise UsageError(f"unknown curve {name!r}: {nearest(name, known)}")
+        chosen = [known[name] for name in names] or quantities(table.metric)
+        for quantity in chosen:
+            made = chart(table, quantity, drawn)
+            title = f"{table.row}: {made.title}" if len(firsts) > 1 else made.title
+            charts.append(replace(made, title=title))
+    if all(made.empty for made in charts):
+        raise UsageError("there are no curves: the tables hold no epochs")
+    seeds = {cell.config["seed"] for table in tables for cell in table.cells}
+    note = "one seed" if len(seeds) == 1 else f"mean and range over {len(seeds)} seeds"
+    recipe = tables[0].recipe.title
+    columns = min(len(chosen), 2 if len(chosen) in (2, 4) else 3)
+    return Figure(recipe, tuple(charts), columns, note)
+
+
+def _labels_and_marks(tables: Sequence[ResultTable]) -> tuple[dict[str, str], Marks]:
+    """Of each method its label, and its colour and dashes; the baselines are dashed."""
+    entries = [entry for table in tables for entry in table.entries]
+    labels = {entry.method: entry.label for entry in entries}
+    compared = {entry.compared_with for entry in entries}
+    return labels, marks(labels, {name for name, label in labels.items() if label in compared})
+
+
+def quantities(metric: Metric) -> list[DrawnQuantity]:
     """The metric, and what is drawn of every task."""
     spacing = Spacing.LINEAR if metric.higher_is_better else Spacing.LOG
-    first = Quantity(
+    first = DrawnQuantity(
         metric.name,
         metric.title[0].upper() + metric.title[1:],
         Axis(_with_unit(metric), spacing, text=lambda v: f"{v:.{metric.digits}f}"),
         factor=metric.factor,
     )
-    loss = Axis("mean over the epoch, log scale", Spacing.LOG, text=lambda v: f"{v:.4g}")
-    norm = QUANTITIES["norm_growth"]
-    return [
-        first,
-        Quantity("train_loss", "Training loss", loss),
-        Quantity(norm.key, "Norm of the weights", norm.axis),
-        QUANTITIES["effective_lr"],
-    ]
+    return [first, *_SHOWN]
 
 
 def _with_unit(metric: Metric) -> str:
     return f"{metric.title}, {metric.unit}" if metric.unit else metric.title
 
 
-def _sections(tables: Sequence[Result], drawn: Marks) -> list[dict[str, Any]]:
+def _sections(tables: Sequence[ResultTable], drawn: Marks) -> list[dict[str, Any]]:
     """The curves of each row; those beside the first metric are the same for its others."""
     sections = []
     shown = set()
     for table in tables:
-        place = (table.recipe.id, table.scale, table.row)
+        place = _place(table)
         drawings = quantities(table.metric)[: 1 if place in shown else None]
+        charts = [chart(table, quantity, drawn) for quantity in drawings]
         shown.add(place)
+        if all(drawing.empty for drawing in charts):
+            continue
         notes = [table.recipe.question, table.recipe.scales[table.scale].note]
         notes += [f"Paper: {table.recipe.paper.source}.", table.recipe.paper.note]
         sections.append(
@@ -91,13 +140,13 @@ def _sections(tables: Sequence[Result], drawn: Marks) -> list[dict[str, Any]]:
                 "title": f"{table.recipe.title}: {table.row}, {table.scale} scale",
                 "words": _words(table),
                 "note": " ".join(filter(None, notes)),
-                "charts": [chart(table, quantity, drawn) for quantity in drawings],
+                "charts": charts,
             }
         )
     return sections
 
 
-def chart(table: Result, quantity: Quantity, drawn: Marks) -> Lines:
+def chart(table: ResultTable, quantity: DrawnQuantity, drawn: Marks) -> Lines:
     """The curves of a quantity in one row, one line a method.
 
     Args:
@@ -114,9 +163,9 @@ def chart(table: Result, quantity: Quantity, drawn: Marks) -> Lines:
     return Lines(quantity.title, "", EPOCH, quantity.axis, tuple(lines))
 
 
-def _differences(tables: Sequence[Result], drawn: Marks) -> list[Dots]:
+def _differences(tables: Sequence[ResultTable], drawn: Marks) -> list[Dots]:
     """The differences with their intervals: a chart for each metric and unit."""
-    by_metric: dict[str, list[tuple[Result, Entry]]] = {}
+    by_metric: dict[str, list[tuple[ResultTable, Entry]]] = {}
     for table in tables:
         for entry in table.entries:
             if entry.difference is not None:
@@ -144,17 +193,32 @@ def _differences(tables: Sequence[Result], drawn: Marks) -> list[Dots]:
     return charts
 
 
-def _title(tables: Sequence[Result], cells: Sequence[Done]) -> str:
-    finished = sum(cell.result is not None for cell in cells)
+def _title(tables: Sequence[ResultTable]) -> str:
+    entries = [entry for table in _firsts(tables) for entry in table.entries]
+    ended = sum(len(entry.values) + len(entry.failed) for entry in entries)
+    runs = ended + sum(len(entry.unfinished) for entry in entries)
     recipes = {table.recipe.id for table in tables}
     what = tables[0].recipe.title if len(recipes) == 1 else f"{len(recipes)} recipes"
-    return f"{what}: {finished} of {len(cells)} runs finished"
+    return f"{what}: {ended} of {runs} runs finished"
 
 
-def _subtitle(cells: Sequence[Done]) -> str:
-    seeds = {cell.config["seed"] for cell in cells}
-    methods = {cell.config["method"] for cell in cells}
-    counts = ((len(seeds), "seed"), (len(methods), "method"))
+def _firsts(tables: Sequence[ResultTable]) -> list[ResultTable]:
+    """Of each row of a recipe the table of its first metric."""
+    firsts: dict[tuple[str, str, str], ResultTable] = {}
+    for table in tables:
+        firsts.setdefault(_place(table), table)
+    return list(firsts.values())
+
+
+def _place(table: ResultTable) -> tuple[str, str, str]:
+    """What the tables of one row's metrics have in common."""
+    return table.recipe.id, table.scale, table.row
+
+
+def _subtitle(tables: Sequence[ResultTable]) -> str:
+    entries = [entry for table in tables for entry in table.entries]
+    seeds = max(len(e.values) + len(e.failed) + len(e.unfinished) for e in entries)
+    counts = ((seeds, "seed"), (len({entry.method for entry in entries}), "method"))
     return ", ".join(f"{n} {word}" + "s" * (n != 1) for n, word in counts)
 
 
@@ -171,12 +235,12 @@ def _name(cell: Done) -> str:
     return f"{c['recipe']}, {c['row']}, {c['method']}, seed {c['seed']}"
 
 
-def _words(table: Result) -> str:
+def _words(table: ResultTable) -> str:
     entries = (w for e in table.entries for w in (e.method, e.label, e.verdict(table.metric)))
     return " ".join((table.recipe.id, table.recipe.title, table.scale, table.row, *entries))
 
 
-def _numbers(tables: Sequence[Result], drawn: Marks) -> Table:
+def _numbers(tables: Sequence[ResultTable], drawn: Marks) -> Table:
     columns = (
         Column("method", words=True),
         Column("mean ± sd"),
@@ -193,7 +257,7 @@ def _numbers(tables: Sequence[Result], drawn: Marks) -> Table:
     return Table(columns, tuple(rows))
 
 
-def _row(table: Result, entry: Entry, colour: str, dash: tuple[float, ...]) -> Row:
+def _row(table: ResultTable, entry: Entry, colour: str, dash: tuple[float, ...]) -> Row:
     metric, spread, recipe = table.metric, entry.spread, table.recipe
 
     def number(value: float | None, sign: str = "") -> str:

@@ -7,6 +7,7 @@ batch; the first of them alone reads and writes the folder, but for the checkpoi
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -20,17 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from normwise.lab.contenders import parse as parse_contender
+from normwise.lab.data.own import fingerprint
 from normwise.lab.environment import environment
 from normwise.lab.errors import Damaged, UsageError
+from normwise.lab.optimizers import parse as parse_optimizer
 from normwise.lab.parallel import ALONE, Processes
-from normwise.lab.recipes.schema import Cell
+from normwise.lab.recipes.schema import RecipeCell
 from normwise.lab.running.events import Measured, Observer, Progress, Started, ignore
-from normwise.lab.running.trainer import Diverged, Trainer, digest
+from normwise.lab.running.trainer import CHECKPOINT, Diverged, Trainer, digest
 from normwise.lab.store import (
     locked,
     named,
+    read_sealed,
     read_sealed_json,
     seal_json,
     write_atomically,
@@ -39,7 +43,16 @@ from normwise.lab.tasks.kinds import is_own, kind
 from normwise.lab.tasks.problem import Problem
 from normwise.lab.trust import is_code, source_hash, trusting
 
-__all__ = ["CONFIG", "RESULT", "DiskFull", "check_device", "config_of", "now", "run_cell"]
+__all__ = [
+    "CONFIG",
+    "RESULT",
+    "DiskFull",
+    "check_device",
+    "config_of",
+    "now",
+    "one_thread",
+    "run_cell",
+]
 
 SCHEMA = 2
 CONFIG, RESULT = "config.json", "result.json"
@@ -51,7 +64,7 @@ class DiskFull(UsageError):
     """There is no room to write; what had been written before is whole."""
 
 
-def config_of(cell: Cell, device: str, processes: Processes = ALONE) -> dict[str, Any]:
+def config_of(cell: RecipeCell, device: str, processes: Processes = ALONE) -> dict[str, Any]:
     """Everything that decides a cell's outcome, as ``config.json`` holds it.
 
     The number of processes is part of it: sums over a batch are rounded in another order. So is the
@@ -61,14 +74,19 @@ def config_of(cell: Cell, device: str, processes: Processes = ALONE) -> dict[str
         UsageError: if it would run code that is not trusted.
     """
     config = {"schema": SCHEMA, **asdict(cell), "device": device}
+    if cell.start is None:
+        del config["start"]
     if processes.kind is not None:
         config["parallel"] = {"kind": processes.kind, "processes": processes.size}
     names = (
         cell.task,
         getattr(cell.options, "network", ""),
-        parse_contender(cell.training.optimizer).code or "",
+        parse_optimizer(cell.training.optimizer).code or "",
     )
-    if sources := {name: source_hash(name) for name in names if is_code(name)}:
+    sources = {name: source_hash(name) for name in names if is_code(name)}
+    if data := getattr(cell.options, "data", "") if is_own(cell.task) else "":
+        sources[data] = fingerprint(data)
+    if sources:
         config["source"] = sources
     # As it will be read back: tuples become lists.
     return dict(json.loads(json.dumps(config)))
@@ -88,7 +106,7 @@ def check_device(name: str) -> None:
 
 
 def run_cell(
-    cell: Cell,
+    cell: RecipeCell,
     out: Path,
     root: Path,
     *,
@@ -125,7 +143,7 @@ def run_cell(
     folder = out / cell.folder
     with ExitStack() as held:
         held.enter_context(trusting(trust))
-        held.enter_context(_one_thread())
+        held.enter_context(one_thread())
         held.enter_context(_room_in(folder))
         config = config_of(cell, device, processes)
 
@@ -140,11 +158,13 @@ def run_cell(
 
         result = processes.first(begin)
         if result is None:
-            result = _Run(cell, folder, processes, checkpoint_seconds, observe).train(root, device)
+            start = None if cell.start_folder is None else out / cell.start_folder
+            run = _CellStart(cell, folder, processes, checkpoint_seconds, observe)
+            result = run.train(root, device, start)
         return result
 
 
-def _check_divisible(cell: Cell, processes: Processes) -> None:
+def _check_divisible(cell: RecipeCell, processes: Processes) -> None:
     if processes.kind is None:
         return
     if not kind(cell.task).divisible:
@@ -153,6 +173,11 @@ def _check_divisible(cell: Cell, processes: Processes) -> None:
             "of a batch's parts; train it in one process"
         )
     training = cell.training
+    if decays := parse_optimizer(training.optimizer).decays:
+        raise UsageError(
+            f"the decay {'+'.join(map(str, decays))} is not allowed with --parallel; train it in "
+            "one process"
+        )
     if training.coupling != "own" or training.decay_window != (0.0, 1.0):
         raise UsageError(
             f"coupling {training.coupling!r} and decay_window {list(training.decay_window)} are "
@@ -160,7 +185,7 @@ def _check_divisible(cell: Cell, processes: Processes) -> None:
         )
 
 
-def _judged(cell: Cell, problem: Problem) -> dict[str, Any]:
+def _judged(cell: RecipeCell, problem: Problem) -> dict[str, Any]:
     """What a problem of the user's is judged by, which nothing but its code says."""
     if not is_own(cell.task):
         return {}
@@ -183,8 +208,8 @@ def _room_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread: small networks gain nothing from more, and sums keep their order."""
+def one_thread() -> Iterator[None]:
+    """Inside, one thread computes: small networks gain nothing from more, and sums keep order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -246,7 +271,28 @@ def _same_config(folder: Path, config: dict[str, Any]) -> None:
     )
 
 
-class _Run:
+def _final_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights and buffers that a finished training ended with."""
+    if not (folder / RESULT).exists():
+        raise UsageError(
+            f"{folder} is not finished, and this method starts from it: train that method first"
+        )
+    if read_sealed_json(folder / RESULT)["status"] != "ok":
+        raise UsageError(f"{folder} diverged, and this method starts from it")
+    path = folder / CHECKPOINT
+    try:
+        content = io.BytesIO(read_sealed(path))
+        model: dict[str, Tensor] = torch.load(content, map_location="cpu", weights_only=True)[
+            "model"
+        ]
+    except UsageError:
+        raise
+    except Exception as error:
+        raise Damaged(path, f"{type(error).__name__}: {error}".splitlines()[0]) from None
+    return model
+
+
+class _CellStart:
     """One start of a cell, in a folder that it holds.
 
     Args:
@@ -259,7 +305,7 @@ class _Run:
 
     def __init__(
         self,
-        cell: Cell,
+        cell: RecipeCell,
         folder: Path,
         processes: Processes,
         checkpoint_seconds: float,
@@ -271,13 +317,20 @@ class _Run:
         self.wrong: list[int] | None = None
         self.metrics: dict[str, float] = {}
 
-    def train(self, root: Path, device: str) -> dict[str, Any]:
-        """The training to its end; what is written as the result."""
+    def train(self, root: Path, device: str, start: Path | None) -> dict[str, Any]:
+        """The training to its end; what is written as the result.
+
+        Args:
+            root: where the data sets are.
+            device: where to compute.
+            start: the folder of the finished training whose weights it begins with, if any.
+        """
+        weights = None if start is None else _final_weights(start)
         self.processes.first(lambda: self._note_start(device))
         with torch.random.fork_rng():
             try:
                 trainer = Trainer(
-                    self.cell, self.folder, root, torch.device(device), self.processes
+                    self.cell, self.folder, root, torch.device(device), self.processes, weights
                 )
                 try:
                     ending = self._ending(trainer)
@@ -347,7 +400,8 @@ class _Run:
                     left = (now - begin) / (trainer.done - first)
                     left *= trainer.total_steps - trainer.done
                     share = trainer.done / trainer.total_steps
-                    self.observe(Progress(self.cell, share, trainer.loss, left))
+                    growth = trainer.growth if self.processes.kind is None else None
+                    self.observe(Progress(self.cell, share, trainer.loss, growth, left))
                 if trainer.step < trainer.steps and self._due(saved):
                     trainer.save()
                     saved = time.monotonic()

@@ -6,10 +6,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from normwise.lab.recipes.schema import Cell
+from normwise.lab.recipes.schema import RecipeCell
 from normwise.monitor import Monitor
 
-__all__ = ["Event", "Finished", "Measured", "Observer", "Progress", "Started", "ignore"]
+__all__ = [
+    "Event",
+    "Finished",
+    "Measured",
+    "Observer",
+    "Planned",
+    "Progress",
+    "Started",
+    "ignore",
+]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A few steps have been timed, and nothing else has begun.
+
+    Args:
+        trainings: how many there are to be.
+        seconds: that they are expected to take.
+        gave_up: what was asked for and does not fit into the budget, in words; may be empty.
+    """
+
+    trainings: int
+    seconds: float
+    gave_up: str
 
 
 @dataclass(frozen=True)
@@ -21,7 +45,7 @@ class Started:
         monitor: of its scale-invariant weights; none where there are none, or they are sharded.
     """
 
-    cell: Cell
+    cell: RecipeCell
     monitor: Monitor | None
 
 
@@ -33,12 +57,15 @@ class Progress:
         cell: which.
         share: of its steps that have been taken, from 0 to 1.
         loss: mean over the epoch so far.
+        growth: of the norm of its scale-invariant weights, end over start; None where there are
+            none.
         seconds_left: estimated from the steps since it was started.
     """
 
-    cell: Cell
+    cell: RecipeCell
     share: float
     loss: float
+    growth: float | None
     seconds_left: float
 
 
@@ -53,7 +80,7 @@ class Measured:
         wrong: which test examples are classified wrongly, where that has a meaning.
     """
 
-    cell: Cell
+    cell: RecipeCell
     record: dict[str, Any]
     times: dict[str, Any]
     wrong: list[int] | None
@@ -68,11 +95,11 @@ class Finished:
         result: the content of its ``result.json``, or a status ``skipped`` and an error.
     """
 
-    cell: Cell
+    cell: RecipeCell
     result: dict[str, Any]
 
 
-Event = Started | Progress | Measured | Finished
+Event = Planned | Started | Progress | Measured | Finished
 Observer = Callable[[Event], None]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import ALONE, Processes
-from normwise.lab.recipes.schema import Cell
+from normwise.lab.recipes.schema import RecipeCell
 from normwise.lab.running.cell import CHECKPOINT_SECONDS, check_device, config_of, run_cell
 from normwise.lab.running.events import Event, Finished, Observer, Started, ignore
 from normwise.lab.trust import trusting
@@ -34,6 +34,7 @@ class _Work:
 
     Args:
         out, root, device, checkpoint_seconds, trust: as of :func:`run_cell`.
+        place: the folder in which modules and data of the user's are found.
         observe: called where the cell is trained.
     """
 
@@ -42,9 +43,10 @@ class _Work:
     device: str
     checkpoint_seconds: float
     trust: tuple[str, ...]
+    place: Path
     observe: Observer
 
-    def __call__(self, cell: Cell, processes: Processes = ALONE) -> dict[str, Any]:
+    def __call__(self, cell: RecipeCell, processes: Processes = ALONE) -> dict[str, Any]:
         """Run a cell; one that cannot go on from its files is skipped, with the reason."""
         try:
             return run_cell(
@@ -62,7 +64,7 @@ class _Work:
 
 
 def run_cells(
-    cells: Sequence[Cell],
+    cells: Sequence[RecipeCell],
     out: Path,
     root: Path,
     *,
@@ -104,12 +106,24 @@ def run_cells(
     if executor == "local":
         check_device(device)
     check_trust(cells, trust)
-    where = out.absolute(), root.absolute(), device, checkpoint_seconds, tuple(trust)
-    if executor == "ray":
-        return _on_ray(cells, _Work(*where, ignore), observe)
-    if jobs > 1:
-        return _in_processes(cells, _Work(*where, _relay), jobs, observe)
-    work = _Work(*where, observe)
+    # Those that start from another training come when all others are finished.
+    waves = [[c for c in cells if (c.start is None) == first] for first in (True, False)]
+    where = out.absolute(), root.absolute(), device, checkpoint_seconds, tuple(trust), Path.cwd()
+    results: dict[str, dict[str, Any]] = {}
+    for wave in filter(None, waves):
+        if executor == "ray":
+            made = _on_ray(wave, _Work(*where, ignore), observe)
+        elif jobs > 1:
+            made = _in_processes(wave, _Work(*where, _relay), jobs, observe)
+        else:
+            made = _in_turn(wave, _Work(*where, observe), observe, processes)
+        results |= {cell.folder: result for cell, result in zip(wave, made, strict=True)}
+    return [results[cell.folder] for cell in cells]
+
+
+def _in_turn(
+    cells: Sequence[RecipeCell], work: _Work, observe: Observer, processes: Processes
+) -> list[dict[str, Any]]:
     results = []
     for cell in cells:
         results.append(work(cell, processes))
@@ -117,7 +131,7 @@ def run_cells(
     return results
 
 
-def check_trust(cells: Sequence[Cell], trust: Sequence[str]) -> None:
+def check_trust(cells: Sequence[RecipeCell], trust: Sequence[str]) -> None:
     """Raise ``UsageError`` if a cell would run code of a module that is not in ``trust``."""
     with trusting(trust):
         for cell in cells:
@@ -162,7 +176,7 @@ def _end_with_parent() -> None:
 
 
 def _in_processes(
-    cells: Sequence[Cell], work: _Work, jobs: int, observe: Observer
+    cells: Sequence[RecipeCell], work: _Work, jobs: int, observe: Observer
 ) -> list[dict[str, Any]]:
     # Fork would copy the state of torch's threads; a fresh process starts like any other run.
     context = get_context("spawn")
@@ -175,7 +189,7 @@ def _in_processes(
     with ProcessPoolExecutor(
         jobs, mp_context=context, initializer=_begin_worker, initargs=(events,)
     ) as pool:
-        futures: dict[Future[dict[str, Any]], Cell] = {
+        futures: dict[Future[dict[str, Any]], RecipeCell] = {
             pool.submit(work, cell): cell for cell in cells
         }
         left = set(futures)
@@ -232,11 +246,12 @@ def _connect_to_ray() -> Any:
     return ray
 
 
-def _run(work: _Work, cell: Cell) -> dict[str, Any]:
+def _run(work: _Work, cell: RecipeCell) -> dict[str, Any]:
+    os.chdir(work.place)  # a worker of Ray's begins elsewhere
     return work(cell)
 
 
-def _on_ray(cells: Sequence[Cell], work: _Work, observe: Observer) -> list[dict[str, Any]]:
+def _on_ray(cells: Sequence[RecipeCell], work: _Work, observe: Observer) -> list[dict[str, Any]]:
     ray = _connect_to_ray()
     gpus = 1 if work.device.startswith("cuda") else 0
     remote = ray.remote(num_cpus=1, num_gpus=gpus)(_run)

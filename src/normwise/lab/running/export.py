@@ -1,17 +1,22 @@
-"""Tables as Markdown, LaTeX, CSV and JSON."""
+"""Tables as Markdown, LaTeX, CSV and JSON, and back from JSON."""
 
 from __future__ import annotations
 
 import csv
 import io
 import itertools
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from normwise.lab.running.results import Entry, Table
+from normwise.lab.errors import Damaged
+from normwise.lab.recipes import find
+from normwise.lab.running.results import Done, Entry, ResultTable
+from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.problem import Metric
 
-__all__ = ["as_csv", "as_data", "as_latex", "as_markdown"]
+__all__ = ["as_csv", "as_data", "as_json", "as_latex", "as_markdown", "read_json"]
 
 _HEAD = ("method", "mean ± sd", "seeds", "difference (95%)", "verdict", "paper")
 
@@ -43,17 +48,17 @@ def _cells(entry: Entry, metric: Metric) -> tuple[str, ...]:
     return entry.label, shown, seeds, difference, entry.verdict(metric), paper
 
 
-def _title(table: Table) -> str:
+def _title(table: ResultTable) -> str:
     unit = f", {table.metric.unit}" if table.metric.unit else ""
     return f"{table.recipe.title}: {table.row} ({table.scale} scale), {table.metric.title}{unit}"
 
 
-def _baseline(table: Table) -> str:
+def _baseline(table: ResultTable) -> str:
     value = next((e.baseline for e in table.entries if e.baseline is not None), None)
     return "" if value is None else f"Baseline: {_number(value, table.metric)}."
 
 
-def as_markdown(tables: Sequence[Table]) -> str:
+def as_markdown(tables: Sequence[ResultTable]) -> str:
     """Pipe tables, each under its title; what holds for all of a recipe's follows the last."""
     parts = []
     for (recipe, scale), group in itertools.groupby(tables, lambda t: (t.recipe, t.scale)):
@@ -87,7 +92,7 @@ def _latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def as_latex(tables: Sequence[Table]) -> str:
+def as_latex(tables: Sequence[ResultTable]) -> str:
     """``table`` environments that need no package."""
     parts = []
     for table in tables:
@@ -111,27 +116,7 @@ def as_latex(tables: Sequence[Table]) -> str:
     return "\n".join(parts)
 
 
-_FIELDS = (
-    "recipe",
-    "scale",
-    "row",
-    "metric",
-    "method",
-    "mean",
-    "sd",
-    "seeds",
-    "failed",
-    "unfinished",
-    "compared_with",
-    "difference",
-    "half_width_95",
-    "verdict",
-    "baseline",
-    "paper",
-)
-
-
-def as_data(tables: Sequence[Table]) -> list[dict[str, Any]]:
+def as_data(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
     """One dict for each method in each table, with the values of every seed."""
     rows = []
     for table in tables:
@@ -161,10 +146,89 @@ def as_data(tables: Sequence[Table]) -> list[dict[str, Any]]:
     return rows
 
 
-def as_csv(tables: Sequence[Table]) -> str:
+def as_csv(tables: Sequence[ResultTable]) -> str:
     """One line for each method in each table; numbers with all digits, nothing for unknown."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _FIELDS, extrasaction="ignore", lineterminator="\n")
+    text, rows = io.StringIO(), as_data(tables)
+    for row in rows:
+        del row["values"]
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(as_data(tables))
+    writer.writerows(rows)
     return text.getvalue()
+
+
+def as_json(tables: Sequence[ResultTable]) -> str:
+    """:func:`as_data`, and the records of every epoch, to six digits, which curves are drawn from.
+
+    A row of a recipe has its records once, in the table of its first metric.
+    """
+    rows, shown = as_data(tables), set()
+    entries = ((table, entry) for table in tables for entry in table.entries)
+    for row, (table, entry) in zip(rows, entries, strict=True):
+        place = (table.recipe.id, table.scale, table.row, entry.method)
+        if place in shown:
+            continue
+        shown.add(place)
+        row["records"] = {
+            str(cell.config["seed"]): [
+                {k: _short(v) for k, v in record.items()} for record in cell.records
+            ]
+            for cell in table.cells
+            if cell.config["method"] == entry.method
+        }
+    lines = ",\n".join(json.dumps(row, allow_nan=False, ensure_ascii=False) for row in rows)
+    return f"[\n{lines}\n]\n"
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def read_json(path: Path) -> list[ResultTable]:
+    """The tables that :func:`as_json` wrote, of the library's own recipes.
+
+    Raises:
+        Damaged: if it holds anything else.
+        UsageError: for a recipe that there is not.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        tables: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+        for row in rows:
+            place = (row["recipe"], row["scale"], row["row"], row["metric"])
+            tables.setdefault(place, []).append(row)
+        if not tables:
+            raise ValueError("it holds no tables")
+        return [_table(path, *place, group) for place, group in tables.items()]
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise Damaged(path, f"{type(error).__name__}: {error}") from None
+
+
+def _table(
+    path: Path, name: str, scale: str, row: str, metric: str, rows: Sequence[dict[str, Any]]
+) -> ResultTable:
+    recipe = find(name)
+    cells = tuple(
+        Done(path / r["method"] / seed, {**r, "seed": int(seed)}, None, records)
+        for r in rows
+        for seed, records in r.get("records", {}).items()
+    )
+    found = next(m for m in kind(recipe.task).metrics if m.name == metric)
+    return ResultTable(recipe, scale, row, found, tuple(map(_entry, rows)), cells)
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    values = {int(seed): float(value) for seed, value in row["values"].items()}
+    others = [s for s in range(len(values) + row["failed"] + row["unfinished"]) if s not in values]
+    return Entry(
+        method=row["method"],
+        label=find(row["recipe"]).methods[row["method"]].label,
+        values=values,
+        failed=tuple(others[: row["failed"]]),
+        unfinished=tuple(others[row["failed"] :]),
+        paper=row["paper"],
+        compared_with=row["compared_with"],
+        difference=row["difference"],
+        half_width=row["half_width_95"],
+        baseline=row["baseline"],
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import reduce
+from operator import mul
 from types import MappingProxyType
 from typing import Any
 
@@ -11,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normwise.decay import L2, DecayScheduler, Decoupled, EpsilonShiftedL2, Policy, Window
+from normwise.decay import L2, DecayScheduler, Decoupled, EpsilonShiftedL2, Policy, Schedule, Window
 from normwise.geometry import View
-from normwise.lab.contenders import parse
+from normwise.invariance import Report
 from normwise.lab.errors import UsageError
+from normwise.lab.optimizers import parse
 from normwise.lab.recipes.schema import Training
 from normwise.optim import SGDP, AdamP
 from normwise.reparam import CenteredWeightNorm, WeightNorm, WeightStandardization, reparametrize
+from normwise.theory import sgd_without_decay
 
-__all__ = ["decay_within_window", "make_optimizer", "normalize_weights"]
+__all__ = ["decay_within_window", "decayed_lrs", "make_optimizer", "normalize_weights"]
 
 _NORMALIZATION = {"WN": WeightNorm, "CWN": CenteredWeightNorm, "WS": WeightStandardization}
 _POLICY: dict[str, Policy] = {
@@ -30,7 +34,10 @@ _POLICY: dict[str, Policy] = {
 
 
 def make_optimizer(
-    model: nn.Module, training: Training, views: Mapping[Tensor, View] = MappingProxyType({})
+    model: nn.Module,
+    training: Training,
+    views: Mapping[Tensor, View] = MappingProxyType({}),
+    report: Report | None = None,
 ) -> Optimizer:
     """The optimizer of a model that is normalized, and distributed.
 
@@ -39,6 +46,7 @@ def make_optimizer(
         training: its settings.
         views: of the scale-invariant weights, which ``tangential`` and ``sphere`` act on (default:
             none).
+        report: of the analysis that found these, for optimizers of matrices alone (default: none).
     """
     spared: set[nn.Parameter] = set()
     if training.decay_on == "no-depthwise":
@@ -48,8 +56,11 @@ def make_optimizer(
     for name, p in model.named_parameters():
         if p.requires_grad:
             bias = name.rpartition(".")[2] == "bias"
-            also = {"no-biases": not bias, "all": True}.get(training.decay_on, False)
-            decays = (p.ndim > 1 and p not in spared) or also
+            decays = {
+                "no-biases": p.ndim > 1 or not bias,
+                "invariant": p in views,
+                "all": True,
+            }.get(training.decay_on, p.ndim > 1 and p not in spared)
             (decayed if decays else others).append(p)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": training.weight_decay},
@@ -60,6 +71,7 @@ def make_optimizer(
         [group for group in groups if group["params"]],
         training.lr,
         views,
+        report,
     )
     if training.epsilon_shift is not None:
         with warnings.catch_warnings():
@@ -69,9 +81,30 @@ def make_optimizer(
                 model, weight_decay=training.weight_decay, eps=training.epsilon_shift
             )
         shifted.attach(optimizer)
-    if training.coupling != "own" and training.weight_decay > 0:
+    if training.coupling == "translated":
+        if not decayed:
+            raise UsageError(
+                "coupling translated needs scale-invariant weights, and there are none"
+            )
+        optimizer.param_groups[0]["weight_decay"] = 0.0
+    elif training.coupling != "own" and training.weight_decay > 0:
         _POLICY[training.coupling].attach(optimizer)
     return optimizer
+
+
+def decayed_lrs(training: Training, steps: int) -> list[float]:
+    """The learning rate of the weights that decay, at each step.
+
+    Raises:
+        UsageError: if float32 cannot hold the run that it is translated to.
+    """
+    lrs = [training.lr * training.factor(step, steps) for step in range(steps)]
+    if training.coupling != "translated":
+        return lrs
+    try:
+        return list(sgd_without_decay(lrs, training.weight_decay, training.momentum).lrs)
+    except ValueError as error:
+        raise UsageError(f"coupling translated: {error}") from None
 
 
 def _depthwise(model: nn.Module) -> list[nn.Conv2d]:
@@ -106,19 +139,22 @@ def normalize_weights(model: nn.Module, training: Training) -> None:
 
 
 def decay_within_window(optimizer: Optimizer, training: Training, steps: int) -> None:
-    """Switch the decay on and off at the shares of ``steps`` that were asked for.
+    """Let the decay follow the window and the schedules that were asked for, in ``steps`` steps.
 
     The schedule goes into the optimizer's state, and with it into the checkpoint.
     """
     start, stop = (round(share * steps) for share in training.decay_window)
-    if (start, stop) == (0, steps):
-        return
-    if start == stop:
+    factors: list[Schedule] = parse(training.optimizer).schedules(steps)
+    if (start, stop) != (0, steps) and start < stop:
+        factors.append(Window(start, stop))
+    elif start == stop:
         raise UsageError(
             f"decay_window {list(training.decay_window)} is not allowed: none of the {steps} steps "
             "lies in it"
         )
-    schedule = DecayScheduler(optimizer, Window(start, stop))
+    if not factors:
+        return
+    schedule = DecayScheduler(optimizer, reduce(mul, factors))
 
     def put(_: Optimizer, state: dict[str, Any]) -> None:
         state["decay"] = schedule.state_dict()

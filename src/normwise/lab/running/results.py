@@ -14,11 +14,11 @@ from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.recipes import Recipe, find
 from normwise.lab.running.cell import CONFIG, RESULT
 from normwise.lab.store import METRICS, read_metrics, read_sealed_json
-from normwise.lab.summary import Spread, example_half_width, seed_half_width
+from normwise.lab.summary import Spread, Verdict, example_half_width, seed_half_width
 from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.problem import Metric
 
-__all__ = ["RECIPE", "Done", "Entry", "Table", "finished", "paired", "read_cells", "tables"]
+__all__ = ["RECIPE", "Done", "Entry", "ResultTable", "finished", "paired", "read_cells", "tables"]
 
 # The recipe as it was run, beside its rows; without it the library's own of that name is taken.
 RECIPE = "recipe.yaml"
@@ -78,16 +78,11 @@ class Entry:
         """What the interval allows to say."""
         if self.difference is None:
             return ""
-        if self.half_width is None:
-            return "one seed"
-        if abs(self.difference) <= self.half_width or self.difference == 0:
-            return "within chance"
-        better = (self.difference > 0) == metric.higher_is_better
-        return "better" if better else "worse"
+        return Verdict.of(self.difference, self.half_width, metric.higher_is_better).value
 
 
 @dataclass(frozen=True)
-class Table:
+class ResultTable:
     """A row of a recipe: all its methods, judged by one metric.
 
     Args:
@@ -158,7 +153,7 @@ def _read(path: Path) -> Done:
     return Done(path.parent, config, result, records)
 
 
-def tables(cells: Sequence[Done]) -> list[Table]:
+def tables(cells: Sequence[Done]) -> list[ResultTable]:
     """One table for each recipe, scale, row and metric, in the order in which they appear."""
     groups: dict[tuple[str, str, str], list[Done]] = {}
     for cell in cells:
@@ -175,7 +170,7 @@ def tables(cells: Sequence[Done]) -> list[Table]:
                 for method in recipe.methods
                 if any(cell.config["method"] == method for cell in group)
             ]
-            made.append(Table(recipe, scale, row, metric, tuple(entries), tuple(group)))
+            made.append(ResultTable(recipe, scale, row, metric, tuple(entries), tuple(group)))
     return made
 
 
@@ -183,7 +178,10 @@ def _metrics(recipe: Recipe, group: Sequence[Done]) -> tuple[Metric, ...]:
     """What a row is judged by: the task says it, or, of the user's own, the first result."""
     results = [cell.result for cell in group if cell.result is not None]
     said = next((r["judged_by"] for r in results if "judged_by" in r), ())
-    return kind(recipe.task).metrics or tuple(Metric(**fields) for fields in said)
+    metrics = kind(recipe.task).metrics or tuple(Metric(**fields) for fields in said)
+    # A run of an older version lacks what the task has been judged by since.
+    done = [r["metrics"] for r in results if r["status"] == "ok"]
+    return tuple(m for m in metrics if all(m.name in held for held in done))
 
 
 def finished(group: Sequence[Done], method: str) -> dict[int, dict[str, Any]]:

@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -22,15 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normwise.geometry import norms
+from normwise.geometry import View, norms
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import Processes, whole
-from normwise.lab.recipes.schema import Cell
+from normwise.lab.recipes.schema import RecipeCell
 from normwise.lab.running.invariant import invariant_views
-from normwise.lab.running.prepare import decay_within_window, make_optimizer, normalize_weights
+from normwise.lab.running.prepare import (
+    decay_within_window,
+    decayed_lrs,
+    make_optimizer,
+    normalize_weights,
+)
 from normwise.lab.store import METRICS, append, named, read_sealed, seal, write_atomically
 from normwise.lab.tasks.kinds import kind
 from normwise.monitor import Measurement, Monitor, Trigger
+from normwise.perturb import AWP
 from normwise.updates import describe
 
 __all__ = ["CHECKPOINT", "Diverged", "Trainer", "digest"]
@@ -86,6 +93,7 @@ class Trainer:
         root: where the data sets are.
         device: where to compute.
         processes: those that train it together.
+        start: weights and buffers to begin with (default: drawn ones).
 
     Attributes:
         steps: of an epoch.
@@ -95,13 +103,26 @@ class Trainer:
     """
 
     def __init__(
-        self, cell: Cell, folder: Path, root: Path, device: torch.device, processes: Processes
+        self,
+        cell: RecipeCell,
+        folder: Path,
+        root: Path,
+        device: torch.device,
+        processes: Processes,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.cell, self.folder, self.training = cell, folder, cell.training
         self.processes, self.device = processes, device
         torch.manual_seed(_seed("start", cell.seed))
         self.problem = kind(cell.task).build(cell.options, root, device)
+        if processes.kind is not None and not self.problem.divisible:
+            raise UsageError(
+                f"task {cell.task!r} is not allowed with --parallel: its loss is not the mean of "
+                "those of a batch's parts; train it in one process"
+            )
         normalize_weights(self.problem.model, self.training)
+        if start is not None:
+            self.problem.start_from(start)
         if self.training.batch_size > self.problem.examples:
             raise UsageError(
                 f"batch_size {self.training.batch_size} is not allowed: there are "
@@ -109,16 +130,21 @@ class Trainer:
             )
         self.steps = len(self._batches(1))
         with torch.random.fork_rng():
-            self.views, self.not_analyzed = invariant_views(self.problem, self.training.batch_size)
+            analyzed = invariant_views(self.problem, self.training.batch_size)
+        self.views, self.not_analyzed, _ = analyzed
         model = self.problem.model
         self.problem.model = processes.distribute(model)
         params = dict(model.named_parameters())
         self._invariant = [(params[name], view) for name, view in self.views.items()]
-        self.optimizer = make_optimizer(self.problem.model, self.training, dict(self._invariant))
+        self.optimizer = make_optimizer(
+            self.problem.model, self.training, dict(self._invariant), analyzed.report
+        )
         decay_within_window(self.optimizer, self.training, self.total_steps)
+        self._awp = self._perturbation()
+        self._decayed_lrs = decayed_lrs(self.training, self.total_steps)
         self.exponent = describe(self.optimizer)[0].update.exponent
         self.monitor = self._watch(model) if self.views and processes.kind != "fsdp" else None
-        self._start_norm = self._norm()
+        self._start_norm = self._norms()[0]
         self.epoch, self.step, self.written = 0, 0, 0
         self._metrics = hashlib.sha256()
         self._total = torch.zeros((), dtype=torch.float64, device=device)
@@ -139,6 +165,32 @@ class Trainer:
     def loss(self) -> float:
         """The mean training loss of the epoch so far; this waits for the device."""
         return float(self._total) / max(self.step, 1)
+
+    def _perturbation(self) -> AWP | None:
+        """What perturbs the weights for each step; none where γ is 0."""
+        gamma = self.training.awp_gamma
+        if gamma == 0:
+            return None
+        slices = self.training.awp_view == "slices"
+        views = dict(self._invariant) if slices else View.layer()
+        return AWP(self.problem.model, self.optimizer, gamma=gamma, views=views)
+
+    def _perturbed(self, batch: Any) -> AbstractContextManager[None]:
+        """Inside, the weights are those at which the step is taken."""
+        if self._awp is None:
+            return nullcontext()
+        return self._awp.perturbed(lambda: self._loss(batch))
+
+    def _loss(self, batch: Any) -> Tensor:
+        low = self.training.autocast == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
+            return self.problem.loss(batch)
+
+    @property
+    def growth(self) -> float | None:
+        """The norm of the scale-invariant weights over that at the start, as in the metrics."""
+        norm, start = self._norms()[0], self._start_norm
+        return None if norm is None or start is None else norm / start
 
     def _watch(self, model: nn.Module) -> Monitor:
         every = max(_MEASURE_EVERY, math.ceil(self.total_steps / _MEASURED))
@@ -177,22 +229,25 @@ class Trainer:
         factor = self.training.factor(number, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.lr * factor
+        self.optimizer.param_groups[0]["lr"] = self._decayed_lrs[number]
         # Dropout, and whatever else draws from the global generator: each process for its part.
         rank = self.processes.rank
         torch.manual_seed(_seed("layers", self.cell.seed, number, *([rank] if rank else [])))
         batch = self.processes.share(next(batches))
         made = time.perf_counter()
         self.problem.model.train()
-        self.optimizer.zero_grad()
         low = self.training.autocast == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
-            loss = self.problem.loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
-        if self.training.clip is not None:
-            nn.utils.clip_grad_norm_(self.problem.model.parameters(), self.training.clip)
-        descent = time.perf_counter()
-        self.optimizer.step()
-        descended = time.perf_counter()
+            batch = self.problem.prepared(batch)
+        with self._perturbed(batch):
+            self.optimizer.zero_grad()
+            loss = self._loss(batch)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+            if self.training.clip is not None:
+                nn.utils.clip_grad_norm_(self.problem.model.parameters(), self.training.clip)
+            descent = time.perf_counter()
+            self.optimizer.step()
+            descended = time.perf_counter()
         self._total += self.processes.mean(loss.detach())
         self.step += 1
         if self.step % _CHECK_EVERY == 0 or self.step == self.steps:
@@ -208,18 +263,19 @@ class Trainer:
             )
 
     def end_epoch(self) -> None:
-        """Count the epoch as finished."""
+        """Count the epoch as finished; the task may change its model now."""
+        self.problem.end_epoch()
         self.epoch, self.step = self.epoch + 1, 0
 
     def line(self, metrics: Mapping[str, float]) -> dict[str, Any]:
         """What is known after an epoch; epoch 0 is before the first step."""
         if self.monitor is not None:
             self.monitor.fetch()
-        norm, start = self._norm(), self._start_norm
+        (norm, smallest), start = self._norms(), self._start_norm
         if norm is not None and not 0 < norm < math.inf:
             raise Diverged(f"the norm of the weights became {norm} in epoch {self.epoch}")
-        factor = self.training.factor(max(self.done - 1, 0), self.total_steps)
-        lr = self.training.lr * factor
+        lrs = self._decayed_lrs or [self.training.lr]
+        lr = lrs[max(self.done - 1, 0)]
         angle, count = self._angles
         of_norms = None if norm is None or start is None else (start / norm) ** self.exponent
         return {
@@ -228,6 +284,7 @@ class Trainer:
             "lr": lr,
             "train_loss": None if self.epoch == 0 else float(self._total) / self.steps,
             "norm": norm,
+            "smallest_norm": smallest,
             "norm_growth": None if norm is None or start is None else norm / start,
             "effective_lr": None if norm is None else lr / norm**self.exponent,
             "relative_effective_lr": of_norms,
@@ -236,16 +293,20 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def _norm(self) -> float | None:
-        """The geometric mean of the norms of all scale-invariant slices, each counting once.
+    def _norms(self) -> tuple[float | None, float | None]:
+        """Of the norms of all scale-invariant slices the geometric mean, and the smallest.
 
-        With it, the growth of the mean is the mean of the growths, and so for any power of a norm.
-        A slice of zeros is left out. None where nothing is scale-invariant.
+        Each slice counts once. With the geometric mean, the growth of the mean is the mean of the
+        growths, and so for any power of a norm. A slice of zeros is left out. None where nothing is
+        scale-invariant.
         """
         if not self._invariant:
-            return None
-        every = torch.cat([norms(whole(p), view) for p, view in self._invariant])
-        return float(every[every != 0].double().log().mean().exp())
+            return None, None
+        every = torch.cat([norms(whole(p), view) for p, view in self._invariant]).double()
+        every = every[every != 0]
+        if not len(every):
+            return 0.0, 0.0
+        return float(every.log().mean().exp()), float(every.min())
 
     def start_epoch(self) -> None:
         """Forget the sums over the last epoch."""

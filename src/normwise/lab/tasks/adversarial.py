@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,21 +12,22 @@ from torch.nn import functional as F
 
 from normwise.lab.checks import within
 from normwise.lab.errors import UsageError, nearest
-from normwise.lab.tasks import classification
-from normwise.lab.tasks.classification import Classification
+from normwise.lab.tasks.classification import Classification, ClassificationOptions
 from normwise.lab.tasks.problem import Evaluation, Metric
 
-__all__ = ["Adversarial", "Options", "attack"]
+__all__ = ["Adversarial", "AdversarialOptions", "attack"]
 
 METRICS = (
     Metric("attacked_accuracy", "test accuracy under attack", "%", 100.0),
     Metric("accuracy", "test accuracy", "%", 100.0),
+    Metric("attacked_gap", "attacked accuracy, training less test", "%", 100.0, False),
 )
 BALLS = ("linf", "l2")
+_PART = 500
 
 
 @dataclass(frozen=True)
-class Options(classification.Options):
+class AdversarialOptions(ClassificationOptions):
     """What a recipe may set, beside the settings of classification.
 
     Args:
@@ -121,16 +123,17 @@ class _OnPixels(nn.Module):
 class Adversarial(Classification):
     """Cross-entropy of attacked images; tested on attacked and on clean ones."""
 
-    options: Options
+    options: AdversarialOptions
 
-    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+    def __init__(self, options: AdversarialOptions, root: Path, device: torch.device) -> None:
         super().__init__(options, root, device)
         if not self.data.pixels:
             raise UsageError(
                 f"data {options.data!r} is not allowed: an attack needs pixels between 0 and 255"
             )
-        self.model = _OnPixels(self.model, self.mean, self.std)
-        self.baseline = {"attacked_accuracy": self.baseline["accuracy"], **self.baseline}
+        self.model = _OnPixels(self.model, torch.as_tensor(self.mean), torch.as_tensor(self.std))
+        accuracy = self.baseline["accuracy"]
+        self.baseline = {"attacked_accuracy": accuracy, "accuracy": accuracy, "attacked_gap": 0.0}
 
     def standardized(self, x: Tensor) -> Tensor:
         """Pixels in [0, 1]: the network standardizes them itself."""
@@ -160,25 +163,44 @@ class Adversarial(Classification):
             start=start,
         )
 
-    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """Cross-entropy at the attacked images, in nats."""
+    def prepared(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The images under attack, and their targets."""
         x, y, start = batch
         worst = self._attacked(x, y, self.options.attack_steps, start)
         self.model.train()
-        return super().loss((worst, y))
+        return worst, y
+
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Cross-entropy in nats at the images of a batch, attacked if it is prepared."""
+        x, y, *_ = batch
+        return super().loss((x, y))
 
     def evaluate(self) -> Evaluation:
-        """Accuracy on the test set, attacked (from the same start each time) and clean."""
+        """Accuracy on the test set, attacked (from the same start each time) and clean.
+
+        The gap is to attacked training images, as many as there are to test on, without
+        augmentation.
+        """
         clean = super().evaluate().metrics
+        missed = self._missed(self.data.test_parts())
+        attacked = 1 - float(missed.double().mean())
+        trained = 1 - float(self._missed(self._train_parts(len(missed))).double().mean())
+        metrics = {"attacked_accuracy": attacked, **clean, "attacked_gap": trained - attacked}
+        return Evaluation(metrics, missed.nonzero().flatten().tolist())
+
+    def _train_parts(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        draw = torch.Generator().manual_seed(0)
+        for step in torch.split(torch.arange(min(count, self.examples)), _PART):
+            for x, y, _ in self.data.batches(step[None], [draw]):
+                yield x, y
+
+    def _missed(self, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """Which images are classified wrongly under attack."""
         draw = torch.Generator().manual_seed(0)
         wrong = []
-        for part, y in self.data.test_parts():
+        for part, y in parts:
             x = self.standardized(part)
             worst = self._attacked(x, y, self.options.test_attack_steps, self._start(x, draw))
             with torch.no_grad():
                 wrong.append(self.model(worst).argmax(1) != y)
-        missed = torch.cat(wrong)
-        attacked = 1 - float(missed.double().mean())
-        return Evaluation(
-            {"attacked_accuracy": attacked, **clean}, missed.nonzero().flatten().tolist()
-        )
+        return torch.cat(wrong)

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from normwise.lab.checks import within
 from normwise.lab.errors import UsageError
-from normwise.lab.tasks.classification import load, subset
+from normwise.lab.tasks.classification import load, part
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
-__all__ = ["COLOURS", "Bias", "Options", "coloured", "colours", "hsic"]
+__all__ = ["COLOURS", "Bias", "BiasOptions", "coloured", "colours", "hsic"]
 
 METRICS = (
     Metric("unbiased_accuracy", "unbiased test accuracy", "%", 100.0),
@@ -38,7 +38,7 @@ COLOURS = (
 
 
 @dataclass(frozen=True)
-class Options:
+class BiasOptions:
     """What a recipe may set.
 
     Args:
@@ -170,16 +170,17 @@ class Bias(Problem):
     divisible = False  # HSIC is of the whole batch
     model: nn.ModuleDict
 
-    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+    def __init__(self, options: BiasOptions, root: Path, device: torch.device) -> None:
         data = load("mnist", root)
         self.options = options
         # The same colours for every seed, so that the seeds share their data.
         draw = torch.Generator().manual_seed(0)
-        x, y = _part(data.train, data.train_labels, options.train_examples)
+        cpu = torch.device("cpu")
+        x, y = part(data.train, data.train_labels, options.train_examples, cpu)
         given = colours(y, options.correlation, draw)
         self.train = coloured(x, given, options.shrink).to(device)
         self.train_labels = y.to(device)
-        x, y = _part(data.test, data.test_labels, options.test_examples)
+        x, y = part(data.test, data.test_labels, options.test_examples, cpu)
         unbiased = colours(y, 1 / CLASSES, draw)
         self.unbiased = coloured(x, unbiased, options.shrink).to(device)
         self.biased = coloured(x, y, options.shrink).to(device)
@@ -236,11 +237,3 @@ class Bias(Problem):
             },
             unbiased.nonzero().flatten().tolist(),
         )
-
-
-def _part(images: object, labels: object, count: int | None) -> tuple[Tensor, Tensor]:
-    x, y = torch.tensor(images), torch.tensor(labels)
-    if count is not None:
-        chosen = subset(count, len(x))
-        x, y = x[chosen], y[chosen]
-    return x, y

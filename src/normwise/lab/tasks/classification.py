@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -18,25 +17,26 @@ from torch.nn import functional as F
 from normwise.lab.augment import GEOMETRIC, MIXING
 from normwise.lab.checks import within
 from normwise.lab.data.catalogue import CATALOGUE
-from normwise.lab.data.folders import MEAN, PART, STD, Decoder, Folder, image_folder
+from normwise.lab.data.folders import image_folder
 from normwise.lab.data.images import Labelled
+from normwise.lab.data.sources import DecodedImages, HeldImages, ImageSource, shrunk
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks import build
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
-__all__ = ["Classification", "Options", "load"]
+__all__ = ["Classification", "ClassificationOptions", "data_sets", "load"]
 
 _FOLDER = "folder:"
 METRICS = (Metric("accuracy", "test accuracy", "%", 100.0),)
 
 
 @dataclass(frozen=True)
-class Options:
+class ClassificationOptions:
     """What a recipe may set.
 
     Args:
-        data: a name in ``DATA``, or ``folder:PATH`` for ImageNet-style folders, of whose images a
-            random part is scaled to a square for each step, as is usual on ImageNet.
+        data: a name in :func:`data_sets`, or ``folder:PATH`` for ImageNet-style folders, of whose
+            images a random part is scaled to a square for each step, as is usual on ImageNet.
         network: a name that :func:`normwise.lab.networks.build` knows.
         width: channels of the network's first stage (default: 16).
         augment: any of crop, flip, cutout, mixup, cutmix, in the order in which they act; of mixup
@@ -44,6 +44,8 @@ class Options:
         label_smoothing: share of each target that is spread over all classes (default: 0).
         train_examples: how many are used, drawn once and for all (default: all).
         test_examples: the same for testing (default: all).
+        label_noise: share of the training labels that are drawn anew from all classes, once and for
+            all (default: 0).
         image_size: pixels a side, of folders (default: 224).
         shrink: side of the squares of pixels that are averaged, a divisor of the images' (default:
             1).
@@ -56,6 +58,7 @@ class Options:
     label_smoothing: float = 0.0
     train_examples: int | None = None
     test_examples: int | None = None
+    label_noise: float = 0.0
     image_size: int = 224
     shrink: int = 1
 
@@ -63,6 +66,7 @@ class Options:
         for name in ("shrink", "width", "image_size", "train_examples", "test_examples"):
             within(self, name, 1)
         within(self, "label_smoothing", 0, 1)
+        within(self, "label_noise", 0, 1)
         known = [*GEOMETRIC, *MIXING]
         for name in self.augment:
             if name not in known:
@@ -94,10 +98,10 @@ def _read(reader: str, root: Path) -> Labelled:
     return data
 
 
-DATA: dict[str, Callable[[Path], Labelled]] = {
-    **{s.name: partial(_read, s.labelled) for s in CATALOGUE.values() if s.labelled},
-    "digits": _digits,
-}
+def data_sets() -> dict[str, Callable[[Path], Labelled]]:
+    """The readers of the data sets to classify, by name."""
+    listed = {s.name: partial(_read, s.labelled) for s in CATALOGUE.values() if s.labelled}
+    return {**listed, "digits": _digits}
 
 
 @cache
@@ -108,9 +112,10 @@ def load(name: str, root: Path) -> Labelled:
         UsageError: for an unknown name.
         DataError: if it is missing or not as published.
     """
-    if name not in DATA:
-        raise UsageError(f"unknown data {name!r}: {nearest(name, DATA)}")
-    return DATA[name](root)
+    known = data_sets()
+    if name not in known:
+        raise UsageError(f"unknown data {name!r}: {nearest(name, known)}")
+    return known[name](root)
 
 
 def subset(count: int, of: int) -> Tensor:
@@ -124,120 +129,6 @@ def subset(count: int, of: int) -> Tensor:
     return torch.randperm(of, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
-class _Source(ABC):
-    """Where the images of a problem come from.
-
-    Attributes:
-        name: of the data set.
-        classes: how many.
-        channels: of an image.
-        train_labels: shape ``(N,)``, on the device.
-        test_labels: as ``train_labels``.
-        mean: of each channel, shape ``(1, C, 1, 1)``.
-        std: as ``mean``.
-        pixels: whether values are from 0 to 255.
-    """
-
-    name: str
-    classes: int
-    channels: int
-    train_labels: Tensor
-    test_labels: Tensor
-    mean: Tensor
-    std: Tensor
-    pixels: bool
-
-    @abstractmethod
-    def batches(
-        self, steps: Tensor, draws: Iterable[Generator]
-    ) -> Iterator[tuple[Tensor, Tensor, Generator]]:
-        """For each step images, labels, and the generator that it goes on drawing from."""
-
-    @abstractmethod
-    def test_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test images and their labels, in order, some at a time."""
-
-
-class _InMemory(_Source):
-    """A data set on the device whole, standardized by the training set's channels."""
-
-    def __init__(self, data: Labelled, options: Options, device: torch.device) -> None:
-        self.name, self.classes = data.name, len(data.classes)
-        train, self.train_labels = _part(
-            data.train, data.train_labels, options.train_examples, device
-        )
-        test, self.test_labels = _part(data.test, data.test_labels, options.test_examples, device)
-        self.pixels = train.dtype == torch.uint8
-        self.train, self.test = (_shrunk(x, options.shrink) for x in (train, test))
-        self.channels = train.shape[1]
-        channels = self.train.float().transpose(0, 1).flatten(1).double()
-        self.mean = channels.mean(1).float().view(1, -1, 1, 1)
-        self.std = channels.std(1).clamp(min=1e-6).float().view(1, -1, 1, 1)
-
-    def batches(
-        self, steps: Tensor, draws: Iterable[Generator]
-    ) -> Iterator[tuple[Tensor, Tensor, Generator]]:
-        for chosen, draw in zip(steps.to(self.train.device), draws, strict=True):
-            yield self.train[chosen], self.train_labels[chosen], draw
-
-    def test_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(torch.split(self.test, 500), torch.split(self.test_labels, 500), strict=True)
-
-
-class _Streamed(_Source):
-    """Folders whose images are decoded as they are needed, standardized by ImageNet's constants.
-
-    To train on, a random crop of each image is scaled to a square (see
-    :func:`normwise.lab.data.folders.crop_of`); to test on, it is the central one.
-    """
-
-    def __init__(self, data: Folder, options: Options, device: torch.device) -> None:
-        self.name, self.classes, self.channels = data.name, len(data.classes), 3
-        self.pixels = True
-        self.options, self.device = options, device
-        self.train, self.train_labels = _files(
-            data.train, data.train_labels, options.train_examples, device
-        )
-        self.test, self.test_labels = _files(
-            data.test, data.test_labels, options.test_examples, device
-        )
-        size = options.image_size
-        if size < 1:
-            raise UsageError(f"image_size {size} is not allowed: must be 1 or more")
-        _check_shrink(options.shrink, (size, size))
-        self.decoder = Decoder(size)
-        self.mean, self.std = (
-            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD)
-        )
-
-    def batches(
-        self, steps: Tensor, draws: Iterable[Generator]
-    ) -> Iterator[tuple[Tensor, Tensor, Generator]]:
-        for x, chosen, draw in self.decoder.crops(self.train, steps, draws):
-            yield self._received(x), self.train_labels[chosen.to(self.device)], draw
-
-    def test_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = torch.split(self.test_labels, PART)
-        for x, y in zip(self.decoder.centres(self.test), parts, strict=True):
-            yield self._received(x), y
-
-    def _received(self, x: Tensor) -> Tensor:
-        return _shrunk(x.to(self.device), self.options.shrink)
-
-
-def _check_shrink(shrink: int, sides: Sequence[int]) -> None:
-    if any(side % shrink for side in sides):
-        raise UsageError(
-            f"shrink {shrink} is not allowed: must divide {' × '.join(map(str, sides))}"
-        )
-
-
-def _shrunk(x: Tensor, shrink: int) -> Tensor:
-    """Means of squares of ``shrink`` pixels a side; as it is where that is 1."""
-    _check_shrink(shrink, x.shape[2:])
-    return F.avg_pool2d(x.float(), shrink) if shrink > 1 else x
-
-
 class Classification(Problem):
     """Cross-entropy on augmented batches of standardized inputs.
 
@@ -247,22 +138,20 @@ class Classification(Problem):
         device: where to compute.
     """
 
-    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+    def __init__(self, options: ClassificationOptions, root: Path, device: torch.device) -> None:
         self.options = options
-        self.data: _Source
-        if options.data.startswith(_FOLDER):
-            folder = image_folder(root / options.data.removeprefix(_FOLDER))
-            self.data = _Streamed(folder, options, device)
-        else:
-            self.data = _InMemory(load(options.data, root), options, device)
+        self.data, name, self.classes = _source(options, root, device, self.labelled)
+        if options.label_noise:
+            self.data.train_labels = _noisy(
+                self.data.train_labels, options.label_noise, self.classes
+            )
         labels, test_labels = self.data.train_labels, self.data.test_labels
-        self.classes = self.data.classes
         self.mean, self.std = self.data.mean, self.data.std
         self.examples = len(labels)
         network = build(options.network, self.data.channels, self.classes, options.width)
         self.model = network.to(device)
         self.facts = {
-            "data": self.data.name,
+            "data": name,
             "train_examples": len(labels),
             "test_examples": len(test_labels),
             "classes": self.classes,
@@ -270,9 +159,14 @@ class Classification(Problem):
         commonest = int(torch.bincount(labels).argmax())
         self.baseline = {"accuracy": float((test_labels == commonest).double().mean())}
 
+    @staticmethod
+    def labelled(options: Any, root: Path) -> Labelled:
+        """The data set, by its name."""
+        return load(options.data, root)
+
     def standardized(self, x: Tensor) -> Tensor:
         """Inputs as the network takes them."""
-        return (x.float() - self.mean) / self.std
+        return self.data.standardized(x)
 
     def batch(self, chosen: Tensor, draw: Generator) -> tuple[Tensor, ...]:
         """Augmented inputs and their targets as probabilities."""
@@ -311,9 +205,43 @@ class Classification(Problem):
         return Evaluation({"accuracy": accuracy}, wrong.nonzero().flatten().tolist())
 
 
-def _part(
+def _source(
+    options: ClassificationOptions,
+    root: Path,
+    device: torch.device,
+    labelled: Callable[[ClassificationOptions, Path], Labelled],
+) -> tuple[ImageSource, str, int]:
+    """The images, the name of their set, and the number of classes."""
+    counts = options.train_examples, options.test_examples
+    if options.data.startswith(_FOLDER):
+        folder = image_folder(root / options.data.removeprefix(_FOLDER))
+        train = _files(folder.train, folder.train_labels, counts[0], device)
+        test = _files(folder.test, folder.test_labels, counts[1], device)
+        decoded = DecodedImages(train, test, options.image_size, options.shrink)
+        return decoded, folder.name, len(folder.classes)
+    data = labelled(options, root)
+    x, y = part(data.train, data.train_labels, counts[0], device)
+    test_x, test_y = part(data.test, data.test_labels, counts[1], device)
+    pixels = x.dtype == torch.uint8
+    x, test_x = shrunk(x, options.shrink), shrunk(test_x, options.shrink)
+    channels = x.float().transpose(0, 1).flatten(1).double()
+    mean = channels.mean(1).float().view(1, -1, 1, 1)
+    std = channels.std(1).clamp(min=1e-6).float().view(1, -1, 1, 1)
+    return HeldImages((x, y), (test_x, test_y), mean, std, pixels), data.name, len(data.classes)
+
+
+def _noisy(labels: Tensor, share: float, classes: int) -> Tensor:
+    """Labels of which each is, with this probability, drawn anew; always the same ones."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = torch.randint(classes, labels.shape, generator=draw)
+    replaced = torch.rand(labels.shape, generator=draw) < share
+    return torch.where(replaced.to(labels.device), drawn.to(labels.device), labels)
+
+
+def part(
     inputs: Any, labels: Any, count: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
+    """Arrays as tensors on a device; of ``count`` of them, always the same ones, or of all."""
     # torch.tensor copies: arrays that were read from bytes are not writable.
     x, y = torch.tensor(inputs), torch.tensor(labels)
     if count is not None:

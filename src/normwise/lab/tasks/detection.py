@@ -22,7 +22,14 @@ from normwise.lab.data.folders import MEAN, STD, Decoder, Job
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
-__all__ = ["Detection", "Options", "average_precision", "centre_targets", "decode", "focal"]
+__all__ = [
+    "Detection",
+    "DetectionOptions",
+    "average_precision",
+    "centre_targets",
+    "decode",
+    "focal",
+]
 
 METRICS = (
     Metric("ap", "AP", "", 100.0),
@@ -40,7 +47,7 @@ _Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Options:
+class DetectionOptions:
     """What a recipe may set.
 
     Args:
@@ -73,7 +80,7 @@ class Options:
                 f"image_size {size} is not allowed: data {self.data!r} needs a multiple of 16, in "
                 "pixels"
             )
-        if kind != "bccd" and self.scale != Options.scale:
+        if kind != "bccd" and self.scale != DetectionOptions.scale:
             raise UsageError(
                 f"scale {self.scale} is not allowed: data {self.data!r} has image_size instead"
             )
@@ -95,7 +102,7 @@ def _conv(fan_in: int, fan_out: int, size: int, stride: int = 1) -> nn.Sequentia
     )
 
 
-class _Block(nn.Module):
+class _Halving(nn.Module):
     """A residual block that halves the resolution."""
 
     def __init__(self, fan_in: int, fan_out: int) -> None:
@@ -119,7 +126,7 @@ class _CentreNet(nn.Module):
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
         widths = [3, *(width * 2**stage for stage in range(4))]
-        self.blocks = nn.ModuleList(_Block(a, b) for a, b in itertools.pairwise(widths))
+        self.blocks = nn.ModuleList(_Halving(a, b) for a, b in itertools.pairwise(widths))
         self.across = nn.ModuleList(_conv(fan_in, 2 * width, 1) for fan_in in widths[2:])
         centres = nn.Conv2d(2 * width, classes + 4, 1)
         # So that a centre is improbable at first (arXiv 1708.02002, section 3.3).
@@ -230,7 +237,7 @@ def average_precision(
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError:
-        raise UsageError('detection needs pycocotools: pip install "normwise[detection]"') from None
+        raise UsageError('detection needs pycocotools: pip install "normwise[lab]"') from None
 
     def corner_and_size(box: list[float]) -> list[float]:
         return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
@@ -305,7 +312,7 @@ class Detection(Problem):
     divisible = False  # the losses are sums over the number of centres in the batch
     listing: Listing | None = None  # none where all images are on the device
 
-    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+    def __init__(self, options: DetectionOptions, root: Path, device: torch.device) -> None:
         train, self.truth = self._read(options, root, device)
         self.boxes = [torch.from_numpy(item.boxes[~item.ignored]) for item in train]
         self.labels = [torch.from_numpy(item.labels[~item.ignored]) for item in train]
@@ -324,7 +331,7 @@ class Detection(Problem):
         self.baseline = average_precision(self._usual_boxes(), self.truth, self.classes)
 
     def _read(
-        self, options: Options, root: Path, device: torch.device
+        self, options: DetectionOptions, root: Path, device: torch.device
     ) -> tuple[Sequence[Boxed | Listed], Sequence[Boxed | Listed]]:
         """What is in the images to learn on and in those to test on."""
         size = options.image_size

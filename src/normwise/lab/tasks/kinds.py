@@ -13,14 +13,18 @@ import torch
 
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.tasks.problem import Metric, Problem
-from normwise.lab.trust import GIVEN, is_code
+from normwise.lab.trust import GIVEN, is_code, is_library
 
 __all__ = ["KINDS", "Kind", "is_own", "kind"]
 
-# Task name → module under normwise.lab.tasks, class of the problem.
+# Task name → module under normwise.lab.tasks, class of the problem; that of its settings has the
+# same name and "Options" behind it.
 KINDS = {
     "classification": ("classification", "Classification"),
     "adversarial": ("adversarial", "Adversarial"),
+    "long_tail": ("long_tail", "LongTail"),
+    "incremental": ("incremental", "Incremental"),
+    "stabilization": ("stabilization", "LossStabilization"),
     "bias": ("bias", "Bias"),
     "detection": ("detection", "Detection"),
     "retrieval": ("retrieval", "Retrieval"),
@@ -49,8 +53,9 @@ class Kind:
 
 
 def is_own(name: str) -> bool:
-    """Whether a task is a problem of the user's: ``MODULE:FACTORY``, or an object at hand."""
-    return is_code(name) or name.startswith(f"{GIVEN}:")
+    """Whether a task is a problem of the user's: ``MODULE:FACTORY``, an object at hand, or a
+    network of a library."""
+    return is_code(name) or is_library(name) or name.startswith(f"{GIVEN}:")
 
 
 def kind(name: str) -> Kind:
@@ -61,10 +66,11 @@ def kind(name: str) -> Kind:
     """
     if is_own(name):
         own = import_module("normwise.lab.tasks.own")
-        return Kind(name, own.Options, (), False, partial(own.build, name))
+        return Kind(name, own.OwnOptions, (), True, partial(own.build, name))
     if name not in KINDS:
         raise UsageError(f"unknown task {name!r}: {nearest(name, KINDS)}")
     module_name, class_name = KINDS[name]
     module = import_module(f"normwise.lab.tasks.{module_name}")
     problem = getattr(module, class_name)
-    return Kind(name, module.Options, module.METRICS, problem.divisible, problem)
+    options = getattr(module, f"{class_name}Options")
+    return Kind(name, options, module.METRICS, problem.divisible, problem)

@@ -13,17 +13,17 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from normwise.lab.checks import within
-from normwise.lab.data.texts import Text, brown, tinyshakespeare, wikitext
+from normwise.lab.data.texts import EncodedText, brown, tinyshakespeare, wikitext
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
-__all__ = ["Language", "Options", "Transformer"]
+__all__ = ["Language", "LanguageOptions", "Transformer"]
 
 METRICS = (Metric("perplexity", "test perplexity", higher_is_better=False),)
 
 
 @dataclass(frozen=True)
-class Options:
+class LanguageOptions:
     """What a recipe may set.
 
     Args:
@@ -57,7 +57,7 @@ class Options:
             )
 
 
-class _Block(nn.Module):
+class _TransformerBlock(nn.Module):
     """Attention and a two-layer network, each behind a LayerNorm and beside a shortcut."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
@@ -87,12 +87,15 @@ class Transformer(nn.Module):
         options: sizes.
     """
 
-    def __init__(self, vocabulary: int, options: Options) -> None:
+    def __init__(self, vocabulary: int, options: LanguageOptions) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, options.width)
         self.positions = nn.Embedding(options.context, options.width)
         self.blocks = nn.Sequential(
-            *(_Block(options.width, options.heads, options.dropout) for _ in range(options.layers))
+            *(
+                _TransformerBlock(options.width, options.heads, options.dropout)
+                for _ in range(options.layers)
+            )
         )
         self.norm = nn.LayerNorm(options.width)
         self.predict = nn.Linear(options.width, vocabulary)
@@ -107,8 +110,8 @@ class Transformer(nn.Module):
 
 
 @cache
-def _load(name: str, root: Path, vocabulary: int) -> Text:
-    readers: dict[str, Callable[[], Text]] = {
+def _load(name: str, root: Path, vocabulary: int) -> EncodedText:
+    readers: dict[str, Callable[[], EncodedText]] = {
         "brown": lambda: brown(root, vocabulary),
         "tinyshakespeare": lambda: tinyshakespeare(root),
         "wikitext-2": lambda: wikitext(root, "2"),
@@ -136,7 +139,7 @@ class Language(Problem):
         device: where to compute.
     """
 
-    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+    def __init__(self, options: LanguageOptions, root: Path, device: torch.device) -> None:
         text = _load(options.data, root, options.vocabulary)
         train = torch.from_numpy(text.train[: options.train_tokens])
         test = torch.from_numpy(text.test[: options.test_tokens])

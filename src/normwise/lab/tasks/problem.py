@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,8 +50,8 @@ class Evaluation:
 class Problem(ABC):
     """Data and network, ready to be trained.
 
-    Nothing in it changes while training but ``model``, so that the state of a training is that of
-    the model, of the optimizer, and the number of the step.
+    Nothing in it changes while training but ``model``, its buffers included, so that the state of a
+    training is that of the model, of the optimizer, and the number of the step.
 
     Attributes:
         divisible: whether processes can share a batch: the loss is the mean over its examples, and
@@ -86,6 +86,20 @@ class Problem(ABC):
         """
         for chosen, draw in zip(steps, draws, strict=True):
             yield self.batch(chosen, draw)
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the weights and buffers of a finished training, before anything is measured."""
+        self.model.load_state_dict(dict(weights))
+
+    def prepared(self, batch: Any) -> Any:
+        """A batch with what is found from the weights before the step and stays through it.
+
+        An attacked image is: a step at perturbed weights computes two losses of it.
+        """
+        return batch
+
+    def end_epoch(self) -> None:  # noqa: B027  # most tasks leave the model as it is
+        """Change the model as the task has it between epochs, before it is tested."""
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:

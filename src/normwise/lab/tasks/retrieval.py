@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,14 +14,14 @@ from torch.nn import functional as F
 from normwise.lab.augment import flip
 from normwise.lab.checks import within
 from normwise.lab.data.drawings import omniglot
-from normwise.lab.data.folders import MEAN, STD, Decoder
 from normwise.lab.data.images import cifar100
 from normwise.lab.data.retrieval import Split, cars, cub, inshop, sop
+from normwise.lab.data.sources import DecodedImages, HeldImages, ImageSource
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks import build
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
-__all__ = ["LOSSES", "Options", "Retrieval", "hits", "make_loss"]
+__all__ = ["LOSSES", "Retrieval", "RetrievalOptions", "hits", "make_loss"]
 
 METRICS = (
     Metric("recall_at_1", "Recall@1 on unseen classes", "%", 100.0),
@@ -32,7 +31,7 @@ LOSSES = ("triplet", "proxy-anchor")
 
 
 @dataclass(frozen=True)
-class Options:
+class RetrievalOptions:
     """What a recipe may set.
 
     Args:
@@ -91,7 +90,7 @@ def make_loss(name: str, classes: int, embedding: int) -> nn.Module:
         from pytorch_metric_learning.miners import TripletMarginMiner
     except ImportError:
         raise UsageError(
-            'retrieval needs pytorch-metric-learning: pip install "normwise[retrieval]"'
+            'retrieval needs pytorch-metric-learning: pip install "normwise[lab]"'
         ) from None
     if name == "proxy-anchor":
         loss: nn.Module = ProxyAnchorLoss(classes, embedding, margin=0.1, alpha=32)
@@ -191,101 +190,33 @@ def _list(name: str, root: Path) -> Split:
     return LISTS[name](root)
 
 
-class _Source(ABC):
-    """Where the images come from.
+def _held(options: RetrievalOptions, root: Path, device: torch.device) -> HeldImages:
+    """A set on the device whole, standardized by mean and deviation of all pixels."""
+    x, y, test, test_y = (
+        part.to(device)
+        for part in _load(options.data, root, options.train_classes, options.test_classes)
+    )
+    mean, std = float(x.float().mean()), float(x.float().std())
+    return HeldImages((x, y), (test, test_y), mean, std, pixels=False)
 
-    Attributes:
-        channels: of an image.
-        labels: of the images to learn on, shape ``(N,)``, on the device.
-        test_labels: as ``labels``; those of the gallery come last.
-        queries: how many of the test images are not of the gallery; None where there is none.
-        mean: of the pixels, or of each channel.
-        std: as ``mean``.
+
+def _decoded(
+    options: RetrievalOptions, root: Path, device: torch.device
+) -> tuple[DecodedImages, int | None]:
+    """A set whose images are in files, and how many of its test images, the first, are queries.
+
+    The others are the gallery; None where there is none.
     """
-
-    channels: int
-    labels: Tensor
-    test_labels: Tensor
-    queries: int | None = None
-    mean: Tensor | float
-    std: Tensor | float
-
-    def standardized(self, x: Tensor) -> Tensor:
-        """Images as the network takes them."""
-        return (x.float() - self.mean) / self.std
-
-    @abstractmethod
-    def train_parts(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[Tensor]:
-        """The images of each step, augmented from its generator."""
-
-    @abstractmethod
-    def test_parts(self) -> Iterator[Tensor]:
-        """The test images in order, some at a time."""
-
-    @abstractmethod
-    def small(self) -> Tensor:
-        """All test images, standardized, and small enough to be held at once."""
-
-
-class _InMemory(_Source):
-    """A set on the device whole, standardized by mean and deviation of all pixels; nothing is
-    drawn."""
-
-    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
-        x, y, test, test_y = _load(options.data, root, options.train_classes, options.test_classes)
-        self.channels = x.shape[1]
-        self.train, self.labels = x.to(device), y.to(device)
-        self.test, self.test_labels = test.to(device), test_y.to(device)
-        self.mean, self.std = float(x.float().mean()), float(x.float().std())
-
-    def train_parts(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[Tensor]:
-        return (self.train[chosen] for chosen in steps.to(self.train.device))
-
-    def test_parts(self) -> Iterator[Tensor]:
-        return iter(torch.split(self.test, 500))
-
-    def small(self) -> Tensor:
-        return self.standardized(self.test)
-
-
-class _Streamed(_Source):
-    """Images that are decoded as they are needed, standardized by ImageNet's constants.
-
-    To learn on, a random crop of each is scaled to a square and mirrored with probability ½; to
-    test on, it is the central square (see :mod:`normwise.lab.data.folders`).
-    """
-
-    channels = 3
-
-    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
-        split = _list(options.data, root)
-        train = split.train.first(options.train_classes)
-        parts = [
-            part.first(options.test_classes)
-            for part in (split.test, split.gallery)
-            if part is not None
-        ]
-        if split.gallery is not None:
-            self.queries = len(parts[0].paths)
-        self.train, self.test = train.paths, tuple(path for part in parts for path in part.paths)
-        self.labels = torch.tensor(train.labels, device=device)
-        self.test_labels = torch.cat([torch.tensor(part.labels) for part in parts]).to(device)
-        self.decoder = Decoder(options.image_size)
-        self.mean, self.std = (
-            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD)
-        )
-
-    def train_parts(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[Tensor]:
-        for x, _, draw in self.decoder.crops(self.train, steps, draws):
-            yield flip(x, draw).to(self.labels.device)
-
-    def test_parts(self) -> Iterator[Tensor]:
-        return (x.to(self.labels.device) for x in self.decoder.centres(self.test))
-
-    def small(self) -> Tensor:
-        """Their means over channels and pixels: grey, at 16×16 pixels."""
-        grey = (self.standardized(x).mean(1, keepdim=True) for x in self.test_parts())
-        return torch.cat([F.adaptive_avg_pool2d(x, 16) for x in grey])
+    split = _list(options.data, root)
+    train = split.train.first(options.train_classes)
+    tested = [p.first(options.test_classes) for p in (split.test, split.gallery) if p is not None]
+    labels = torch.cat([torch.tensor(part.labels) for part in tested])
+    source = DecodedImages(
+        (train.paths, torch.tensor(train.labels, device=device)),
+        (tuple(path for part in tested for path in part.paths), labels.to(device)),
+        options.image_size,
+    )
+    return source, None if split.gallery is None else len(tested[0].paths)
 
 
 def _recalls(found: dict[int, Tensor]) -> dict[str, float]:
@@ -304,11 +235,16 @@ class Retrieval(Problem):
     divisible = False  # pairs of the whole batch
     model: nn.ModuleDict
 
-    def __init__(self, options: Options, root: Path, device: torch.device) -> None:
+    def __init__(self, options: RetrievalOptions, root: Path, device: torch.device) -> None:
         self.options = options
-        streamed = options.data in LISTS
-        self.data = (_Streamed if streamed else _InMemory)(options, root, device)
-        self.labels, self.test_labels = self.data.labels, self.data.test_labels
+        self.data: ImageSource
+        self.queries: int | None = None
+        self.in_files = options.data in LISTS
+        if self.in_files:
+            self.data, self.queries = _decoded(options, root, device)
+        else:
+            self.data = _held(options, root, device)
+        self.labels, self.test_labels = self.data.train_labels, self.data.test_labels
         self.classes = int(self.labels.max()) + 1
         # Where each class's images are.
         labels = self.labels.cpu()
@@ -323,7 +259,7 @@ class Retrieval(Problem):
                 "loss": make_loss(options.loss, self.classes, options.embedding),
             }
         ).to(device)
-        tested = self.test_labels[: self.data.queries]
+        tested = self.test_labels[: self.queries]
         self.facts = {
             "data": options.data,
             "train_examples": self.examples,
@@ -331,14 +267,21 @@ class Retrieval(Problem):
             "train_classes": self.classes,
             "test_classes": len(torch.unique(tested)),
         }
-        if self.data.queries is not None:
+        if self.queries is not None:
             self.facts["gallery_examples"] = len(self.test_labels) - len(tested)
         # The nearest neighbours by the pixels themselves; of what is not held, by small ones.
-        self.baseline = _recalls(self._hits(self.data.small()))
+        self.baseline = _recalls(self._hits(self._pixels()))
+
+    def _pixels(self) -> Tensor:
+        """The test images; of those in files the means over channels, at 16×16 pixels."""
+        parts = (self.data.standardized(x) for x, _ in self.data.test_parts())
+        if self.in_files:
+            parts = (F.adaptive_avg_pool2d(x.mean(1, keepdim=True), 16) for x in parts)
+        return torch.cat(list(parts))
 
     def _hits(self, embeddings: Tensor) -> dict[int, Tensor]:
         """For each k that is judged, and each test image or query, whether it has a hit."""
-        queries = self.data.queries
+        queries = self.queries
         own = embeddings[:queries], self.test_labels[:queries]
         gallery = None
         if queries is not None:
@@ -371,9 +314,10 @@ class Retrieval(Problem):
         return next(self.stream(chosen[None], [draw]))
 
     def stream(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batch of each step; images in files are decoded some steps ahead."""
-        for x, chosen in zip(self.data.train_parts(steps, draws), steps, strict=True):
-            yield self.data.standardized(x), self.labels[chosen.to(self.labels.device)]
+        """The batch of each step; images in files are decoded some steps ahead, and mirrored with
+        probability ½."""
+        for x, labels, draw in self.data.batches(steps, draws):
+            yield self.data.standardized(flip(x, draw) if self.in_files else x), labels
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The chosen loss of the batch's embeddings."""
@@ -386,6 +330,6 @@ class Retrieval(Problem):
         self.model.eval()
         with torch.no_grad():
             body = self.model["body"]
-            embeddings = [body(self.data.standardized(x)) for x in self.data.test_parts()]
+            embeddings = [body(self.data.standardized(x)) for x, _ in self.data.test_parts()]
         found = self._hits(torch.cat(embeddings))
         return Evaluation(_recalls(found), (~found[1]).nonzero().flatten().tolist())

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normwise.cpu_kernels import openmp as _openmp  # noqa: F401  # other plans take it from here
 from normwise.cpu_kernels import run_on_threads
 from normwise.geometry import computing_dtype
 from normwise.optim.kernels import _cpu_numba as k

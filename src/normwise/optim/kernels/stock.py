@@ -21,7 +21,7 @@ from torch import Tensor
 
 from normwise.optim.kernels._layout import Mode, memory_layout, mode, slicing
 from normwise.optim.step import AT_ONCE, AdamRule, Ending, SGDRule, Step
-from normwise.optim.sums import GG, WG, WW, cosine, retraction
+from normwise.optim.sums import GG, WG, WW, cosine, retraction_from_sums
 
 # Entries of a piece: few enough that what is read twice is still in cache, many enough that the
 # some thirty calls a piece do not count.
@@ -477,5 +477,5 @@ def _back(ws: Tensor, ww: Tensor, uu: Tensor) -> Tensor:
     """What puts slices back on their norm when s has been added."""
     zeros = torch.zeros_like(ws)
     sums = torch.stack([ws, ww, zeros, uu], 1)
-    back: Tensor = retraction(sums, 1.0)
+    back: Tensor = retraction_from_sums(sums, 1.0)
     return back

@@ -1,0 +1,73 @@
+"""What ``normwise paper run`` and ``compare`` show while they train, and leave when they end."""
+
+import errno
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from normwise import cli
+from normwise.lab import report
+from normwise.lab.recipes import find
+from normwise.lab.running import cell
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """The command that trains one small cell of three steps an epoch."""
+    recipe = (Path(find.__globals__["__file__"]).parent / "digits.yaml").read_text("utf-8")
+    changed = recipe.replace("width: 8, epochs: 3", "width: 4, epochs: 2, batch_size: 256")
+    assert changed != recipe
+    (tmp_path / "quick.yaml").write_text(changed.replace("id: digits", "id: quick"), "utf-8")
+    command = ["paper", "run", str(tmp_path / "quick.yaml"), "--seeds", "1", "--methods", "sgd"]
+    return [*command, "--out", str(tmp_path / "runs")]
+
+
+def test_while_a_cell_trains_its_share_loss_and_time_left_are_shown(quick, capsys, monkeypatch):
+    monkeypatch.setattr(cell, "_PROGRESS_SECONDS", 0.0)
+    assert cli.main(quick) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left" in line]
+    found = [re.search(r" (\d+)%, loss \d\S*, \d+:\d\d min left$", line) for line in lines]
+    assert [int(share[1]) for share in found] == [17, 33, 50, 67, 83, 100]
+
+
+def test_progress_is_not_shown_where_it_is_not_wanted(quick, capsys, monkeypatch):
+    monkeypatch.setattr(cell, "_PROGRESS_SECONDS", 0.0)
+    assert cli.main([*quick, "--quiet"]) == 0
+    assert "left" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("seconds", "least"), [("0", 6), ("1e9", 0)])
+def test_checkpoints_are_as_often_as_asked_for(quick, monkeypatch, seconds, least):
+    """With 0 one after each step; else when an epoch and the training end, at the least."""
+    saved, save = [], cell.Trainer.save
+    monkeypatch.setattr(cell.Trainer, "save", lambda self: (saved.append(self.done), save(self)))
+    assert cli.main([*quick, "--checkpoint-every", seconds]) == 0
+    assert set(range(1, least)) <= set(saved)
+    assert least or len(saved) < 6
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(quick, tmp_path):
+    assert cli.main([*quick, "--device", "tpu"]) == 2
+    assert not (tmp_path / "runs").exists()
+    assert cli.main(quick) == 0
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_files_that_agree(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "report.html"))
+
+    monkeypatch.setattr(report, "render", full)
+    out = tmp_path / "run"
+    command = ["compare", "--seeds", "1", "--epochs", "1", "--batch-size", "256", "--quiet"]
+    assert cli.main([*command, "--optimizers", "sgd", "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "report.html" in error
+    assert error.count("\n") == 1
+    status = {n: json.loads((out / n).read_text("utf-8"))["status"] for n in FILES}
+    assert status == dict.fromkeys(FILES, "failed")
+
+
+FILES = ("run.json", "summary.json")
