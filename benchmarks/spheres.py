@@ -47,8 +47,8 @@ def peers(shapes: str, device: str) -> dict[str, Step]:
     for view in ("channel", "layer"):
         steps[f"tangential, {view}"] = normwise.tangential(adamw, view).step
         steps[f"sphere, {view}"] = normwise.sphere(adamw, view).step
-    steps["tangential, channel, plain"] = without_kernel(steps["tangential, channel"])
-    steps["sphere, channel, plain"] = without_kernel(steps["sphere, channel"])
+    steps["tangential, channel, plain"] = without_kernel(normwise.tangential(adamw, "channel").step)
+    steps["sphere, channel, plain"] = without_kernel(normwise.sphere(adamw, "channel").step)
     return steps
 
 

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,8 @@ from normwise import __version__
 from normwise.balancing.cli import add_balance_parser
 from normwise.checkpoint import CheckpointReport
 from normwise.checkpoint.cli import add_checkpoint_parser
-from normwise.invariance.cli import add_inspect_parser
-from normwise.lab.arguments import numbers, positives, seeds, whole
+from normwise.invariance.cli import add_inspect_parser, settings
+from normwise.lab.arguments import count, duration, numbers, positives, seeds, whole
 from normwise.lab.cli import add_lab_parsers
 from normwise.lab.errors import Unavailable, UsageError, nearest, require_lab
 from normwise.plan.cli import add_plan_parser
@@ -101,7 +102,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return code
     except UsageError as error:
         if getattr(arguments, "debug", False):
-            raise
+            traceback.print_exc()
         return _complain(str(error), 2)
     except Unavailable as error:
         return _complain(str(error), 1)
@@ -139,8 +140,24 @@ def _parser() -> argparse.ArgumentParser:
     option(
         "problem",
         nargs="?",
-        metavar="MODULE:FACTORY",
-        help="your own: what normwise.lab.supervised(…) made, or a function that returns it",
+        metavar="PROBLEM",
+        help=(
+            "your own: MODULE:FACTORY, what normwise.lab.supervised(…) made, or a function that "
+            "returns it; or, with --data, a network: hf:MODEL, timm:NAME, mlp:64x64, or a "
+            "MODULE:FACTORY that makes one (default: the digits; of a table mlp:64x64)"
+        ),
+    )
+    option(
+        "--data",
+        metavar="DATA",
+        help="what the network learns: csv:FILE:TARGET, folder:PATH of images, or text:FILE",
+    )
+    option("--size", type=whole, metavar="N", help="pixels a side (32), or tokens a sequence (64)")
+    option(
+        "--set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="an argument of the network with --data, or a field of its configuration; repeat it",
     )
     option("--task", default="digits", metavar="NAME", help="what to learn (default: digits)")
     option(
@@ -148,7 +165,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B,…",
         help=(
             "any of sgd, sgdp, adamw, adamp, in any order (default: all); on a problem of your own "
-            "also adam, torch:CLASS, FILE.py:FACTORY, tangential(…)"
+            "also adam, torch:CLASS, FILE.py:FACTORY, tangential(…), sphere(…), each also with "
+            "its decay changed: sgd+early(0.33), adamw+cautious"
         ),
     )
     option("--seeds", type=seeds, default=3, metavar="N", help="runs per optimizer (default: 3)")
@@ -178,7 +196,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B,…",
         help="on a problem of your own: weight decays, of which each method takes its best",
     )
+    option(
+        "--budget",
+        type=duration,
+        metavar="TIME",
+        help="on a problem of your own: 30m, 2h; epochs and seeds are lowered to fit",
+    )
     option("--jobs", type=whole, metavar="N", help="on a problem of your own: trainings at once")
+    option("--executor", metavar="NAME", help="on a problem of your own: local or ray")
+    option("--workers", type=count, metavar="N", help="processes that make batches (default: 0)")
     option("--device", metavar="NAME", help="on a problem of your own (default: cpu)")
     option("--debug", action="store_true", help="show the traceback of an error")
     option(
@@ -218,18 +244,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# What only a problem of the user's takes, and only the digits.
-_OWN, _DIGITS = ("lr", "weight_decay", "jobs", "device"), ("parallel",)
+# What only a problem of the user's takes.
+_OWN = (
+    *("lr", "weight_decay", "budget", "jobs", "executor", "workers", "device", "data", "size"),
+    "set",
+)
+_DEFAULT_NETWORK = "mlp:64x64"
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     require_lab()
-    if arguments.problem is not None:
+    if arguments.problem is not None or arguments.data is not None:
         return _compare_own(arguments)
     for name in _OWN:
         if getattr(arguments, name) is not None:
             option = name.replace("_", "-")
-            raise UsageError(f"--{option} goes with a problem of your own: name MODULE:FACTORY")
+            raise UsageError(
+                f"--{option} goes with a problem of your own: name MODULE:FACTORY, or give --data"
+            )
     for name in ("lr_sgd", "lr_adam"):
         values = getattr(arguments, name)
         if values is not None and len(values) > 1:
@@ -270,21 +302,25 @@ def _compare_own(arguments: argparse.Namespace) -> int:
     from normwise.figures.tables import show, stdout
     from normwise.lab.cli import ProgressLines
     from normwise.lab.contest import OPTIMIZERS, Contest
-    from normwise.lab.digits import default_folder
     from normwise.lab.imports import place
+    from normwise.lab.optimizers import split
+    from normwise.lab.parallel import processes
+    from normwise.lab.running.executors import EXECUTORS, check_parallel
+    from normwise.lab.trust import is_library
 
+    problem = arguments.problem or _DEFAULT_NETWORK
     if arguments.task != "digits":
-        raise UsageError(f"--task {arguments.task} and {arguments.problem!r}: give one of them")
-    for name in _DIGITS:
-        if getattr(arguments, name) is not None:
-            raise UsageError(
-                f"--{name} goes with the digits; for a problem of your own run the recipe.yaml "
-                "that is in the output folder with `normwise paper run`"
-            )
+        raise UsageError(f"--task {arguments.task} and {problem!r}: give one of them")
+    executor = arguments.executor or "local"
+    if executor not in EXECUTORS:
+        raise UsageError(f"unknown executor {executor!r}: {nearest(executor, EXECUTORS)}")
+    check_parallel(arguments.parallel, arguments.jobs or 1, executor)
+    if arguments.workers is not None:
+        os.environ["NORMWISE_WORKERS"] = str(arguments.workers)
     given = arguments.optimizers
     contest = Contest(
-        task=place(arguments.problem),
-        optimizers=OPTIMIZERS if given is None else _listed(given),
+        task=problem if is_library(problem) else place(problem),
+        optimizers=OPTIMIZERS if given is None else tuple(filter(None, split(given, ","))),
         lrs=arguments.lr or (),
         weight_decays=arguments.weight_decay or (),
         lrs_gradient=arguments.lr_sgd or (),
@@ -293,16 +329,26 @@ def _compare_own(arguments: argparse.Namespace) -> int:
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         device=arguments.device or "cpu",
+        data=arguments.data or "",
+        size=arguments.size,
+        network=_settings(arguments.set or []),
+        budget=arguments.budget,
     )
-    folder = arguments.out or default_folder()
-    try:
-        result = contest.run(
-            folder,
-            jobs=arguments.jobs or 1,
-            observe=ProgressLines(contest.trainings, arguments.quiet),
-        )
-    except KeyboardInterrupt:
-        return _complain(f"interrupted; the same with --out {folder} goes on", 130)
+    sizes = [contest.defaults["batch_size"]]
+    command = f"compare {problem}"
+    with processes(arguments.parallel, command, sizes, "--batch-size", contest.device) as together:
+        try:
+            result = contest.run(
+                arguments.out,
+                jobs=arguments.jobs or 1,
+                executor=executor,
+                observe=ProgressLines(contest.trainings, arguments.quiet),
+                processes=together,
+            )
+        except KeyboardInterrupt:
+            return _complain("interrupted; give the same command again to go on", 130)
+        if together.rank > 0:
+            return 0
     if arguments.json:
         print(json.dumps({"folder": str(result.folder), **result.summary}, allow_nan=False))
     else:
@@ -321,15 +367,18 @@ def _compare_own(arguments: argparse.Namespace) -> int:
     return 1 if result.failures else 0
 
 
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    try:
+        return settings(pairs)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
 def _checkpoint_page(report: CheckpointReport) -> str:
     require_lab()
     from normwise.lab.report.checkpoint import checkpoint_page
 
     return checkpoint_page(report)
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(name for part in text.split(",") if (name := part.strip()))
 
 
 _CHOSEN = ("seeds", "epochs", "batch_size", "lr_sgd", "lr_adam", "parallel")

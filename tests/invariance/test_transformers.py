@@ -354,9 +354,9 @@ def test_falcon_with_one_head_of_keys_and_values_in_a_fused_projection():
     fused, out = (
         f"transformer.h.0.self_attention.{x}.weight" for x in ("query_key_value", "dense")
     )
+    queries, keys = "rows 0–31, 8 at a time 4 apart", "rows 32–39, 2 at a time 4 apart"
     assert {
-        f"{fused} rows 0–31, 8 at a time 4 apart ↔ "
-        f"{fused} rows 32–39, 2 at a time 4 apart: 4 units",
+        f"{fused} {queries} ↔ {fused} {keys}: 4 units",
         f"{fused} rows 40–47 ↔ {out} columns, 4 at a time 8 apart: 8 units",
     } <= families(report)
 

@@ -264,3 +264,17 @@ def test_when_the_wrapped_step_fails_the_weights_are_what_they_were(monkeypatch,
     optimizer.step()  # nothing of the step that failed is left
     WRAP[wrap]([fresh]).step()
     assert torch.equal(w, fresh)
+
+
+@pytest.mark.parametrize("view", [View.channel(), View.layer()])
+def test_no_norm_drifts_in_bfloat16(view):
+    """Within one spacing of bfloat16 numbers of the radius that is stored."""
+    w = torch.randn(64, 64).bfloat16().requires_grad_()
+    optimizer = normwise.sphere(torch.optim.AdamW([w], lr=0.02), view)
+    radius = optimizer.radii[w].clone()
+    for step in range(300):
+        w.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(step)).bfloat16()
+        optimizer.step()
+    spacing = torch.finfo(torch.bfloat16).eps * radius.log2().floor().exp2()
+    assert ((norms(w.detach(), view) - radius).abs() <= spacing).all()
+    assert torch.equal(optimizer.radii[w], radius)

@@ -116,7 +116,9 @@ def balance(
             "invariant='unit' rescales what enters normalizations with running statistics; give "
             "`batch=`, on which they are seen and made to follow"
         )
-    families = [s for s in report.symmetries if invariant == "unit" or not s.is_scale]
+    families = [s for s in report.symmetries if not s.is_scale]
+    if invariant == "unit":
+        families = list(dict.fromkeys((*report.invariances(), *report.symmetries)))
     before = mass(model)
     sweep = Sweep(
         families,

@@ -19,7 +19,7 @@ from normwise.invariance.replica import TOLERANCE, Replica, built
 from normwise.invariance.report import Report
 from normwise.invariance.roles import find_roles
 from normwise.invariance.row import Kind, ParameterReport
-from normwise.invariance.symmetry import Slices, Symmetry, Term
+from normwise.invariance.symmetry import Slices, Symmetry
 
 __all__ = ["analyze"]
 
@@ -103,7 +103,13 @@ def _examined(
     findings = {name: evidence[name].find() for name in replica.params}
     families = find_families(replica, evidence, findings) if joint else []
     views = {name: finding.view for name, finding in findings.items() if finding.view}
-    claims = [*(_of_view(replica, name, view) for name, view in views.items()), *families]
+    claims = [
+        *(
+            Symmetry.of_view(name, tuple(replica.params[name].shape), view)
+            for name, view in views.items()
+        ),
+        *families,
+    ]
 
     claims, notes = _confirmed(replica, claims)
     views = {s.terms[0].parameter: v for s in claims if s.is_view and (v := s.terms[0].view)}
@@ -142,13 +148,6 @@ def _examined(
             )
         )
     return tuple(rows), symmetries, tuple(notes)
-
-
-def _of_view(replica: Replica, name: str, view: View) -> Symmetry:
-    """A weight's own scale invariance, the symmetry of one term."""
-    shape = tuple(replica.params[name].shape)
-    slices = Slices.of_view(view, shape)
-    return Symmetry((Term(name, shape, slices, 1.0),), slices.count)
 
 
 def _check_repeatable(replica: Replica) -> None:
@@ -343,7 +342,7 @@ def _absorbers(
     generator = torch.Generator().manual_seed(replica.seed + 2)
     scaled: dict[str, Tensor] = {}
     for name, view in views.items():
-        symmetry = _of_view(replica, name, view)
+        symmetry = Symmetry.of_view(name, tuple(replica.params[name].shape), view)
         scaled |= symmetry.factors(_factors(symmetry.units, generator))
     without_effect = {name: 1.5 for name, kind in kinds.items() if kind == "no effect"}
     absorbers: dict[str, str | None] = {}

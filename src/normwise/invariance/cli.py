@@ -21,6 +21,7 @@ __all__ = [
     "check_absent",
     "model_and_batch",
     "run_inspect",
+    "settings",
     "with_exit_code",
 ]
 
@@ -70,7 +71,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def model_and_batch(source: str, args: argparse.Namespace, seed: int = 0) -> tuple[nn.Module, Any]:
     """The network and the batch that a command is asked for."""
-    model, batch = load(source, _settings(args.set))
+    model, batch = load(source, settings(args.set))
     if args.batch is not None or batch is None:
         batch = batch_for(model, args.batch, seed=seed)
     return model, batch
@@ -122,7 +123,7 @@ def run_inspect(args: argparse.Namespace) -> None:
         report.plot(args.plot)
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
+def settings(pairs: list[str]) -> dict[str, Any]:
     """``KEY=VALUE`` pairs; a value that is no Python literal is a string."""
     settings: dict[str, Any] = {}
     for pair in pairs:

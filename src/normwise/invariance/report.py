@@ -75,6 +75,18 @@ class Report:
         """The view of each parameter that is scale-invariant by itself, by name."""
         return {row.name: row.view for row in self.rows if row.view is not None}
 
+    def invariances(self) -> tuple[Symmetry, ...]:
+        """Each parameter that is scale-invariant by itself, as the symmetry of one term.
+
+        Those of whole weights that follow from other families are here too; they are not in
+        ``symmetries``, which are independent.
+        """
+        return tuple(
+            Symmetry.of_view(row.name, row.shape, row.view)
+            for row in self.rows
+            if row.view is not None
+        )
+
     def parameter_views(self, model: nn.Module | None = None) -> dict[nn.Parameter, View]:
         """As :meth:`views`, by parameter of ``model`` (default: of the model analyzed).
 

@@ -296,6 +296,18 @@ class Symmetry:
     unseen: int = 0
     why: str = ""
 
+    @classmethod
+    def of_view(cls, parameter: str, shape: tuple[int, ...], view: View) -> Symmetry:
+        """A weight's own scale invariance, the symmetry of one term.
+
+        Args:
+            parameter: its name.
+            shape: its shape.
+            view: whose slices are the units.
+        """
+        slices = Slices.of_view(view, shape)
+        return cls((Term(parameter, shape, slices, 1.0),), slices.count)
+
     @property
     def is_view(self) -> bool:
         """Whether it is one weight's own: scale invariance by itself."""

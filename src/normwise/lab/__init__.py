@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normwise.lab.contest import compare
+    from normwise.lab.tasks.lightning import lightning
+    from normwise.lab.tasks.problem import Metric
     from normwise.lab.tasks.supervised import Measure, supervised
 
-__all__ = ["Measure", "compare", "supervised"]
+__all__ = ["Measure", "Metric", "compare", "lightning", "supervised"]
 
 # They need the packages of the lab's extra, which the command line names where they are missing.
 _PLACES = {
     "compare": "normwise.lab.contest",
     "supervised": "normwise.lab.tasks.supervised",
     "Measure": "normwise.lab.tasks.supervised",
+    "Metric": "normwise.lab.tasks.problem",
+    "lightning": "normwise.lab.tasks.lightning",
 }
 
 

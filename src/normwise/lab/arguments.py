@@ -8,7 +8,7 @@ import re
 
 from normwise.lab.recipes.schema import MOST_SEEDS
 
-__all__ = ["numbers", "positive", "positives", "seconds", "seeds", "whole"]
+__all__ = ["count", "duration", "numbers", "positive", "positives", "seconds", "seeds", "whole"]
 
 
 def whole(text: str, most: int = 2**53) -> int:
@@ -53,3 +53,18 @@ def numbers(text: str) -> tuple[float, ...]:
 def seconds(text: str) -> float:
     """A finite number of seconds, 0 or more."""
     return 0.0 if text in ("0", "0.0") else positive(text)
+
+
+def count(text: str) -> int:
+    """A whole number, 0 or more."""
+    return 0 if text == "0" else whole(text)
+
+
+def duration(text: str) -> float:
+    """A time such as ``90s``, ``30m`` or ``1.5h``, in seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)", text.strip())
+    if not found or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed: must be a time such as 90s, 30m or 2h"
+        )
+    return float(found[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[found[2]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,34 +211,61 @@ class ProgressLines:
     total: int
     quiet: bool
     done: int = 0
+    begin: float = field(default_factory=time.monotonic)
+    # Of each cell that was trained here, the share that is done.
+    _shares: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, event: Event) -> None:
-        from normwise.lab.running.events import Finished, Progress
+        from normwise.lab.running.events import Finished, Measured, Planned, Progress, Started
+        from normwise.lab.running.pace import spelled
 
+        if isinstance(event, Planned):
+            self._show(f"{event.trainings} trainings, about {spelled(event.seconds)}")
+            if event.gave_up:
+                print(f"normwise: to fit the budget: {event.gave_up}", file=sys.stderr, flush=True)
+            self.begin = time.monotonic()
+            return
         who = f"{event.cell.row} {event.cell.method} seed {event.cell.seed}"
-        if isinstance(event, Finished):
+        if isinstance(event, Measured | Started):
+            self._shares.setdefault(event.cell.folder, 0.0)
+        elif isinstance(event, Finished):
             self.done += 1
             if event.result["status"] == "skipped":
                 print(f"normwise: skipped: {event.result['error']}", file=sys.stderr)
                 return
-            shown = event.result.get("metrics", event.result.get("error"))
-            line = f"{self.done}/{self.total} {who}: {shown}"
+            if event.cell.folder in self._shares:
+                self._shares[event.cell.folder] = 1.0
+            shown = event.result.get("metrics") or event.result.get("error")
+            self._show(f"{self.done}/{self.total} {who}: {_spelled(shown)}{self._left()}")
         elif isinstance(event, Progress):
-            line = (
-                f"{who}: {100 * event.share:.0f}%, loss {event.loss:.4g}, "
-                f"{_duration(event.seconds_left)} left"
+            self._shares[event.cell.folder] = event.share
+            norm = "" if event.growth is None else f"norm ×{event.growth:.2f}, "
+            self._show(
+                f"{who}: {100 * event.share:.0f}%, loss {event.loss:.4g}, {norm}"
+                f"{spelled(event.seconds_left)} left{self._left()}"
             )
-        else:
-            return
+
+    def _left(self) -> str:
+        """How long all will take, at the pace of what has been trained since the start."""
+        from normwise.lab.running.pace import spelled
+
+        trained = sum(self._shares.values())
+        known = self.done - sum(share == 1.0 for share in self._shares.values())
+        left = self.total - known - trained
+        if left < 1e-9 or trained < 1e-9:
+            return ""
+        return f"; {spelled((time.monotonic() - self.begin) / trained * left)} in all"
+
+    def _show(self, line: str) -> None:
         if not self.quiet:
             print(line, file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02} min"
-    return f"{minutes // 60}:{minutes % 60:02} h"
+def _spelled(shown: object) -> str:
+    """Metrics in a line, or an error."""
+    if not isinstance(shown, dict):
+        return str(shown)
+    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
 def _run_and_show(

@@ -10,7 +10,7 @@ from typing import Any
 
 from normwise.lab.errors import UsageError, nearest
 
-__all__ = ["attribute", "place"]
+__all__ = ["attribute", "place", "reason"]
 
 
 def place(text: str) -> str:
@@ -47,13 +47,14 @@ def attribute(source: str) -> Any:
             f"{source!r}: there is no module {error.name!r}, neither installed nor in {here}"
         ) from error
     except Exception as error:
-        raise UsageError(f"{source!r}: the module fails: {_reason(error)}") from error
+        raise UsageError(f"{source!r}: the module fails: {reason(error)}") from error
     if not hasattr(module, name):
         known = [key for key in vars(module) if not key.startswith("_")]
         raise UsageError(f"{source!r}: {module_name} has no {name!r}: {nearest(name, known)}")
     return getattr(module, name)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
+    """An error in one line: its type, and the first line of what it says."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -33,14 +33,14 @@ class Method:
         name: of its folder.
         label: as a reader sees it.
         spec: what it is.
-        rule: what its steps do to the weights of two or more dimensions.
+        rules: what its steps do, one for each group of parameters that it steps otherwise.
         settings: those that it may choose from.
     """
 
     name: str
     label: str
     spec: OptimizerSpec
-    rule: UpdateRule
+    rules: tuple[UpdateRule, ...]
     settings: tuple[Setting, ...]
 
 
@@ -51,6 +51,8 @@ class Inspected:
     Args:
         network: the name of its class.
         weights: how many numbers train.
+        tensors: how many parameters hold them.
+        normalizations: how many of its modules normalize, as their classes' names have it.
         invariant: the scale-invariant parameters, each with its view's spelling and its size.
         not_analyzed: why that could not be found out; none where it could.
         metrics: what it is judged by.
@@ -59,6 +61,8 @@ class Inspected:
 
     network: str
     weights: int
+    tensors: int
+    normalizations: int
     invariant: dict[str, tuple[str, int]]
     not_analyzed: str | None
     metrics: tuple[Metric, ...]

@@ -61,11 +61,13 @@ class Processes:
         return model
 
     def share(self, batch: Any) -> Any:
-        """This process's part of a batch: of a tensor, or of each tensor of a tuple."""
+        """This process's part of a batch: of a tensor, or of each tensor of a tuple or a dict."""
         if self.size == 1:
             return batch
         if isinstance(batch, tuple):
             return tuple(map(self.share, batch))
+        if isinstance(batch, dict):
+            return {key: self.share(value) for key, value in batch.items()}
         return batch.chunk(self.size)[self.rank]
 
     def mean(self, value: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from normwise.lab.errors import UsageError
 
-__all__ = ["GIVEN", "LIBRARIES", "check_trusted", "is_code", "source_hash", "trusting"]
+__all__ = ["GIVEN", "check_trusted", "is_code", "is_library", "source_hash", "trusting"]
 
 # What stands before the colon of a network's name and is no module of the user's.
-LIBRARIES = ("hf", "timm", "torchvision")
+LIBRARIES = ("hf", "timm", "torchvision", "mlp")
 # What stands there of a problem that is an object of this process.
 GIVEN = "given"
 _trusted: ContextVar[frozenset[str]] = ContextVar("trusted", default=frozenset())
@@ -32,6 +32,12 @@ def trusting(modules: Iterable[str]) -> Iterator[None]:
         yield
     finally:
         _trusted.reset(token)
+
+
+def is_library(name: str) -> bool:
+    """Whether a name is that of a network which a library makes, ``hf:MODEL`` for one."""
+    library, colon, network = name.partition(":")
+    return bool(colon and network) and library in LIBRARIES
 
 
 def is_code(name: str) -> bool:

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from normwise.lab.data.ahead import Ahead
 from normwise.lab.data.files import DataError
 from normwise.lab.errors import UsageError
 
@@ -34,10 +35,13 @@ __all__ = [
     "Decoder",
     "Folder",
     "Job",
+    "central",
     "crop_numbers",
     "crop_of",
     "fit",
     "image_folder",
+    "list_images",
+    "processes_asked_for",
     "workers",
 ]
 
@@ -98,20 +102,29 @@ def image_folder(root: Path) -> Folder:
             "one of them only"
         )
 
-    def listed(part: str) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-        paths: list[str] = []
-        labels: list[int] = []
-        for label, name in enumerate(classes):
-            folder = root / part / name
-            # Names, not Path objects: ImageNet has more than a million.
-            files = [file for file in sorted(os.listdir(folder)) if file.lower().endswith(_KINDS)]
-            if not files:
-                raise DataError(f"{folder} has no images ({', '.join(_KINDS)})")
-            paths += [os.path.join(folder, file) for file in files]
-            labels += [label] * len(files)
-        return tuple(paths), np.array(labels, np.int64)
+    train, test = (list_images(root / part, classes) for part in ("train", held_out))
+    return Folder(root.name, *train, *test, tuple(classes))
 
-    return Folder(root.name, *listed("train"), *listed(held_out), tuple(classes))
+
+def list_images(
+    root: Path, classes: Sequence[str]
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    """The image files in a folder for each class, and the number of each one's class.
+
+    Raises:
+        DataError: if a class has no images.
+    """
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        folder = root / name
+        # Names, not Path objects: ImageNet has more than a million.
+        files = [file for file in sorted(os.listdir(folder)) if file.lower().endswith(_KINDS)]
+        if not files:
+            raise DataError(f"{folder} has no images ({', '.join(_KINDS)})")
+        paths += [os.path.join(folder, file) for file in files]
+        labels += [label] * len(files)
+    return tuple(paths), np.array(labels, np.int64)
 
 
 def crop_numbers(count: int, draw: Generator) -> npt.NDArray[np.float64]:
@@ -169,8 +182,22 @@ def _decoded(path: str, size: int, numbers: Sequence[float] | None) -> npt.NDArr
         DataError: if it cannot be read or decoded.
     """
     return _planes(
-        path, lambda x: _central(x, size) if numbers is None else _random(x, size, numbers)
+        path,
+        lambda x: (
+            _central(x, size, round(size * 256 / 224))
+            if numbers is None
+            else _random(x, size, numbers)
+        ),
     )
+
+
+def central(path: str, size: int) -> npt.NDArray[np.uint8]:
+    """The central square of an image, its shorter side scaled to ``size``: ``(3, size, size)``.
+
+    Raises:
+        DataError: if it cannot be read or decoded.
+    """
+    return _planes(path, lambda image: _central(image, size, size))
 
 
 def _fitted(path: str, size: int, stated: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -215,10 +242,9 @@ def _random(image: Image, size: int, numbers: Sequence[float]) -> Image:
     return cut.resize((size, size), Resampling.BILINEAR)
 
 
-def _central(image: Image, size: int) -> Image:
+def _central(image: Image, size: int, short: int) -> Image:
     from PIL.Image import Resampling
 
-    short = round(size * 256 / 224)
     width, height = (short * side // min(image.size) for side in image.size)
     scaled = image.convert("RGB").resize((width, height), Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -265,21 +291,8 @@ class _Decoding(Dataset[Any]):
         return torch.from_numpy(images)
 
 
-class _Jobs:
-    """The jobs at hand, as the loader's sampler; it takes them in the training's process."""
-
-    def __init__(self) -> None:
-        self.jobs: Iterable[Job] = ()
-
-    def __iter__(self) -> Iterator[Job]:
-        return iter(self.jobs)
-
-
-class Decoder:
-    """Decodes batches in processes of its own, which start with the first and stay.
-
-    Each process is at most two batches ahead, so that memory is bounded. The processes are fresh
-    ones, not forks: a fork would hold the lock of a cell that was killed, and cannot use CUDA.
+class Decoder(Ahead):
+    """Decodes batches in processes of its own.
 
     Args:
         size: pixels a side of the images that it makes.
@@ -287,42 +300,7 @@ class Decoder:
     """
 
     def __init__(self, size: int, processes: int | None = None) -> None:
-        count = workers() if processes is None else processes
-        self._jobs = _Jobs()
-        self._loader: DataLoader[Any] = DataLoader(
-            _Decoding(size),
-            batch_size=None,  # a job is a batch already
-            sampler=self._jobs,
-            num_workers=count,
-            multiprocessing_context="spawn" if count else None,
-            persistent_workers=count > 0,
-            # It draws seeds for the workers, which must not come from the global generator.
-            generator=torch.Generator(),
-        )
-        self._run = 0
-
-    def run(self, jobs: Iterable[Job]) -> Iterator[Tensor]:
-        """The images of each job, uint8, shape ``(n, 3, size, size)``, in order.
-
-        Jobs are taken ahead of need. A run ends when another begins.
-
-        Raises:
-            DataError: for an image that cannot be decoded, when its turn comes.
-            RuntimeError: if another run has begun.
-        """
-        self._run += 1
-        own = self._run
-        self._jobs.jobs = jobs
-        images = iter(self._loader)
-        while True:
-            if self._run != own:
-                raise RuntimeError("another run of this decoder has begun, which ended this one")
-            batch = next(images, None)
-            if batch is None:
-                return
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+        super().__init__(_Decoding(size), workers() if processes is None else processes)
 
     def crops(
         self, paths: Sequence[str], steps: Tensor, draws: Iterable[Generator]
@@ -360,10 +338,22 @@ def workers() -> int:
     Raises:
         UsageError: if the variable is not a number from 0.
     """
+    asked = processes_asked_for()
+    if asked is not None:
+        return asked
+    usable = getattr(os, "sched_getaffinity", None)
+    return min(len(usable(0)) if usable else os.cpu_count() or 1, 16)
+
+
+def processes_asked_for() -> int | None:
+    """What the environment variable ``NORMWISE_WORKERS`` says; none without it.
+
+    Raises:
+        UsageError: if that is not a number from 0.
+    """
     given = os.environ.get(_WORKERS)
     if not given:
-        usable = getattr(os, "sched_getaffinity", None)
-        return min(len(usable(0)) if usable else os.cpu_count() or 1, 16)
+        return None
     if not (given.isascii() and given.isdigit()):
         raise UsageError(f"{_WORKERS} is {given!r} and must be a number of processes, from 0")
     return int(given)

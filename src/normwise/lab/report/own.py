@@ -12,6 +12,7 @@ from typing import Any
 from normwise.figures import Axis, Line, Lines, Spacing, marks
 from normwise.figures.tables import Cell, Column, Row, Table
 from normwise.lab.methods import Inspected, Method, Setting
+from normwise.lab.report.code import code
 from normwise.lab.report.curves import QUANTITIES
 from normwise.lab.report.pages import page
 from normwise.lab.report.runs import chart, quantities
@@ -20,8 +21,6 @@ from normwise.lab.summary import listed
 from normwise.updates import Coupling, UpdateRule
 
 __all__ = ["Answer", "render"]
-
-_SHOWN = 12  # names of weights in the code to copy
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,12 @@ class Answer:
         return paired(best, finished(first.cells, entry.method), first.metric, True)
 
     def apart(self, entry: Entry) -> bool:
-        """Whether chance does not explain that the best method is ahead of this one."""
+        """Whether chance does not explain that the best method is ahead of this one.
+
+        An interval of no width, where all seeds differ by the same, says nothing of chance.
+        """
         found = self.behind(entry)
-        return found is not None and found[1] is not None and abs(found[0]) > found[1]
+        return found is not None and bool(found[1]) and abs(found[0]) > (found[1] or 0.0)
 
     def shown(self, value: float) -> str:
         """A value of the first metric with its unit."""
@@ -93,10 +95,14 @@ class Answer:
             return f"Which weights of {self.name} are scale-invariant could not be found out"
         if not where.invariant:
             return (
-                f"None of the weights of {self.name} are scale-invariant, so norms do nothing to "
-                "their learning rate that a projection could undo"
+                f"No weight of {self.name} is scale-invariant by itself, so norms do nothing to "
+                "its learning rate that a projection could undo"
             )
-        text = f"{_percent(where.share)} of the weights of {self.name} are scale-invariant"
+        names = list(where.invariant)
+        which = listed(names) if len(names) <= 3 else f"{len(names)} of {where.tensors} tensors"
+        text = (
+            f"{_percent(where.share)} of the weights of {self.name} are scale-invariant ({which})"
+        )
         did = self.at_end("relative_effective_lr")
         if not did:
             return text
@@ -165,6 +171,13 @@ class Answer:
             return f"The network could not be analyzed: {where.not_analyzed}."
         if where.invariant:
             return ""
+        if where.normalizations:
+            return (
+                "The network normalizes, but no normalization absorbs the scale of one weight "
+                "alone, as where a bias goes with the weight or blocks add to a stream. Expect "
+                "SGDP and AdamP to do as SGD and AdamW do, up to how they decay. `normwise "
+                "inspect` shows which weights share a scale; normwise.balance balances them."
+            )
         return (
             "Without a normalization behind them, weights are not scale-invariant: their norm is "
             "part of what the network computes. Expect SGDP and AdamP to do what SGD and AdamW do, "
@@ -190,6 +203,14 @@ class Answer:
                 f" The best learning rate lies at the end of its list for {listed(edges)}: a "
                 "wider list may find a better one."
             )
+        ranges = [
+            f"{line.label} from {self.shown(min(line.y))} to {self.shown(max(line.y))}"
+            for line in self.sweep_chart().lines
+            if len(line.y) > 1
+        ]
+        if ranges:
+            metric = self.tables[0].metric.title.replace("test ", "")
+            text += f" Over the list of learning rates, {metric} ranged under {listed(ranges)}."
         diverged = [
             f"{self.methods[c.config['method']].label} at {c.config['training']['lr']:g}"
             for c in self.swept
@@ -204,7 +225,7 @@ class Answer:
             return ""
         name = self.ranked[0].method
         method, setting = self.methods[name], self.chosen[name]
-        return _code(method, setting, self.inspected)
+        return code(method, setting, self.inspected)
 
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds."""
@@ -233,7 +254,7 @@ class Answer:
         return {
             "name": name,
             "label": self.methods[name].label,
-            "does": _rule(self.methods[name].rule),
+            "does": _does(self.methods[name]),
             "lr": self.chosen[name].lr,
             "weight_decay": self.chosen[name].weight_decay,
             "values": values,
@@ -349,6 +370,13 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f}%" if 0.01 <= share <= 0.99 or share == 1 else f"{100 * share:.2g}%"
 
 
+def _does(method: Method) -> str:
+    """What a method does to each kind of weights that it steps otherwise."""
+    said = list(dict.fromkeys(f"{rule.name}: {_rule(rule)}" for rule in method.rules))
+    decays = "+".join(map(str, method.spec.decays))
+    return " | ".join(said) + (f" | when and how weights decay: {decays}" if decays else "")
+
+
 def _rule(rule: UpdateRule) -> str:
     """What :func:`normwise.describe` says of an optimizer, in words."""
     parts = [f"update {rule.update.value}"]
@@ -367,55 +395,6 @@ def _rule(rule: UpdateRule) -> str:
     said = "no decay" if rule.coupling is Coupling.NONE else f"decay {rule.coupling.value}"
     parts.append(said)
     return "; ".join(parts)
-
-
-_CLASSES = {
-    "sgd": ("torch.optim.SGD", ", momentum=0.9"),
-    "sgdp": ("normwise.SGDP", ", momentum=0.9"),
-    "adam": ("torch.optim.Adam", ""),
-    "adamw": ("torch.optim.AdamW", ""),
-    "adamp": ("normwise.AdamP", ""),
-}
-
-
-def _code(method: Method, setting: Setting, inspected: Inspected) -> str:
-    spec = method.spec
-    imports = ["import torch", "import normwise"]
-    if spec.code is not None:
-        module, _, factory = spec.code.partition(":")
-        imports.append(f"from {module} import {factory}")
-        maker, more = factory, ""
-    elif spec.name in _CLASSES:
-        maker, more = _CLASSES[spec.name]
-    else:
-        maker, more = f"torch.optim.{spec.name.removeprefix('torch:')}", ""
-    lines = [
-        *imports,
-        "",
-        "matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]",
-        "vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]",
-        "groups = [",
-        f'    {{"params": matrices, "weight_decay": {setting.weight_decay!r}}},',
-        '    {"params": vectors, "weight_decay": 0.0},  # biases, gains',
-        "]",
-        f"optimizer = {maker}(groups, lr={setting.lr!r}{more})",
-    ]
-    if inspected.invariant:
-        lines += ["", "# The scale-invariant weights, and the slices whose norms are free:"]
-        shown = list(inspected.invariant.items())[:_SHOWN]
-        lines.append("views = {")
-        lines += [f"    {name!r}: {view!r}," for name, (view, _) in shown]
-        if len(inspected.invariant) > _SHOWN:
-            lines.append(f"    # … {len(inspected.invariant)} in all: normwise.analyze(model, x)")
-        lines.append("}")
-    if spec.wrappers:
-        lines += [
-            "",
-            "params = dict(model.named_parameters())",
-            "invariant = {params[name]: view for name, view in views.items()}",
-            *(f"optimizer = normwise.{w}(optimizer, invariant)" for w in spec.wrappers[::-1]),
-        ]
-    return "\n".join(lines) + "\n"
 
 
 def render(answer: Answer, identity: Mapping[str, Any]) -> str:
@@ -442,7 +421,7 @@ def render(answer: Answer, identity: Mapping[str, Any]) -> str:
         title=answer.headline,
         page_title=f"{answer.name}: {answer.headline}",
         subtitle=(
-            f"{listed([m.label for m in answer.methods.values()])} on {answer.task}: "
+            f"{listed([m.label for m in answer.methods.values()])} on {answer.name}: "
             f"{facts.get('train_examples', '?')} examples to learn from, "
             f"{facts.get('test_examples', '?')} to test on, {settings['epochs']} epochs, "
             f"{settings['seeds']} seeds"
@@ -462,7 +441,7 @@ def render(answer: Answer, identity: Mapping[str, Any]) -> str:
             for name, m in answer.methods.items()
         ],
         charts=[c for c in charts if not c.empty],
-        rules=[(m.label, _rule(m.rule)) for m in answer.methods.values()],
+        rules=[(m.label, _does(m)) for m in answer.methods.values()],
         invariant=[
             (name, f"{view}, {size} numbers")
             for name, (view, size) in answer.inspected.invariant.items()

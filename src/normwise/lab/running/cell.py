@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normwise.lab.data.own import fingerprint
 from normwise.lab.environment import environment
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.optimizers import parse as parse_optimizer
@@ -42,7 +43,16 @@ from normwise.lab.tasks.kinds import is_own, kind
 from normwise.lab.tasks.problem import Problem
 from normwise.lab.trust import is_code, source_hash, trusting
 
-__all__ = ["CONFIG", "RESULT", "DiskFull", "check_device", "config_of", "now", "run_cell"]
+__all__ = [
+    "CONFIG",
+    "RESULT",
+    "DiskFull",
+    "check_device",
+    "config_of",
+    "now",
+    "one_thread",
+    "run_cell",
+]
 
 SCHEMA = 2
 CONFIG, RESULT = "config.json", "result.json"
@@ -73,7 +83,10 @@ def config_of(cell: RecipeCell, device: str, processes: Processes = ALONE) -> di
         getattr(cell.options, "network", ""),
         parse_optimizer(cell.training.optimizer).code or "",
     )
-    if sources := {name: source_hash(name) for name in names if is_code(name)}:
+    sources = {name: source_hash(name) for name in names if is_code(name)}
+    if data := getattr(cell.options, "data", "") if is_own(cell.task) else "":
+        sources[data] = fingerprint(data)
+    if sources:
         config["source"] = sources
     # As it will be read back: tuples become lists.
     return dict(json.loads(json.dumps(config)))
@@ -130,7 +143,7 @@ def run_cell(
     folder = out / cell.folder
     with ExitStack() as held:
         held.enter_context(trusting(trust))
-        held.enter_context(_one_thread())
+        held.enter_context(one_thread())
         held.enter_context(_room_in(folder))
         config = config_of(cell, device, processes)
 
@@ -160,6 +173,11 @@ def _check_divisible(cell: RecipeCell, processes: Processes) -> None:
             "of a batch's parts; train it in one process"
         )
     training = cell.training
+    if decays := parse_optimizer(training.optimizer).decays:
+        raise UsageError(
+            f"the decay {'+'.join(map(str, decays))} is not allowed with --parallel; train it in "
+            "one process"
+        )
     if training.coupling != "own" or training.decay_window != (0.0, 1.0):
         raise UsageError(
             f"coupling {training.coupling!r} and decay_window {list(training.decay_window)} are "
@@ -190,8 +208,8 @@ def _room_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread: small networks gain nothing from more, and sums keep their order."""
+def one_thread() -> Iterator[None]:
+    """Inside, one thread computes: small networks gain nothing from more, and sums keep order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -382,7 +400,8 @@ class _CellStart:
                     left = (now - begin) / (trainer.done - first)
                     left *= trainer.total_steps - trainer.done
                     share = trainer.done / trainer.total_steps
-                    self.observe(Progress(self.cell, share, trainer.loss, left))
+                    growth = trainer.growth if self.processes.kind is None else None
+                    self.observe(Progress(self.cell, share, trainer.loss, growth, left))
                 if trainer.step < trainer.steps and self._due(saved):
                     trainer.save()
                     saved = time.monotonic()

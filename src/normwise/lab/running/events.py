@@ -9,7 +9,31 @@ from typing import Any
 from normwise.lab.recipes.schema import RecipeCell
 from normwise.monitor import Monitor
 
-__all__ = ["Event", "Finished", "Measured", "Observer", "Progress", "Started", "ignore"]
+__all__ = [
+    "Event",
+    "Finished",
+    "Measured",
+    "Observer",
+    "Planned",
+    "Progress",
+    "Started",
+    "ignore",
+]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A few steps have been timed, and nothing else has begun.
+
+    Args:
+        trainings: how many there are to be.
+        seconds: that they are expected to take.
+        gave_up: what was asked for and does not fit into the budget, in words; may be empty.
+    """
+
+    trainings: int
+    seconds: float
+    gave_up: str
 
 
 @dataclass(frozen=True)
@@ -33,12 +57,15 @@ class Progress:
         cell: which.
         share: of its steps that have been taken, from 0 to 1.
         loss: mean over the epoch so far.
+        growth: of the norm of its scale-invariant weights, end over start; None where there are
+            none.
         seconds_left: estimated from the steps since it was started.
     """
 
     cell: RecipeCell
     share: float
     loss: float
+    growth: float | None
     seconds_left: float
 
 
@@ -72,7 +99,7 @@ class Finished:
     result: dict[str, Any]
 
 
-Event = Started | Progress | Measured | Finished
+Event = Planned | Started | Progress | Measured | Finished
 Observer = Callable[[Event], None]
 
 

@@ -34,6 +34,7 @@ class _Work:
 
     Args:
         out, root, device, checkpoint_seconds, trust: as of :func:`run_cell`.
+        place: the folder in which modules and data of the user's are found.
         observe: called where the cell is trained.
     """
 
@@ -42,6 +43,7 @@ class _Work:
     device: str
     checkpoint_seconds: float
     trust: tuple[str, ...]
+    place: Path
     observe: Observer
 
     def __call__(self, cell: RecipeCell, processes: Processes = ALONE) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def run_cells(
     check_trust(cells, trust)
     # Those that start from another training come when all others are finished.
     waves = [[c for c in cells if (c.start is None) == first] for first in (True, False)]
-    where = out.absolute(), root.absolute(), device, checkpoint_seconds, tuple(trust)
+    where = out.absolute(), root.absolute(), device, checkpoint_seconds, tuple(trust), Path.cwd()
     results: dict[str, dict[str, Any]] = {}
     for wave in filter(None, waves):
         if executor == "ray":
@@ -245,6 +247,7 @@ def _connect_to_ray() -> Any:
 
 
 def _run(work: _Work, cell: RecipeCell) -> dict[str, Any]:
+    os.chdir(work.place)  # a worker of Ray's begins elsewhere
     return work(cell)
 
 

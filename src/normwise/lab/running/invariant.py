@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, nn
 
 from normwise.geometry import View
-from normwise.invariance import analyze
+from normwise.invariance import Report, analyze
 from normwise.lab.tasks.problem import Problem
 
-__all__ = ["invariant_views"]
+__all__ = ["Analyzed", "invariant_views"]
 
 _EXAMPLES = 4
 _Calls = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-def invariant_views(problem: Problem, batch_size: int) -> tuple[dict[str, View], str | None]:
+class Analyzed(NamedTuple):
+    """What is known of a network's weights.
+
+    Attributes:
+        views: of the scale-invariant weights that train, by the names of their parameters.
+        not_analyzed: why there are none, where the network could not be analyzed.
+        report: of the analysis, if there is one.
+    """
+
+    views: dict[str, View]
+    not_analyzed: str | None
+    report: Report | None
+
+
+def invariant_views(problem: Problem, batch_size: int) -> Analyzed:
     """The views of the scale-invariant weights that train, by the names of their parameters.
 
     The network is analyzed on the inputs that its outermost modules get in the loss of four
@@ -26,9 +40,6 @@ def invariant_views(problem: Problem, batch_size: int) -> tuple[dict[str, View],
     Args:
         problem: data and a network, which is whole on this process.
         batch_size: of the batch from which the examples are taken.
-
-    Returns:
-        The views; and why there are none, where the network could not be analyzed.
     """
     chosen = problem.batches(batch_size, Generator().manual_seed(0))[0][:_EXAMPLES]
     calls = _calls(problem, problem.batch(chosen, Generator().manual_seed(0)))
@@ -41,9 +52,10 @@ def invariant_views(problem: Problem, batch_size: int) -> tuple[dict[str, View],
     try:
         report = analyze(problem.model, forward, joint=False)
     except (ValueError, RuntimeError) as error:
-        return {}, str(error)
+        return Analyzed({}, str(error), None)
     trained = {name for name, p in problem.model.named_parameters() if p.requires_grad}
-    return {name: view for name, view in report.views().items() if name in trained}, None
+    views = {name: view for name, view in report.views().items() if name in trained}
+    return Analyzed(views, None, report)
 
 
 def _calls(problem: Problem, batch: Any) -> _Calls:

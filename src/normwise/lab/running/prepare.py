@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import reduce
+from operator import mul
 from types import MappingProxyType
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normwise.decay import L2, DecayScheduler, Decoupled, EpsilonShiftedL2, Policy, Window
+from normwise.decay import L2, DecayScheduler, Decoupled, EpsilonShiftedL2, Policy, Schedule, Window
 from normwise.geometry import View
+from normwise.invariance import Report
 from normwise.lab.errors import UsageError
 from normwise.lab.optimizers import parse
 from normwise.lab.recipes.schema import Training
@@ -31,7 +34,10 @@ _POLICY: dict[str, Policy] = {
 
 
 def make_optimizer(
-    model: nn.Module, training: Training, views: Mapping[Tensor, View] = MappingProxyType({})
+    model: nn.Module,
+    training: Training,
+    views: Mapping[Tensor, View] = MappingProxyType({}),
+    report: Report | None = None,
 ) -> Optimizer:
     """The optimizer of a model that is normalized, and distributed.
 
@@ -40,6 +46,7 @@ def make_optimizer(
         training: its settings.
         views: of the scale-invariant weights, which ``tangential`` and ``sphere`` act on (default:
             none).
+        report: of the analysis that found these, for optimizers of matrices alone (default: none).
     """
     spared: set[nn.Parameter] = set()
     if training.decay_on == "no-depthwise":
@@ -64,6 +71,7 @@ def make_optimizer(
         [group for group in groups if group["params"]],
         training.lr,
         views,
+        report,
     )
     if training.epsilon_shift is not None:
         with warnings.catch_warnings():
@@ -131,19 +139,22 @@ def normalize_weights(model: nn.Module, training: Training) -> None:
 
 
 def decay_within_window(optimizer: Optimizer, training: Training, steps: int) -> None:
-    """Switch the decay on and off at the shares of ``steps`` that were asked for.
+    """Let the decay follow the window and the schedules that were asked for, in ``steps`` steps.
 
     The schedule goes into the optimizer's state, and with it into the checkpoint.
     """
     start, stop = (round(share * steps) for share in training.decay_window)
-    if (start, stop) == (0, steps):
-        return
-    if start == stop:
+    factors: list[Schedule] = parse(training.optimizer).schedules(steps)
+    if (start, stop) != (0, steps) and start < stop:
+        factors.append(Window(start, stop))
+    elif start == stop:
         raise UsageError(
             f"decay_window {list(training.decay_window)} is not allowed: none of the {steps} steps "
             "lies in it"
         )
-    schedule = DecayScheduler(optimizer, Window(start, stop))
+    if not factors:
+        return
+    schedule = DecayScheduler(optimizer, reduce(mul, factors))
 
     def put(_: Optimizer, state: dict[str, Any]) -> None:
         state["decay"] = schedule.state_dict()

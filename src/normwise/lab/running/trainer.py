@@ -115,6 +115,11 @@ class Trainer:
         self.processes, self.device = processes, device
         torch.manual_seed(_seed("start", cell.seed))
         self.problem = kind(cell.task).build(cell.options, root, device)
+        if processes.kind is not None and not self.problem.divisible:
+            raise UsageError(
+                f"task {cell.task!r} is not allowed with --parallel: its loss is not the mean of "
+                "those of a batch's parts; train it in one process"
+            )
         normalize_weights(self.problem.model, self.training)
         if start is not None:
             self.problem.start_from(start)
@@ -125,12 +130,15 @@ class Trainer:
             )
         self.steps = len(self._batches(1))
         with torch.random.fork_rng():
-            self.views, self.not_analyzed = invariant_views(self.problem, self.training.batch_size)
+            analyzed = invariant_views(self.problem, self.training.batch_size)
+        self.views, self.not_analyzed, _ = analyzed
         model = self.problem.model
         self.problem.model = processes.distribute(model)
         params = dict(model.named_parameters())
         self._invariant = [(params[name], view) for name, view in self.views.items()]
-        self.optimizer = make_optimizer(self.problem.model, self.training, dict(self._invariant))
+        self.optimizer = make_optimizer(
+            self.problem.model, self.training, dict(self._invariant), analyzed.report
+        )
         decay_within_window(self.optimizer, self.training, self.total_steps)
         self._awp = self._perturbation()
         self._decayed_lrs = decayed_lrs(self.training, self.total_steps)
@@ -177,6 +185,12 @@ class Trainer:
         low = self.training.autocast == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             return self.problem.loss(batch)
+
+    @property
+    def growth(self) -> float | None:
+        """The norm of the scale-invariant weights over that at the start, as in the metrics."""
+        norm, start = self._norms()[0], self._start_norm
+        return None if norm is None or start is None else norm / start
 
     def _watch(self, model: nn.Module) -> Monitor:
         every = max(_MEASURE_EVERY, math.ceil(self.total_steps / _MEASURED))

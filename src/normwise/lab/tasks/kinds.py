@@ -13,7 +13,7 @@ import torch
 
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.tasks.problem import Metric, Problem
-from normwise.lab.trust import GIVEN, is_code
+from normwise.lab.trust import GIVEN, is_code, is_library
 
 __all__ = ["KINDS", "Kind", "is_own", "kind"]
 
@@ -53,8 +53,9 @@ class Kind:
 
 
 def is_own(name: str) -> bool:
-    """Whether a task is a problem of the user's: ``MODULE:FACTORY``, or an object at hand."""
-    return is_code(name) or name.startswith(f"{GIVEN}:")
+    """Whether a task is a problem of the user's: ``MODULE:FACTORY``, an object at hand, or a
+    network of a library."""
+    return is_code(name) or is_library(name) or name.startswith(f"{GIVEN}:")
 
 
 def kind(name: str) -> Kind:
@@ -65,7 +66,7 @@ def kind(name: str) -> Kind:
     """
     if is_own(name):
         own = import_module("normwise.lab.tasks.own")
-        return Kind(name, own.OwnOptions, (), False, partial(own.build, name))
+        return Kind(name, own.OwnOptions, (), True, partial(own.build, name))
     if name not in KINDS:
         raise UsageError(f"unknown task {name!r}: {nearest(name, KINDS)}")
     module_name, class_name = KINDS[name]

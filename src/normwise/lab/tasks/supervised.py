@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import default_collate
 
+from normwise.lab.data.examples import Part, Reading, checked_parts, checked_workers
 from normwise.lab.errors import UsageError, nearest
+from normwise.lab.imports import reason
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
 __all__ = ["LOSSES", "MEASURES", "Measure", "Supervised", "supervised"]
@@ -152,18 +153,21 @@ def supervised(
     warmup: float = 0.0,
     target: str | None = None,
     validation: Any = None,
+    workers: int | None = None,
     name: str = "",
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Supervised:
     """Your network and your data, to be compared on.
 
     Examples are tensors, arrays or numbers in tuples, of which the last is the target, or in dicts,
-    of which one entry is; the rest are the network's arguments. Of a network's output that has
-    ``logits``, these count.
+    of which one entry is; the rest are the network's arguments, those of a dict by name as far as
+    the network takes them. Of a network's output that has ``logits``, these count.
 
     Args:
         make_model: makes the network, with weights drawn from torch's generator.
-        train: what to learn from: a map-style dataset, or an iterable one with a length, whose own
-            order is kept. Examples are made when they are needed, and nothing is copied.
+        train: what to learn from: a map-style dataset, one of Hugging Face's ``datasets``, or an
+            iterable one with a length, whose own order is kept. Examples are made when they are
+            needed, and nothing is copied.
         test: what to test on.
         loss: ``"cross-entropy"``, ``"binary-cross-entropy"``, ``"mse"``, ``"l1"``, ``"huber"``;
             ``"next-token"`` for language, where examples are sequences of token ids; or a function
@@ -177,7 +181,11 @@ def supervised(
         warmup: the share of the steps in which the learning rate rises from 0 (default: 0).
         target: which entry of a dict is the target (default: labels, label, target, targets or y).
         validation: what settings are chosen by (default: a tenth of ``train``).
+        workers: processes that make batches of map-style data ahead of need, to the same bits; the
+            data must be such that they can be sent to one (default: the environment's
+            ``NORMWISE_WORKERS``, or none).
         name: as a reader sees it (default: that of the network's class).
+        facts: what a reader should know of the data (default: nothing).
 
     Returns:
         A problem, for :func:`normwise.lab.compare` and recipes.
@@ -192,11 +200,6 @@ def supervised(
             f"make_model is of type {type(make_model).__name__}; must be a function that makes a "
             "network, so that every method and seed starts from one of its own"
         )
-    for option, value in (("batch_size", batch_size), ("epochs", epochs)):
-        if type(value) is not int or value < 1:
-            raise UsageError(f"{option} {value!r} is not allowed: must be a whole number above 0")
-    if schedule not in _SCHEDULES:
-        raise UsageError(f"unknown schedule {schedule!r}: {nearest(str(schedule), _SCHEDULES)}")
     if isinstance(loss, str):
         how, default = LOSSES[loss], LOSSES[loss].measures
     else:
@@ -209,23 +212,32 @@ def supervised(
     measures = [MEASURES[m] if isinstance(m, str) else m for m in wanted]
     if not measures:
         measures = [Measure(_lower("loss", "test loss"), how.of)]
-    parts = {"train": train, "test": test}
-    parts |= {} if validation is None else {"validation": validation}
-    for part, data in parts.items():
-        _check_data(part, data)
-    defaults = {"batch_size": batch_size, "schedule": schedule, "epochs": epochs, "warmup": warmup}
-    return Supervised(make_model, parts, how, tuple(measures), collate, target, defaults, name)
+    return Supervised(
+        make_model,
+        checked_parts(train, test, validation),
+        how,
+        tuple(measures),
+        checked_defaults(batch_size, schedule, epochs, warmup),
+        collate=collate,
+        target=target,
+        workers=checked_workers(workers),
+        name=name,
+        facts=facts,
+    )
 
 
-def _check_data(part: str, data: Any) -> None:
-    try:
-        size = len(data)
-    except TypeError:
-        raise UsageError(
-            f"the {part} data ({type(data).__name__}) have no length; must have `__len__`"
-        ) from None
-    if size < 1:
-        raise UsageError(f"the {part} data are empty: must have one example or more")
+def checked_defaults(batch_size: int, schedule: str, epochs: int, warmup: float) -> dict[str, Any]:
+    """The settings of a training, by name.
+
+    Raises:
+        UsageError: for a value that is not allowed.
+    """
+    for option, value in (("batch_size", batch_size), ("epochs", epochs)):
+        if type(value) is not int or value < 1:
+            raise UsageError(f"{option} {value!r} is not allowed: must be a whole number above 0")
+    if schedule not in _SCHEDULES:
+        raise UsageError(f"unknown schedule {schedule!r}: {nearest(str(schedule), _SCHEDULES)}")
+    return {"batch_size": batch_size, "schedule": schedule, "epochs": epochs, "warmup": warmup}
 
 
 class Supervised(Problem):
@@ -242,24 +254,43 @@ class Supervised(Problem):
         parts: Mapping[str, Any],
         loss: TrainingLoss,
         measures: tuple[Measure, ...],
+        defaults: Mapping[str, Any],
+        *,
         collate: Callable[[list[Any]], Any] | None,
         target: str | None,
-        defaults: Mapping[str, Any],
+        workers: int,
         name: str,
+        facts: Mapping[str, Any],
     ) -> None:
         self.make_model, self.parts, self._loss, self.measures = make_model, parts, loss, measures
         self._collate, self._target, self.name = collate or default_collate, target, name
+        self._workers, self._facts = workers, dict(facts)
+        self._takes: frozenset[str] | None = None
         self.defaults = dict(defaults)
         self.metrics = tuple(measure.metric for measure in measures)
         self.device = torch.device("cpu")
         self.baseline = {}
-        self._train = _Part("train", parts["train"])
-        self._test = _Part("test", parts["test"])
-        self._describe()
+        # By the share that is held out: workers are started once, whatever the number of networks.
+        self._readings: dict[float, Reading] = {}
+        self._divide(0.0)
 
-    def _describe(self) -> None:
-        self.examples = len(self._train)
-        self.facts = {"train_examples": self.examples, "test_examples": len(self._test)}
+    def _divide(self, held_out: float) -> None:
+        """Learn from one part of the data, and test on another."""
+        if held_out not in self._readings:
+            train, test = Part("train", self.parts["train"]), Part("test", self.parts["test"])
+            if held_out and "validation" in self.parts:
+                test = Part("validation", self.parts["validation"])
+            elif held_out:
+                train, test = train.divided(held_out)
+            parts = {"train": train, "test": test}
+            self._readings[held_out] = Reading(parts, self._collate, self._workers)
+        self._reading = self._readings[held_out]
+        self.examples = len(self._reading.parts["train"])
+        self.facts = {
+            "train_examples": self.examples,
+            "test_examples": len(self._reading.parts["test"]),
+            **self._facts,
+        }
 
     def fresh(self, device: torch.device, held_out: float = 0.0) -> Supervised:
         """The same data, and a network that is drawn now.
@@ -276,8 +307,10 @@ class Supervised(Problem):
         new = copy.copy(self)
         try:
             model = self.make_model()
+        except UsageError:
+            raise
         except Exception as error:
-            raise UsageError(f"make_model raised {_reason(error)}") from error
+            raise UsageError(f"make_model raised {reason(error)}") from error
         if not isinstance(model, nn.Module):
             raise UsageError(
                 f"make_model returned an object of type {type(model).__name__}; must be an "
@@ -286,16 +319,13 @@ class Supervised(Problem):
         if not any(p.requires_grad and p.numel() for p in model.parameters()):
             raise UsageError(f"the network ({type(model).__name__}) has no parameters to train")
         new.model, new.device = model.to(device), device
-        if held_out and "validation" in self.parts:
-            new._test = _Part("validation", self.parts["validation"])
-        elif held_out:
-            new._train, new._test = self._train.divided(held_out)
-        new._describe()
+        new._takes = _argument_names(model)
+        new._divide(held_out)
         return new
 
     def batches(self, size: int, draw: Generator) -> Tensor:
         """The examples of each step; those of an iterable dataset stay in their order."""
-        if not self._train.iterable:
+        if not self._reading.parts["train"].iterable:
             return super().batches(size, draw)
         steps = self.examples // size
         return torch.arange(steps * size).view(steps, size)
@@ -306,40 +336,36 @@ class Supervised(Problem):
 
     def stream(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[Any]:
         """The batch of each step; an iterable dataset is run through up to the first."""
-        read = self._train.reader(int(steps[0, 0]) if len(steps) else 0)
-        for chosen, draw in zip(steps, draws, strict=True):
-            with _seeded(draw):
-                batch = self._made(self._train.name, read(chosen.tolist()), chosen.tolist())
-            yield batch
+        return self._batches("train", map(Tensor.tolist, steps), draws)
 
-    def _made(self, part: str, examples: list[Any], numbers: list[int]) -> Any:
-        """A batch on the device, split into arguments and target, and found to be finite."""
-        try:
-            batch = self._collate(examples)
-        except Exception as error:
-            raise UsageError(
-                f"the {part} data cannot be made a batch ({_reason(error)}): give a collate"
-            ) from error
-        for tensor in _tensors(batch):
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise UsageError(
-                    f"the {part} data hold NaN or infinity, in one of the examples "
-                    f"{_some(numbers)}: clean them, or fill the gaps"
-                )
-        return self._split(_moved(batch, self.device))
+    def _tests(self) -> Iterator[tuple[list[int], Any]]:
+        """The numbers of the test examples, and their batches."""
+        size, count = self.defaults["batch_size"], len(self._reading.parts["test"])
+        numbers = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+        draws = (Generator().manual_seed(some[0]) for some in numbers)
+        return zip(numbers, self._batches("test", numbers, draws), strict=True)
+
+    def _batches(
+        self, part: str, numbers: Iterable[list[int]], draws: Iterable[Generator]
+    ) -> Iterator[Any]:
+        """Batches of these examples on the device, split into arguments and target."""
+        jobs = (
+            (part, some, int(torch.randint(2**31, (), generator=draw)))
+            for some, draw in zip(numbers, draws, strict=True)
+        )
+        for batch in self._reading.run(part, jobs):
+            yield self._split(_moved(batch, self.device))
 
     def _split(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Positional and named arguments of the network, and the target."""
         if isinstance(batch, Mapping):
-            named = dict(batch)
-            key = self._target or next((k for k in _TARGETS if k in named), None)
-            if key is not None and key in named:
-                target = named.pop(key)
-                return (), named, target
-            if self._loss.shifted and "input_ids" in named:
-                ids = named["input_ids"]
-                return (), {"input_ids": ids[:, :-1]}, ids[:, 1:]
-            keys = ", ".join(map(str, named))
+            key = self._target or next((k for k in _TARGETS if k in batch), None)
+            named = {k: v for k, v in batch.items() if k != key and self._takes_named(k)}
+            if self._loss.shifted and "input_ids" in batch:
+                return (), *_shifted(named, batch["input_ids"], batch.get(key))
+            if key is not None and key in batch:
+                return (), named, batch[key]
+            keys = ", ".join(map(str, batch))
             raise UsageError(
                 f"no target {(self._target or 'labels')!r} among the examples' entries {keys}: "
                 "give target="
@@ -353,6 +379,9 @@ class Supervised(Problem):
             "an example is one value, and no target: must be a tuple (input, target) or a dict"
         )
 
+    def _takes_named(self, name: str) -> bool:
+        return self._takes is None or name in self._takes
+
     def _output(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         try:
             out = self.model(*args, **named)
@@ -362,7 +391,7 @@ class Supervised(Problem):
             shapes = ", ".join(_shape(value) for value in (*args, *named.values()))
             raise UsageError(
                 f"the network ({type(self.model).__name__}) fails on a batch of {shapes}: "
-                f"{_reason(error)}"
+                f"{reason(error)}"
             ) from error
         if isinstance(out, Mapping) and "logits" in out:
             return out["logits"]
@@ -376,7 +405,7 @@ class Supervised(Problem):
         except Exception as error:
             raise UsageError(
                 f"the network's output ({_shape(output)}) does not fit the loss or metric with "
-                f"targets ({_shape(target)}): {_reason(error)}"
+                f"targets ({_shape(target)}): {reason(error)}"
             ) from error
 
     def _check_labels(self, output: Any, target: Any) -> None:
@@ -413,12 +442,7 @@ class Supervised(Problem):
         self.model.eval()
         totals, counts = [0.0] * len(self.measures), [0] * len(self.measures)
         wrong: list[int] | None = []
-        size = self.defaults["batch_size"]
-        read = self._test.reader(0)
-        for start in range(0, len(self._test), size):
-            numbers = list(range(start, min(start + size, len(self._test))))
-            with _seeded(Generator().manual_seed(start)):
-                args, named, target = self._made(self._test.name, read(numbers), numbers)
+        for numbers, (args, named, target) in self._tests():
             output = self._output(args, named)
             for i, measure in enumerate(self.measures):
                 values = self._applied(measure.of, output, target)
@@ -440,100 +464,30 @@ class Supervised(Problem):
         return Evaluation(metrics, wrong if judged else None)
 
 
-class _Part:
-    """Data by number, or one after the other.
-
-    Args:
-        name: as errors have it.
-        data: a dataset.
-        chosen: which of a map-style dataset's (default: all).
-    """
-
-    def __init__(self, name: str, data: Any, chosen: Sequence[int] | None = None) -> None:
-        self.name, self.data, self.chosen = name, data, chosen
-        self.iterable = isinstance(data, IterableDataset) or not hasattr(data, "__getitem__")
-
-    def __len__(self) -> int:
-        return len(self.data) if self.chosen is None else len(self.chosen)
-
-    def divided(self, share: float) -> tuple[_Part, _Part]:
-        """Two parts, always the same: what is left, and the share that is held out."""
-        held = round(share * len(self))
-        if self.iterable or not 0 < held < len(self):
-            why = "can only be run through" if self.iterable else f"are {len(self)} examples"
-            raise UsageError(
-                f"no part of the training data can be held out, which {why}: give supervised() "
-                "validation data"
-            )
-        order = torch.randperm(len(self), generator=Generator().manual_seed(0)).tolist()
-        return (
-            _Part(self.name, self.data, sorted(order[held:])),
-            _Part("validation", self.data, sorted(order[:held])),
-        )
-
-    def reader(self, start: int) -> Callable[[list[int]], list[Any]]:
-        """What gives the examples of these numbers, which of an iterable are the next ones."""
-        if self.iterable:
-            source = islice(iter(self.data), start, None)
-            return lambda numbers: self._following(source, len(numbers))
-        return lambda numbers: [self._one(n) for n in numbers]
-
-    def _following(self, source: Iterator[Any], count: int) -> list[Any]:
-        found = list(islice(source, count))
-        if len(found) < count:
-            raise UsageError(
-                f"the {self.name} data end before their length, {len(self)}: `__len__` must be the "
-                "number of examples"
-            )
-        return found
-
-    def _one(self, number: int) -> Any:
-        place = number if self.chosen is None else self.chosen[number]
-        try:
-            return self.data[place]
-        except Exception as error:
-            raise UsageError(
-                f"example {place} of the {self.name} data: {_reason(error)}"
-            ) from error
-
-
-@contextmanager
-def _seeded(draw: Generator) -> Iterator[None]:
-    """Inside, what datasets draw, from whichever usual generator, depends on ``draw`` alone."""
-    seed = int(torch.randint(2**31, (), generator=draw))
-    state = random.getstate()
-    random.seed(seed)
-    numpy = _numpy()
-    before = None if numpy is None else numpy.random.get_state()
-    if numpy is not None:
-        numpy.random.seed(seed)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(before)
-
-
-def _numpy() -> Any:
-    try:
-        import numpy
-    except ImportError:
+def _argument_names(model: nn.Module) -> frozenset[str] | None:
+    """What a network can be given by name; None if it takes anything."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
-    return numpy
+    return frozenset(p.name for p in parameters)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
+def _shifted(
+    named: dict[str, Any], ids: Tensor, labels: Tensor | None
+) -> tuple[dict[str, Any], Tensor]:
+    """Arguments without the last place of each sequence, and what stands one place on.
+
+    Where ``attention_mask`` is 0 nothing is predicted.
+    """
+    wanted = ids if labels is None else labels
+    mask = named.get("attention_mask")
+    if mask is not None:
+        wanted = wanted.masked_fill(mask == 0, -100)
+    cut = {
+        k: v[:, :-1] if isinstance(v, Tensor) and v.shape == ids.shape else v
+        for k, v in named.items()
+    }
+    return cut, wanted[:, 1:]
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -552,13 +506,3 @@ def _shape(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return type(value).__name__
-
-
-def _some(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:4]))
-    return shown if len(numbers) <= 4 else f"{shown}, … ({len(numbers)} in all)"
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -119,12 +119,12 @@ def _ratio(a, b):
 def _coefficients(sums, path, options, radius):
     """a − 1 and b of a slice; see normwise.optim.motion."""
     ww, wd, dd = sums[WW], sums[WD], sums[DD]
+    if path == FREE:
+        return options[KEEP] - 1 - _ratio(wd, ww), 1.0
     norm = math.sqrt(ww)
     radial = _ratio(wd, norm)
     square = dd - radial * radial
     tangential = math.sqrt(square) if square > 0 else 0.0 * square
-    if path == FREE:
-        return options[KEEP] - 1 - _ratio(wd, ww), 1.0
     if path == FIXED:
         back = _ratio(norm, math.hypot(norm, tangential))
         return (1 - _ratio(wd, ww)) * back - 1, back

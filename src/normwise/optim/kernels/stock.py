@@ -53,29 +53,27 @@ class _Weight:
         return [_Piece(self, a, min(step, self.slices - a)) for a in range(0, self.slices, step)]
 
 
-@dataclass(frozen=True)
 class _Piece:
     """Some slices of a weight, one run of memory."""
 
-    weight: _Weight
-    first: int
-    count: int
-
-    @property
-    def entries(self) -> int:
-        return self.count * self.weight.length
+    def __init__(self, weight: _Weight, first: int, count: int) -> None:
+        self.weight, self.first, self.count = weight, first, count
+        self.entries = count * weight.length
+        self._start = first * weight.length
+        # A run in memory order: slices that are not scattered are its rows.
+        self._is_rows = weight.outer == 1
+        self.shape = (count, weight.inner) if self._is_rows else (weight.outer, count, weight.inner)
+        self._strides = (
+            (weight.inner, 1) if self._is_rows else (count * weight.inner, weight.inner, 1)
+        )
 
     def of(self, t: Tensor) -> Tensor:
         """This run of memory of a tensor that lies as the weight does, an alias."""
-        start = t.storage_offset() + self.first * self.weight.length
-        return t.as_strided((self.entries,), (1,), start)
+        return t.as_strided(self.shape, self._strides, t.storage_offset() + self._start)
 
     def slices(self, run: Tensor) -> Tensor:
         """A run as an alias (slices, entries), or (slices, outer, inner) if they are scattered."""
-        outer, slices, inner = self.weight.outer, self.count, self.weight.inner
-        if outer == 1:
-            return run.view(slices, inner)
-        return run.view(outer, slices, inner).transpose(0, 1)
+        return run if self._is_rows else run.transpose(0, 1)
 
 
 class _Batch:
@@ -261,8 +259,9 @@ class StockPlan:
         """
         step = move.step
         room = self.room if b.entries <= len(self.room) else self.room.new_empty(b.entries)
-        moved = torch.split(room[: b.entries].zero_(), b.sizes)
-        move.zeros_(list(moved), *(b.of(t) for t in tensors[1:]), indices=b.indices)
+        runs = torch.split(room[: b.entries].zero_(), b.sizes)
+        moved = [run.view(p.shape) for run, p in zip(runs, b.pieces, strict=True)]
+        move.zeros_(moved, *(b.of(t) for t in tensors[1:]), indices=b.indices)
         ws, ss = b.slices(b.of(tensors[0])), b.slices(moved)
 
         fixed = step.norm == "fixed"
