@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 __all__ = ["Canvas"]
 
 
-class Canvas(Figure):  # type: ignore[misc]  # matplotlib has no types
+class Canvas(Figure):
     """One that is not pyplot's, so it belongs to no window and shows itself in a notebook.
 
     Args:
