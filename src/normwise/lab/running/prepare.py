@@ -143,6 +143,8 @@ def decay_within_window(optimizer: Optimizer, training: Training, steps: int) ->
 
     The schedule goes into the optimizer's state, and with it into the checkpoint.
     """
+    if steps == 0:  # weights that are only tested
+        return
     start, stop = (round(share * steps) for share in training.decay_window)
     factors: list[Schedule] = parse(training.optimizer).schedules(steps)
     if (start, stop) != (0, steps) and start < stop:
