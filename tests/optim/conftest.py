@@ -63,7 +63,12 @@ def compiler(request, monkeypatch):
     """Whose kernels ``fused=True`` takes on CPU tensors."""
     require(request.param)
     if request.param == "torch":
+        from normwise.optim.kernels import stock
+
         monkeypatch.setitem(kernels._BACKENDS, "cpu", kernels._STOCK["cpu"])
+        # So that weights of a test have several pieces, and slices longer than one.
+        monkeypatch.setattr(stock, "PIECE", 1 << 12)
+        monkeypatch.setattr(stock, "FLAT", 1 << 9)
     if request.param == "triton":
         use_triton_on_the_cpu(monkeypatch, log_block=8)
     return request.param

@@ -31,7 +31,7 @@ from normwise.monitor import Monitor
 from normwise.monitor.writers import JsonLines
 from normwise.updates import Update, describe
 
-__all__ = ["CELLS", "Choice", "Outcome", "assist", "compare", "default_folder"]
+__all__ = ["CELLS", "Choice", "Compared", "assist", "compare", "default_folder"]
 
 Record = dict[str, Any]
 Observer = Callable[[Record], None]
@@ -152,7 +152,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Compared:
     """What came of a comparison.
 
     Args:
@@ -193,7 +193,7 @@ def compare(
     folder: Path | None = None,
     observe: Observer = lambda record: None,
     processes: Processes = ALONE,
-) -> Outcome:
+) -> Compared:
     """Train every method on every seed, one after the other, and report.
 
     Ctrl-C ends the training and not the report: what has been finished is kept and marked as
@@ -245,7 +245,7 @@ def compare(
         records.append(record)
         observe(record)
 
-    def finish(status: str, **more: Any) -> Outcome:
+    def finish(status: str, **more: Any) -> Compared:
         run.update(status=status, ended=now(), seconds=round(time.monotonic() - begin, 1), **more)
         return _finish(store, run, records, monitors)
 
@@ -366,7 +366,7 @@ def _write_summary(store: RunFolder, run: dict[str, Any], records: list[Record])
 
 def _finish(
     store: RunFolder, run: dict[str, Any], records: list[Record], monitors: dict[str, Monitor]
-) -> Outcome:
+) -> Compared:
     """Write all that is made from the metrics, and the final ``run.json`` last."""
     from normwise.lab.plots import PLOTS
     from normwise.lab.report import render
@@ -376,4 +376,4 @@ def _finish(
         store.write_bytes(name, plot(run, records))
     store.write_text("report.html", render(run, records, summary, monitors))
     store.write_json("run.json", run)
-    return Outcome(store.path, run, records, summary)
+    return Compared(store.path, run, records, summary)

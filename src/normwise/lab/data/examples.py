@@ -19,7 +19,7 @@ from normwise.lab.data.folders import processes_asked_for
 from normwise.lab.errors import UsageError
 from normwise.lab.imports import reason
 
-__all__ = ["Part", "Reading", "checked_parts", "checked_workers"]
+__all__ = ["Examples", "Reading", "checked_parts", "checked_workers"]
 
 
 def checked_parts(train: Any, test: Any, validation: Any) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _check_data(part: str, data: Any) -> None:
         raise UsageError(f"the {part} data are empty: must have one example or more")
 
 
-class Part:
+class Examples:
     """Data by number, or one after the other.
 
     Args:
@@ -79,7 +79,7 @@ class Part:
     def __len__(self) -> int:
         return len(self.data) if self.chosen is None else len(self.chosen)
 
-    def divided(self, share: float) -> tuple[Part, Part]:
+    def divided(self, share: float) -> tuple[Examples, Examples]:
         """Two parts, always the same: what is left, and the share that is held out."""
         held = round(share * len(self))
         if self.iterable or not 0 < held < len(self):
@@ -90,8 +90,8 @@ class Part:
             )
         order = torch.randperm(len(self), generator=Generator().manual_seed(0)).tolist()
         return (
-            Part(self.name, self.data, sorted(order[held:])),
-            Part("validation", self.data, sorted(order[:held])),
+            Examples(self.name, self.data, sorted(order[held:])),
+            Examples("validation", self.data, sorted(order[:held])),
         )
 
     def reader(self, start: int) -> Callable[[list[int]], list[Any]]:
@@ -131,7 +131,7 @@ class Reading(Dataset[Any]):
     """
 
     def __init__(
-        self, parts: dict[str, Part], collate: Callable[[list[Any]], Any], workers: int
+        self, parts: dict[str, Examples], collate: Callable[[list[Any]], Any], workers: int
     ) -> None:
         self.parts, self.collate, self.workers = parts, collate, workers
         self._ahead: Ahead | None = None

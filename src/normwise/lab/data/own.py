@@ -30,7 +30,7 @@ from normwise.lab.data.files import DataError
 from normwise.lab.data.folders import MEAN, STD, central, image_folder, list_images
 from normwise.lab.errors import UsageError, nearest
 
-__all__ = ["BYTES", "KINDS", "Source", "fingerprint", "open_data"]
+__all__ = ["BYTES", "KINDS", "OwnData", "fingerprint", "open_data"]
 
 KINDS = ("csv", "folder", "text")
 BYTES = 256
@@ -46,7 +46,7 @@ _HASHED_WHOLE = 64 << 20
 
 
 @dataclass(frozen=True)
-class Source:
+class OwnData:
     """Data of the user's, with what a network for them has to know.
 
     Args:
@@ -72,7 +72,7 @@ class Source:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def open_data(name: str, size: int | None = None, tokenizer: Path | None = None) -> Source:
+def open_data(name: str, size: int | None = None, tokenizer: Path | None = None) -> OwnData:
     """The data of this name.
 
     Args:
@@ -260,7 +260,7 @@ class _Seen:
         return math.sqrt(self.squares / max(self.count, 1)) or 1.0
 
 
-def _table(path: Path, target: str) -> Source:
+def _table(path: Path, target: str) -> OwnData:
     with _opened(path) as file:
         try:
             header = file.readline().decode("utf-8-sig")
@@ -302,7 +302,7 @@ def _table(path: Path, target: str) -> Source:
         raise DataError(f"{path} has no column to learn {target!r} from")
     train, test = (Rows(path, delimiter, starts, part, columns, wanted) for part in parts)
     facts = {"left_out": ", ".join(left_out)} if left_out else {}
-    return Source(
+    return OwnData(
         "csv",
         train,
         test,
@@ -393,7 +393,7 @@ class Images(Dataset[Any]):
         return (planes - mean[:, None, None]) / std[:, None, None], int(self.labels[number])
 
 
-def _images(root: Path, size: int) -> Source:
+def _images(root: Path, size: int) -> OwnData:
     if not root.is_dir():
         raise DataError(f"there is no folder {str(root)!r}")
     if (root / "train").is_dir():
@@ -417,7 +417,7 @@ def _images(root: Path, size: int) -> Source:
             for part in (False, True)
         ]
     train, test = (Images(paths, labels.tolist(), size) for paths, labels in parts)
-    return Source("folder", train, test, "cross-entropy", 3, len(classes), size)
+    return OwnData("folder", train, test, "cross-entropy", 3, len(classes), size)
 
 
 # Texts
@@ -468,7 +468,7 @@ class Tokens(Dataset[Any]):
         return self.ids[first : first + self.length + 1].long()
 
 
-def _text(path: Path, length: int, tokenizer: Path | None) -> Source:
+def _text(path: Path, length: int, tokenizer: Path | None) -> OwnData:
     """The first nine tenths of a text to learn from, and the last to test on."""
     vocabulary, ids = BYTES, None
     if tokenizer is None:
@@ -492,7 +492,7 @@ def _text(path: Path, length: int, tokenizer: Path | None) -> Source:
 
     train, test = part(0, count - tested), part(count - tested, tested)
     facts = {"tokens": "bytes" if tokenizer is None else str(tokenizer)}
-    return Source("text", train, test, "next-token", vocabulary, vocabulary, length, facts=facts)
+    return OwnData("text", train, test, "next-token", vocabulary, vocabulary, length, facts=facts)
 
 
 def _tokenized(path: Path, tokenizer: Path) -> tuple[Tensor, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from normwise.lab.data.files import DataError, locate, read_bytes
 from normwise.lab.data.matlab import read_records
 
-__all__ = ["Items", "Split", "cars", "cub", "inshop", "sop"]
+__all__ = ["LISTS", "Items", "Split", "cars", "cub", "inshop", "sop"]
 
 # A file, and its class as the set names it: a number or a word.
 _Pair = tuple[str, Any]
@@ -202,3 +202,12 @@ def _split(
         items(test, unseen),
         None if gallery is None else items(gallery, unseen),
     )
+
+
+# By name, what reads a list of images and its split.
+LISTS: dict[str, Callable[[Path], Split]] = {
+    "cub": cub,
+    "cars": cars,
+    "sop": sop,
+    "inshop": inshop,
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from normwise.lab.data.files import DataError, locate
 
-__all__ = ["EncodedText", "brown", "encode", "tinyshakespeare", "wikitext"]
+__all__ = ["READERS", "EncodedText", "brown", "encode", "tinyshakespeare", "wikitext"]
 
 UNKNOWN = "<unk>"
 END = "<eos>"
@@ -118,3 +118,12 @@ def wikitext(root: Path, version: str = "2") -> EncodedText:
         for part in ("train", "test")
     ]
     return encode(name, parts)
+
+
+# By name, what reads a corpus: from the folder of the data sets and the most words, if by words.
+READERS: dict[str, Callable[[Path, int], EncodedText]] = {
+    "brown": brown,
+    "tinyshakespeare": lambda root, _: tinyshakespeare(root),
+    "wikitext-2": lambda root, _: wikitext(root, "2"),
+    "wikitext-103": lambda root, _: wikitext(root, "103"),
+}

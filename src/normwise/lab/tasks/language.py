@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from normwise.lab.checks import within
-from normwise.lab.data.texts import EncodedText, brown, tinyshakespeare, wikitext
+from normwise.lab.data.texts import READERS, EncodedText
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
@@ -111,15 +110,9 @@ class Transformer(nn.Module):
 
 @cache
 def _load(name: str, root: Path, vocabulary: int) -> EncodedText:
-    readers: dict[str, Callable[[], EncodedText]] = {
-        "brown": lambda: brown(root, vocabulary),
-        "tinyshakespeare": lambda: tinyshakespeare(root),
-        "wikitext-2": lambda: wikitext(root, "2"),
-        "wikitext-103": lambda: wikitext(root, "103"),
-    }
-    if name not in readers:
-        raise UsageError(f"unknown data {name!r}: {nearest(name, readers)}")
-    return readers[name]()
+    if name not in READERS:
+        raise UsageError(f"unknown data {name!r}: {nearest(name, READERS)}")
+    return READERS[name](root, vocabulary)
 
 
 def _windows(tokens: Tensor, length: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from normwise.lab.data.own import BYTES, Source, open_data
+from normwise.lab.data.own import BYTES, OwnData, open_data
 from normwise.lab.errors import UsageError
 from normwise.lab.imports import reason
 from normwise.lab.tasks.supervised import MEASURES, Measure, Supervised, supervised
@@ -66,7 +66,7 @@ def _in_units(name: str, unit: float) -> Measure:
     return replace(measure, finish=lambda mean: unit * measure.finish(mean))
 
 
-def _of_factory(name: str, factory: Callable[..., Any], source: Source) -> Callable[[], nn.Module]:
+def _of_factory(name: str, factory: Callable[..., Any], source: OwnData) -> Callable[[], nn.Module]:
     if not callable(factory):
         raise UsageError(f"{name!r} is of type {type(factory).__name__}; must be a function")
     try:
@@ -91,7 +91,7 @@ def _of_factory(name: str, factory: Callable[..., Any], source: Source) -> Calla
     return make
 
 
-def _maker(network: str, source: Source, settings: Mapping[str, Any]) -> Callable[[], nn.Module]:
+def _maker(network: str, source: OwnData, settings: Mapping[str, Any]) -> Callable[[], nn.Module]:
     kind, _, name = network.partition(":")
     if kind == "mlp":
         if source.kind != "csv":
@@ -142,7 +142,7 @@ def _tokenizer(network: str, data: str) -> Path | None:
     return file if kind == "hf" and data.startswith("text:") and file.is_file() else None
 
 
-def _narrow(name: str, source: Source) -> dict[str, Any]:
+def _narrow(name: str, source: OwnData) -> dict[str, Any]:
     """Fields of a configuration of transformers that make the network fit the data.
 
     Of a model type that is named, and is no file of the user's, those too that make it small: two
@@ -192,7 +192,7 @@ def _narrow(name: str, source: Source) -> dict[str, Any]:
     return {k: v for k, v in small.items() if known.get(k) is not None} | fitting
 
 
-def _fitting(known: Mapping[str, Any], source: Source) -> dict[str, Any]:
+def _fitting(known: Mapping[str, Any], source: OwnData) -> dict[str, Any]:
     """The fields that the data decide."""
     if source.kind == "folder":
         given: dict[str, Any] = {"num_labels": source.outputs}

@@ -15,7 +15,7 @@ from normwise.lab.augment import flip
 from normwise.lab.checks import within
 from normwise.lab.data.drawings import omniglot
 from normwise.lab.data.images import cifar100
-from normwise.lab.data.retrieval import Split, cars, cub, inshop, sop
+from normwise.lab.data.retrieval import LISTS, Split
 from normwise.lab.data.sources import DecodedImages, HeldImages, ImageSource
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks import build
@@ -175,14 +175,6 @@ READERS: dict[str, Callable[[Path, int | None, int | None], Parts]] = {
 @cache
 def _load(name: str, root: Path, train_classes: int | None, test_classes: int | None) -> Parts:
     return READERS[name](root, train_classes, test_classes)
-
-
-LISTS: dict[str, Callable[[Path], Split]] = {
-    "cub": cub,
-    "cars": cars,
-    "sop": sop,
-    "inshop": inshop,
-}
 
 
 @cache

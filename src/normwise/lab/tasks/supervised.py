@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from normwise.lab.data.examples import Part, Reading, checked_parts, checked_workers
+from normwise.lab.data.examples import Examples, Reading, checked_parts, checked_workers
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.imports import reason
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
@@ -277,9 +277,12 @@ class Supervised(Problem):
     def _divide(self, held_out: float) -> None:
         """Learn from one part of the data, and test on another."""
         if held_out not in self._readings:
-            train, test = Part("train", self.parts["train"]), Part("test", self.parts["test"])
+            train, test = (
+                Examples("train", self.parts["train"]),
+                Examples("test", self.parts["test"]),
+            )
             if held_out and "validation" in self.parts:
-                test = Part("validation", self.parts["validation"])
+                test = Examples("validation", self.parts["validation"])
             elif held_out:
                 train, test = train.divided(held_out)
             parts = {"train": train, "test": test}

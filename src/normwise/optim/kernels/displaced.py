@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from normwise.cpu_kernels import openmp
+from normwise.cpu_kernels import run_on_threads
 from normwise.optim.kernels import _displaced_numba as k
 from normwise.optim.kernels._cpu_numba import (
     CACHE_LINE,
@@ -33,13 +30,6 @@ _PATHS = {"free": k.FREE, "fixed": k.FIXED, "retract": k.RETRACT, "geodesic": k.
 # Slices longer than a chunk are looked at twice: the second time soon, out of a cache.
 _ENTRIES_A_ROUND = 1 << 20
 _RESULTS = {Outcome.MOVED: k.MOVED, Outcome.FROM_ZERO: k.FROM_ZERO, Outcome.IN_PLACE: k.IN_PLACE}
-_DIRECTLY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-@functools.cache
-def _kernels(dtype: torch.dtype) -> tuple[Any, Callable[..., None], Callable[[int], None]]:
-    task, decide = k.kernels(dtype)
-    return task, decide, _DIRECTLY(task.address)
 
 
 class DisplacedPlan:
@@ -82,7 +72,7 @@ class DisplacedPlan:
         self._radius_table = self._radii.numpy()
         self._entries = sum(w.numel() for w in weights)
         self._rounds = _rounds(self._tensors)
-        self._task, self._decide, self._directly = _kernels(dtype)
+        self._task, self._decide = k.kernels(dtype)
         self._block = np.zeros(16, np.int64)
         for entry, array in (
             (k.TENSORS, self._tensors),
@@ -140,11 +130,7 @@ class DisplacedPlan:
     def _pass(self, number: int, threads: int) -> None:
         self._block[k.PASS] = number
         self._counter[:] = 0
-        start = openmp() if threads > 1 else None
-        if start is None:
-            self._directly(self._block.ctypes.data)
-        else:
-            start(self._task.address, self._block.ctypes.data, threads, 0)
+        run_on_threads(self._task.address, self._block.ctypes.data, threads)
 
 
 def _rounds(tensors: Table) -> list[tuple[int, int]]:

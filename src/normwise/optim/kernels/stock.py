@@ -26,6 +26,8 @@ from normwise.optim.sums import GG, WG, WW, cosine, retraction_from_sums
 # Entries of a piece: few enough that what is read twice is still in cache, many enough that the
 # some thirty calls a piece do not count.
 PIECE = 1 << 18
+# Pieces of so many entries together are taken as one array in float64: it is the calls that count.
+FLAT = 1 << 14
 # Squares in float32 add up well between these; beyond, sums are made in float64.
 _LEAST, _MOST = 1e-20, 1e30
 _TINY = torch.finfo(torch.float64).tiny
@@ -61,10 +63,10 @@ class _Piece:
         self.entries = count * weight.length
         self._start = first * weight.length
         # A run in memory order: slices that are not scattered are its rows.
-        self._is_rows = weight.outer == 1
-        self.shape = (count, weight.inner) if self._is_rows else (weight.outer, count, weight.inner)
+        self.is_rows = weight.outer == 1
+        self.shape = (count, weight.inner) if self.is_rows else (weight.outer, count, weight.inner)
         self._strides = (
-            (weight.inner, 1) if self._is_rows else (count * weight.inner, weight.inner, 1)
+            (weight.inner, 1) if self.is_rows else (count * weight.inner, weight.inner, 1)
         )
 
     def of(self, t: Tensor) -> Tensor:
@@ -73,7 +75,7 @@ class _Piece:
 
     def slices(self, run: Tensor) -> Tensor:
         """A run as an alias (slices, entries), or (slices, outer, inner) if they are scattered."""
-        return run if self._is_rows else run.transpose(0, 1)
+        return run if self.is_rows else run.transpose(0, 1)
 
 
 class _Batch:
@@ -90,6 +92,11 @@ class _Batch:
         self.counts = [p.count for p in pieces]
         self.sizes = [p.entries for p in pieces]
         self.entries = sum(self.sizes)
+        # Of short slices the lengths, if their pieces are to be taken as one array.
+        self.lengths: Tensor | None = None
+        if self.entries <= FLAT and all(p.is_rows for p in pieces):
+            lengths = torch.tensor([p.weight.inner for p in pieces])
+            self.lengths = lengths.repeat_interleave(torch.tensor(self.counts))
 
     def slices(self, runs: Sequence[Tensor]) -> list[Tensor]:
         """Of each piece its slices, from its run of memory."""
@@ -227,6 +234,10 @@ class StockPlan:
 
     def _gate_sums(self, b: _Batch, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
         """⟨w, g⟩, ‖g‖², ‖w‖² of the channels of a batch; shape ``(channels, 4)``, in float64."""
+        if b.lengths is not None:
+            w, g = _flat(b.of(params)), _flat(b.of(grads))
+            wg, gg, ww = (_by_slice(x, b.lengths) for x in (w * g, g * g, w * w))
+            return torch.stack([ww, ww, wg, gg], 1)
         ws, gs = b.slices(b.of(params)), b.slices(b.of(grads))
         products = [self._products(w, g) for w, g in zip(ws, gs, strict=True)]
         norms = [*map(_norms, ws), *map(_norms, gs)]
@@ -263,6 +274,9 @@ class StockPlan:
         moved = [run.view(p.shape) for run, p in zip(runs, b.pieces, strict=True)]
         move.zeros_(moved, *(b.of(t) for t in tensors[1:]), indices=b.indices)
         ws, ss = b.slices(b.of(tensors[0])), b.slices(moved)
+        if b.lengths is not None:
+            self._end_flat(b, ws, room[: b.entries], step, squares, by_layer=by_layer)
+            return
 
         fixed = step.norm == "fixed"
         norms = [*map(_norms, ws if squares is None else ()), *map(_norms, ss if fixed else ())]
@@ -290,6 +304,30 @@ class StockPlan:
         if gated:
             ww = (ww.sqrt() + step.eps).square()
         return decay - ws / ww.clamp_min(_TINY)  # zero of zero
+
+    def _end_flat(
+        self,
+        b: _Batch,
+        ws: list[Tensor],
+        run: Tensor,
+        step: Step,
+        squares: list[Tensor] | None,
+        *,
+        by_layer: bool,
+    ) -> None:
+        """The same for short pieces, of which ``run`` has s, all as one array in float64."""
+        assert b.lengths is not None
+        w, s = _flat(ws), run.double()
+        sums = _by_slice(w * s, b.lengths)
+        ww = torch.cat(squares) if squares is not None else _by_slice(w * w, b.lengths)
+        keep = self._keep(sums, ww, step, gated=squares is not None, by_layer=by_layer)
+        if step.norm == "fixed":
+            back = _back(sums, ww, _by_slice(s * s, b.lengths))
+            keep = keep * back
+            s = s * back.repeat_interleave(b.lengths)
+        moved = torch.addcmul(s, w, keep.repeat_interleave(b.lengths)).to(self.dtype)
+        pieces = [x.view(w.shape) for x, w in zip(torch.split(moved, b.sizes), ws, strict=True)]
+        torch._foreach_copy_(ws, pieces)
 
     def _end_wide(
         self, ws: list[Tensor], ss: list[Tensor], step: Step, *, gated: bool, by_layer: bool
@@ -415,6 +453,15 @@ def _beside(factor: Tensor, slices: Tensor) -> Tensor:
 def _scale_(slices: list[Tensor], factors: Tensor, counts: list[int]) -> None:
     for x, factor in zip(slices, torch.split(factors, counts), strict=True):
         x.mul_(_beside(factor.to(x.dtype), x))
+
+
+def _flat(runs: list[Tensor]) -> Tensor:
+    return torch.cat([run.view(-1) for run in runs]).double()
+
+
+def _by_slice(x: Tensor, lengths: Tensor) -> Tensor:
+    sums: Tensor = torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True)
+    return sums
 
 
 def _norms(x: Tensor) -> Tensor:
