@@ -62,16 +62,17 @@ def pictures(root):
 
 
 NETWORKS["plain"] = plain
+_READER = ModuleType("normwise.lab.data.painted")
+_READER.pictures = pictures
+sys.modules[_READER.__name__] = _READER
+CATALOGUE["pictures"] = replace(
+    next(iter(CATALOGUE.values())), name="pictures", labelled="painted:pictures"
+)
 
 
 def digits(network="plain", **training):
     """Two epochs of three steps, which augment in every way there is."""
     pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
-    reader = ModuleType("normwise.lab.data.painted")
-    reader.pictures = pictures
-    sys.modules[reader.__name__] = reader
-    source = replace(next(iter(CATALOGUE.values())), name="pictures", labelled="painted:pictures")
-    CATALOGUE["pictures"] = source
     (cell,) = find("digits").cells("small", 1, ["adamp"])
     options = replace(
         cell.options, network=network, width=6, augment=("crop", "flip", "cutout", "cutmix")
