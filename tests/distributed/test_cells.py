@@ -4,8 +4,10 @@ import json
 import os
 import random
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 from torch.nn.utils.parametrizations import weight_norm
 
 from normwise import cli
+from normwise.lab.data.catalogue import CATALOGUE
 from normwise.lab.data.images import Labelled
 from normwise.lab.errors import UsageError
 from normwise.lab.networks import NETWORKS
@@ -22,7 +25,6 @@ from normwise.lab.parallel import Processes, _blocks
 from normwise.lab.recipes import find
 from normwise.lab.running.cell import run_cell
 from normwise.lab.running.trainer import Trainer, digest
-from normwise.lab.tasks import classification
 
 KINDS = ("ddp", "fsdp")
 FILES = ("metrics.jsonl", "result.json", "config.json")
@@ -60,7 +62,12 @@ def pictures(root):
 
 
 NETWORKS["plain"] = plain
-classification.DATA["pictures"] = pictures
+_READER = ModuleType("normwise.lab.data.painted")
+_READER.pictures = pictures
+sys.modules[_READER.__name__] = _READER
+CATALOGUE["pictures"] = replace(
+    next(iter(CATALOGUE.values())), name="pictures", labelled="painted:pictures"
+)
 
 
 def digits(network="plain", **training):

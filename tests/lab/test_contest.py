@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -24,6 +25,7 @@ from normwise.lab.errors import UsageError
 from normwise.lab.optimizers import Decay, OptimizerSpec, parse, split
 from normwise.lab.recipes.schema import Training
 from normwise.lab.report.code import code
+from normwise.lab.running.events import Measured
 from normwise.lab.running.invariant import invariant_views
 from normwise.lab.running.pace import Pace, fitted
 from normwise.lab.running.prepare import decay_within_window, make_optimizer
@@ -155,6 +157,22 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(module, monkeypat
     )
     with pytest.raises(UsageError, match="another comparison"):
         lab.compare(f"{module}:problem", optimizers=["sgd"], seeds=1, out="b")
+
+
+def test_ctrl_c_keeps_every_step_that_was_taken(module):
+    given = {"optimizers": ["sgdp"], "seeds": 1}
+    whole = lab.compare(f"{module}:problem", **given, out="a")
+
+    def press(event):
+        if isinstance(event, Measured) and event.record["epoch"] == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        lab.compare(f"{module}:problem", **given, out="b", observe=press)
+    again = lab.compare(f"{module}:problem", **given, out="b")
+    assert values(again.summary) == values(whole.summary)
+    (log,) = Path("b").glob("cells/*/*/*/*/log.txt")
+    assert "resumed after epoch 1, step 1" in log.read_text()  # of six
 
 
 def test_each_method_takes_the_learning_rate_that_is_best_on_held_out_data(module):

@@ -175,6 +175,8 @@ def _moves(
             moved[name] += groups[:, 0]
     if constraints and columns:
         system = torch.cat(constraints)
+        if len(system) > len(columns):  # as many equations as a vocabulary has rows
+            system = torch.linalg.qr(system, mode="r").R
         _, values, rows = torch.linalg.svd(system, full_matrices=True)
         rank = int((values > _SMALL * max(float(values.max()), 1.0)).sum()) if len(values) else 0
         basis = rows[rank:].T

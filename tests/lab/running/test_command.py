@@ -29,7 +29,8 @@ def test_while_a_cell_trains_its_share_loss_and_time_left_are_shown(quick, capsy
     monkeypatch.setattr(cell, "_PROGRESS_SECONDS", 0.0)
     assert cli.main(quick) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "left" in line]
-    found = [re.search(r" (\d+)%, loss \d\S*, \d+:\d\d min left$", line) for line in lines]
+    shown = r" (\d+)%, loss \d\S*, (?:norm ×\d\S*, )?\d+ s left"
+    found = [re.search(shown, line) for line in lines]
     assert [int(share[1]) for share in found] == [17, 33, 50, 67, 83, 100]
 
 

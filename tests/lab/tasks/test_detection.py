@@ -222,7 +222,7 @@ def test_mirrored_images_have_mirrored_boxes() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    with pytest.raises(UsageError, match=r'pip install "normwise\[detection\]"'):
+    with pytest.raises(UsageError, match=r'pip install "normwise\[lab\]"'):
         average_precision([], [], 1)
 
 

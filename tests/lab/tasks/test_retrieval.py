@@ -129,7 +129,7 @@ def test_batches_have_the_asked_number_of_images_of_each_class() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_metric_learning.distances", None)
-    with pytest.raises(UsageError, match=r'pip install "normwise\[retrieval\]"'):
+    with pytest.raises(UsageError, match=r'pip install "normwise\[lab\]"'):
         make_loss("triplet", 2, 2)
 
 

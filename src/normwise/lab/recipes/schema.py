@@ -195,7 +195,7 @@ class Training:
 
     def factor(self, step: int, steps: int) -> float:
         """The share of ``lr`` at a step, counted from 0, of ``steps`` in all."""
-        done = step * self.cycles / steps % 1
+        done = step * self.cycles / steps % 1 if step < steps else 1.0
         steps = steps // self.cycles
         step = round(done * steps)
         if done < self.warmup:

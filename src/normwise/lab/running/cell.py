@@ -11,9 +11,11 @@ import io
 import json
 import math
 import os
+import signal
+import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -292,6 +294,34 @@ def _final_weights(folder: Path) -> dict[str, Tensor]:
     return model
 
 
+@contextmanager
+def _interrupts_deferred(processes: Processes) -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C only counts, so that no step is cut in half; the next one ends.
+
+    Not where several processes train together, which would not stop at the same step, or where
+    signals are another's.
+    """
+    alone = processes.kind is None and threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if alone else ()
+    before = {n: own for n in numbers if callable(own := signal.getsignal(n))}
+    counted: list[int] = []
+
+    def count(number: int, frame: Any) -> None:
+        if counted:
+            raise KeyboardInterrupt
+        counted.append(number)
+
+    for number in before:
+        signal.signal(number, count)
+    try:
+        yield lambda: bool(counted)
+    finally:
+        for number, own in before.items():
+            signal.signal(number, own)
+    if counted:  # in the last step, after which there was none to stop at
+        raise KeyboardInterrupt
+
+
 class _CellStart:
     """One start of a cell, in a folder that it holds.
 
@@ -384,7 +414,11 @@ class _CellStart:
         return ending
 
     def _epochs(self, trainer: Trainer) -> None:
-        """The training, from wherever the trainer stands."""
+        """The training, from wherever the trainer stands, to its end or that of a step."""
+        with _interrupts_deferred(self.processes) as interrupted:
+            self._steps(trainer, interrupted)
+
+    def _steps(self, trainer: Trainer, interrupted: Callable[[], bool]) -> None:
         training = trainer.training
         if trainer.written == 0:
             self._record(trainer, tested=True)
@@ -402,9 +436,12 @@ class _CellStart:
                     share = trainer.done / trainer.total_steps
                     growth = trainer.growth if self.processes.kind is None else None
                     self.observe(Progress(self.cell, share, trainer.loss, growth, left))
-                if trainer.step < trainer.steps and self._due(saved):
+                stop = interrupted()
+                if trainer.step < trainer.steps and (stop or self._due(saved)):
                     trainer.save()
                     saved = time.monotonic()
+                    if stop:
+                        raise KeyboardInterrupt
             trainer.end_epoch()
             last = trainer.epoch == training.epochs
             self._record(trainer, tested=last or trainer.epoch % training.evaluate_every == 0)
