@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 import random
 import re
 import sys
@@ -308,6 +309,7 @@ def test_files_are_written_by_their_suffix(tmp_path):
 
 def test_an_svg_needs_no_matplotlib_and_a_png_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "normwise.figures.canvas", raising=False)
     save(Figure("", (lines(),)), tmp_path / "a.svg")
     with pytest.raises(ImportError, match=r"pip install normwise\[lab\]"):
         png(Figure("", (lines(),)))
@@ -318,3 +320,9 @@ def test_charts_of_a_row_are_equally_high():
     assert natural_height(tall, 540) > natural_height(low, 540)
     (high,) = {draw(c, 540, 500, titled=False).height for c in (tall, low)}
     assert high == 500
+
+
+def test_a_matplotlib_figure_shows_itself_in_a_notebook_and_can_be_pickled():
+    shown = matplotlib_figure(Figure("", (lines(),)))
+    assert shown._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert pickle.loads(pickle.dumps(shown))._repr_png_() == shown._repr_png_()

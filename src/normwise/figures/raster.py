@@ -26,25 +26,20 @@ def matplotlib_figure(figure: Figure, ground: Literal["light", "dark"] = "light"
         ground: ``"light"`` or ``"dark"`` (default: light).
 
     Returns:
-        A ``matplotlib.figure.Figure``.
+        A ``matplotlib.figure.Figure``, which a notebook shows.
 
     Raises:
         ImportError: without matplotlib.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure as Canvas
+        from normwise.figures.canvas import Canvas
     except ImportError as error:
         raise ImportError(
             "drawing needs matplotlib; install it with `pip install normwise[lab]`"
         ) from error
     drawing = draw_figure(figure)
-    canvas = Canvas(
-        figsize=(drawing.width / 96, drawing.height / 96),
-        dpi=192,
-        facecolor=getattr(COLOURS["card"], ground),
-    )
-    FigureCanvasAgg(canvas)
+    card = getattr(COLOURS["card"], ground)
+    canvas = Canvas(drawing.width / 96, drawing.height / 96, facecolor=card)
     ax = canvas.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, drawing.width), ylim=(drawing.height, 0))
     ax.axis("off")
