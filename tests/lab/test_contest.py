@@ -167,8 +167,13 @@ def test_ctrl_c_keeps_every_step_that_was_taken(module):
         if isinstance(event, Measured) and event.record["epoch"] == 1:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        lab.compare(f"{module}:problem", **given, out="b", observe=press)
+    # A process that a shell has put into the background ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            lab.compare(f"{module}:problem", **given, out="b", observe=press)
+    finally:
+        signal.signal(signal.SIGINT, before)
     again = lab.compare(f"{module}:problem", **given, out="b")
     assert values(again.summary) == values(whole.summary)
     (log,) = Path("b").glob("cells/*/*/*/*/log.txt")
