@@ -33,11 +33,11 @@ def without_kernel(step: Step) -> Step:
 
     def run() -> object:
         fused = displaced.Displacements._fused
-        displaced.Displacements._fused = lambda *_: []  # type: ignore[method-assign,assignment]
+        displaced.Displacements._fused = lambda *_: []
         try:
             return step()
         finally:
-            displaced.Displacements._fused = fused  # type: ignore[method-assign]
+            displaced.Displacements._fused = fused
 
     return run
 

@@ -22,6 +22,6 @@ nw.decay.Decoupled(0.1).attach(optimizer)
 with nw.Monitor(model, optimizer, report, every=50) as monitor:
     assert_type(monitor, nw.Monitor)
 
-nw.View.channel("0")  # type: ignore[arg-type]
-nw.AdamP(model.parameters(), learning_rate=1e-3)  # type: ignore[call-arg]
-nw.analyze(model)  # type: ignore[call-arg]
+nw.View.channel("0")  # type: ignore[arg-type]  # a word for a number
+nw.AdamP(model.parameters(), learning_rate=1e-3)  # type: ignore[call-arg]  # it is called lr
+nw.analyze(model)  # type: ignore[call-arg]  # without a batch

@@ -47,7 +47,7 @@ def test_the_cells_of_a_notebook_run_in_order(path, tmp_path, monkeypatch):
 def test_a_notebook_runs_in_jupyter_and_shows_its_pictures(path, tmp_path):
     nbclient = pytest.importorskip("nbclient", reason="it runs the notebook")
     pytest.importorskip("ipykernel", reason="the notebook runs in it")
-    nbformat = pytest.importorskip("nbformat")
+    nbformat = pytest.importorskip("nbformat", reason="it reads the notebook")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     nbclient.NotebookClient(

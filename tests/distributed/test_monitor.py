@@ -30,9 +30,15 @@ def measured(model, optimizers, place=lambda t: t, monitored=True, bad=False):
     found = []
     if monitored:
         monitor = Monitor(
-            model, optimizers, VIEWS, every=2, writers=[found.append], rules=(),
-            check_finite=every(1), fetch_every=3,
-        )  # fmt: skip
+            model,
+            optimizers,
+            VIEWS,
+            every=2,
+            writers=[found.append],
+            rules=(),
+            check_finite=every(1),
+            fetch_every=3,
+        )
     generator = torch.Generator().manual_seed(1)
     for t in range(STEPS):
         for p in model.parameters():

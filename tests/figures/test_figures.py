@@ -72,18 +72,39 @@ CHARTS = {
     ),
     "bars": Dots("Bars", "", Axis("n"), ("a", "b"), (Series("", (1.0, 3.0)),), bars=True),
     "heat": Heat(
-        "Heat", "", ("a", "b"), ("1", "2"), ((1.0, 2.0), (math.nan, 4.0)), "step", "%",
-        text=lambda v: f"{v:.0f}", outlined=(1, 1),
+        "Heat",
+        "",
+        ("a", "b"),
+        ("1", "2"),
+        ((1.0, 2.0), (math.nan, 4.0)),
+        "step",
+        "%",
+        text=lambda v: f"{v:.0f}",
+        outlined=(1, 1),
     ),
     "links": Links(
-        "Links", "", ("first.weight", "second.weight", "third"), (("a", "blue"),) * 3,
-        (Link((0,), (1,), "32"), Link((1, 2), (2,), "4"), Link((2,), (), "1")), "c", "1/c", "both",
+        "Links",
+        "",
+        ("first.weight", "second.weight", "third"),
+        (("a", "blue"),) * 3,
+        (Link((0,), (1,), "32"), Link((1, 2), (2,), "4"), Link((2,), (), "1")),
+        "c",
+        "1/c",
+        "both",
     ),
     "plane": Plane(
-        "Plane", "", (Line("p", "p", (0.0, 1.0), (1.0, 0.0)),), -2, 2, -2, 2,
-        lambda angle: 0.5, ((1.0, "1"),), ((0.0, 1.0, "start"),),
+        "Plane",
+        "",
+        (Line("p", "p", (0.0, 1.0), (1.0, 0.0)),),
+        -2,
+        2,
+        -2,
+        2,
+        lambda angle: 0.5,
+        ((1.0, "1"),),
+        ((0.0, 1.0, "start"),),
     ),
-}  # fmt: skip
+}
 
 
 def texts(shapes):

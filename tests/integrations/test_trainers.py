@@ -169,10 +169,15 @@ def test_lightning_steps_groups_by_role_as_one_optimizer_and_watches_several(mod
 
     def fit(module, callback):
         lightning.Trainer(
-            max_epochs=1, callbacks=[callback], logger=False, enable_progress_bar=False,
-            enable_model_summary=False, enable_checkpointing=False, accelerator="cpu",
+            max_epochs=1,
+            callbacks=[callback],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            accelerator="cpu",
             default_root_dir=str(tmp_path),
-        ).fit(module, loader)  # fmt: skip
+        ).fit(module, loader)
 
     views = {"net.hidden.weight": "layer", "net.embed.weight": "layer"}
     callback = MonitorCallback(lambda m, o: nw.Monitor(m, o, views, every=1))

@@ -10,24 +10,13 @@ import copy
 
 import pytest
 import torch
+from small_transformers import SIZES
 
 from normwise.invariance import analyze
 
 transformers = pytest.importorskip("transformers", reason="the networks come from transformers")
 transformers.utils.logging.set_verbosity_error()
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 HEADS = SIZES | {"head_dim": 8}
 # All experts are chosen, so that each sees tokens.
 EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 4}

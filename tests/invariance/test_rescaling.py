@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_transformers import SIZES, pairs, tokens
 
 from normwise.invariance import Report, analyze
 from normwise.invariance.exact import Exact
@@ -9,26 +10,7 @@ from normwise.invariance.exact import Exact
 transformers = pytest.importorskip("transformers", reason="the networks come from transformers")
 transformers.utils.logging.set_verbosity_error()
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 GPT = {"vocab_size": 50, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16}
-
-
-def tokens():
-    return {"input_ids": torch.randint(1, 50, (2, 8))}
-
-
-def pairs():
-    return {**tokens(), "decoder_input_ids": torch.randint(1, 50, (2, 8))}
 
 
 def images(size):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from small_transformers import SIZES, pairs, tokens
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -12,30 +13,10 @@ from normwise.invariance import analyze
 transformers = pytest.importorskip("transformers", reason="most networks come from transformers")
 transformers.utils.logging.set_verbosity_error()
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 GPT = {"vocab_size": 50, "n_layer": 1, "n_head": 4, "bos_token_id": None, "eos_token_id": None}
 IMAGE = {"image_size": 16, "patch_size": 4, "num_labels": 5}
 GROUPED = {"q_proj": 4, "k_proj": 2, "v_proj": 2, "o_proj": 4}
 ENDS = {"embed_tokens": "embedding", "lm_head": "readout"}
-
-
-def tokens():
-    return {"input_ids": torch.randint(1, 50, (2, 8))}
-
-
-def pairs():
-    return {**tokens(), "decoder_input_ids": torch.randint(1, 50, (2, 8))}
 
 
 def images(size=16):

@@ -223,8 +223,12 @@ def test_a_network_without_normalization_is_told_what_to_expect(tmp_path):
     data = TensorDataset(x, x.sum(1))
     problem = lab.supervised(
         lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)),
-        data, data, loss="mse", batch_size=20, epochs=1,
-    )  # fmt: skip
+        data,
+        data,
+        loss="mse",
+        batch_size=20,
+        epochs=1,
+    )
     result = lab.compare(problem, optimizers=["sgd"], seeds=2, lr=0.01, out=tmp_path / "a")
     assert result.headline.startswith("No weight of")
     assert "test root mean squared error" in result.headline
@@ -552,8 +556,11 @@ def test_the_code_to_copy_makes_the_optimizer_that_was_trained(text):
     assert decays(normwise.describe(namespace["optimizer"])) == decays(method.rules)
     ours = {p: g["weight_decay"] for g in namespace["optimizer"].param_groups for p in g["params"]}
     training = Training(2, 32, text, lr=setting.lr, weight_decay=setting.weight_decay)
-    views = {p: contest._analyzed.views[n] for n, p in model.named_parameters()
-             if n in contest._analyzed.views}  # fmt: skip
+    views = {
+        p: contest._analyzed.views[n]
+        for n, p in model.named_parameters()
+        if n in contest._analyzed.views
+    }
     made = make_optimizer(model, training, views, contest._analyzed.report)
     decay_within_window(made, training, 4)
     assert ours == {p: g["weight_decay"] for g in made.param_groups for p in g["params"]}
@@ -572,8 +579,10 @@ def test_early_decay_ends_at_its_share_of_the_steps():
 
 def test_a_list_of_optimizers_is_cut_outside_parentheses():
     assert split("sgd, a(b,c(d,e)),adamw+early(0.3)", ",") == [
-        "sgd", "a(b,c(d,e))", "adamw+early(0.3)",
-    ]  # fmt: skip
+        "sgd",
+        "a(b,c(d,e))",
+        "adamw+early(0.3)",
+    ]
 
 
 @pytest.mark.parametrize(

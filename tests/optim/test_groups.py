@@ -23,9 +23,17 @@ ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
 def gpt2():
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        n_layer=1, n_embd=32, n_head=4, vocab_size=64, n_positions=16, bos_token_id=0,
-        eos_token_id=0, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
-    )  # fmt: skip
+        n_layer=1,
+        n_embd=32,
+        n_head=4,
+        vocab_size=64,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+    )
     model = transformers.GPT2LMHeadModel(config)
     batch = {"input_ids": torch.randint(0, 64, (2, 10))}
     return model, batch, nw.analyze(model, batch)
@@ -57,9 +65,12 @@ def test_hidden_matrices_go_to_one_optimizer_and_tables_gains_and_biases_to_the_
     assert matrices == {
         block + name
         for name in (
-            "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
+            "attn.c_attn.weight",
+            "attn.c_proj.weight",
+            "mlp.c_fc.weight",
+            "mlp.c_proj.weight",
         )
-    }  # fmt: skip
+    }
     (row,) = (line for line in optimizer.account().splitlines() if "c_attn.weight" in line)
     assert "matrices (" in row
     assert row.endswith("hidden: a matrix used in addmm, as 3 matrices")
@@ -110,9 +121,16 @@ def test_fused_blocks_and_heads_are_stepped_as_matrices_of_their_own(gpt2):
 def test_grouped_queries_and_a_fused_gate_are_split_where_they_are():
     torch.manual_seed(0)
     config = transformers.Phi3Config(
-        num_hidden_layers=1, hidden_size=32, intermediate_size=48, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=1,
-    )  # fmt: skip
+        num_hidden_layers=1,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
     model = transformers.Phi3ForCausalLM(config)
     report = nw.analyze(model, {"input_ids": torch.randint(0, 64, (2, 10))})
     optimizer = nw.groups(report, matrices=MUON, others=ADAMW)
@@ -222,9 +240,10 @@ def test_it_is_copied_and_pickled_and_describes_what_each_group_does(gpt2):
     copied_model, copied = copy.deepcopy((model, optimizer))
     assert_same(train(model, tokens, optimizer), train(copied_model, tokens, copied))
     assert isinstance(pickle.loads(pickle.dumps(optimizer)), ByRole)
-    updates = {g["name"]: r.update.name for g, r in zip(
-        optimizer.param_groups, nw.describe(optimizer), strict=True
-    )}  # fmt: skip
+    updates = {
+        g["name"]: r.update.name
+        for g, r in zip(optimizer.param_groups, nw.describe(optimizer), strict=True)
+    }
     assert updates["matrices in blocks"] == updates["matrices"] == "ORTHOGONALIZED"
     assert updates["others"] == updates["vectors"] == "NORMALIZED"
 

@@ -27,8 +27,10 @@ def test_groups_without_decay_remember_everything_and_are_named():
     p, q = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
     optimizer = nw.AdamP(
         [{"params": [p], "name": "matrices"}, {"params": [q], "name": "gains", "weight_decay": 0}],
-        lr=0.01, weight_decay=0.1, view=None,
-    )  # fmt: skip
+        lr=0.01,
+        weight_decay=0.1,
+        view=None,
+    )
     rows = [line.split() for line in str(timescales(optimizer)).splitlines()]
     assert ["matrices", "1,000", "693", "–", "–"] in rows
     assert ["gains", "everything", "–", "–", "–"] in rows

@@ -155,7 +155,7 @@ def _rows(file: Any, name: str, shape: tuple[int, ...]) -> Callable[[int, int], 
     def read(begin: int, end: int) -> Tensor:
         if not shape:
             return file.get_tensor(name)  # type: ignore[no-any-return]  # safetensors has no types
-        return file.get_slice(name)[begin:end]  # type: ignore[no-any-return]  # the same
+        return file.get_slice(name)[begin:end]  # type: ignore[no-any-return]  # safetensors has no types
 
     return read
 

@@ -420,6 +420,6 @@ def _follow(t: Any, result: Any, shift: float = 0.0) -> None:
         if isinstance(output, nn.Parameter):
             continue
         if source is not None:
-            output._normwise_source = (source[0], source[1] + shift)  # type: ignore[attr-defined]
+            output._normwise_source = (source[0], source[1] + shift)  # type: ignore[attr-defined]  # ours
         elif made is not None:
             output._normwise_made = made  # type: ignore[attr-defined]  # a mark of ours

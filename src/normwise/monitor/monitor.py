@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normwise.checks import check_report
+from normwise.checks import check_at_least_one, check_report
 from normwise.figures.tables import paragraph
 from normwise.geometry import View
 from normwise.monitor.alarms import Alarm, AlarmError, AlarmRule, standard_rules
@@ -28,7 +28,7 @@ from normwise.monitor.sharded import (
     local_gradients,
     slices_from_sums,
 )
-from normwise.monitor.triggers import Trigger, at_least_one, every
+from normwise.monitor.triggers import Trigger, every
 from normwise.monitor.watched import Bucket, Layer, WatchedWeights
 from normwise.monitor.whole import WeightQuantity
 from normwise.sharding import is_sharded
@@ -146,8 +146,8 @@ class Monitor:
     ) -> None:
         if not (alarms in ("log", "raise") or callable(alarms)):
             raise ValueError(f"Invalid alarms: {alarms!r}; must be 'log', 'raise' or a function")
-        at_least_one("fetch_every", fetch_every)
-        if at_least_one("keep", keep) < 2:
+        check_at_least_one("fetch_every", fetch_every)
+        if check_at_least_one("keep", keep) < 2:
             raise ValueError(f"Invalid keep: {keep}; must be 2 or more")
         _check_types("model", [model], nn.Module, "a module")
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer

@@ -6,7 +6,9 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-__all__ = ["Trigger", "at_least_one", "every", "first", "log_spaced"]
+from normwise.checks import check_at_least_one
+
+__all__ = ["Trigger", "every", "first", "log_spaced"]
 
 
 class Trigger(ABC):
@@ -69,7 +71,7 @@ def every(interval: int) -> Trigger:
     Raises:
         ValueError: for another.
     """
-    return _Every(at_least_one("interval", interval))
+    return _Every(check_at_least_one("interval", interval))
 
 
 def first(steps: int) -> Trigger:
@@ -84,7 +86,7 @@ def first(steps: int) -> Trigger:
     Raises:
         ValueError: for another number.
     """
-    return _First(at_least_one("steps", steps))
+    return _First(check_at_least_one("steps", steps))
 
 
 def log_spaced(per_decade: int = 10) -> Trigger:
@@ -99,11 +101,4 @@ def log_spaced(per_decade: int = 10) -> Trigger:
     Raises:
         ValueError: for another number.
     """
-    return _LogSpaced(at_least_one("per_decade", per_decade))
-
-
-def at_least_one(name: str, value: int) -> int:
-    """``value``, if it is a whole number of 1 or more; else ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Invalid {name}: {value!r}; must be a whole number, 1 or more")
-    return value
+    return _LogSpaced(check_at_least_one("per_decade", per_decade))

@@ -62,7 +62,7 @@ class WeightQuantity(ABC):
             Scalars on any device, by the names of parameters.
         """
 
-    def after_step(self, model: nn.Module, names: Iterable[str]) -> None:  # noqa: B027
+    def after_step(self, model: nn.Module, names: Iterable[str]) -> None:  # noqa: B027  # few look after it
         """Look at every step, for what needs a memory (default: do nothing).
 
         Args:

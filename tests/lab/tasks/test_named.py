@@ -120,7 +120,7 @@ def test_a_fingerprint_changes_with_the_data(tmp_path):
 
 @pytest.mark.parametrize("network", ["hf:gpt2", "hf:llama"])
 def test_a_language_model_of_transformers_is_narrow_and_reads_bytes(tmp_path, network):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="the networks come from transformers")
     (tmp_path / "t.txt").write_bytes(bytes(200))
     problem = named(network, f"text:{tmp_path / 't.txt'}", 16, {}, None).fresh(torch.device("cpu"))
     assert sum(p.numel() for p in problem.model.parameters()) < 400_000
@@ -130,7 +130,7 @@ def test_a_language_model_of_transformers_is_narrow_and_reads_bytes(tmp_path, ne
 
 
 def test_a_network_of_transformers_for_images_fits_the_folder(tmp_path):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="the networks come from transformers")
     data = pictures(tmp_path / "p", ("a", "b", "c"))
     for network in ("hf:vit", "hf:resnet"):
         problem = named(network, data, 16, {}, None).fresh(torch.device("cpu"))
@@ -200,7 +200,7 @@ def test_errors_of_a_regression_are_in_the_unit_of_the_file(tmp_path):
     ],
 )
 def test_what_does_not_go_together_is_said(tmp_path, monkeypatch, network, data, size, words):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="the networks come from transformers")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one").mkdir()
     (tmp_path / "latin.csv").write_bytes("größe,kept\n1,2\n".encode("latin-1"))
@@ -210,8 +210,8 @@ def test_what_does_not_go_together_is_said(tmp_path, monkeypatch, network, data,
 
 
 def test_a_folder_with_a_tokenizer_cuts_the_text_and_its_configuration_is_taken_as_it_is(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers", reason="it cuts the text")
+    pytest.importorskip("transformers", reason="the networks come from transformers")
     folder = tmp_path / "model"
     folder.mkdir()
     words = {"<unk>": 0, "to": 1, "be": 2, "or": 3, "not": 4}

@@ -35,9 +35,7 @@ import torch
 from numba import types
 
 from normwise.cpu_kernels import (
-    CACHE_LINE as CACHE_LINE,
-)
-from normwise.cpu_kernels import (
+    CACHE_LINE,
     TYPES,
     _address,
     _array,

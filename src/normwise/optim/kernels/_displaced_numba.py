@@ -21,16 +21,8 @@ import torch
 from numba import types
 from numba.extending import overload
 
-from normwise.optim.kernels._cpu_numba import (
+from normwise.cpu_kernels import (
     CACHE_LINE,
-    INNER_0,
-    INNER_1,
-    OUTER_0,
-    OUTER_1,
-    SLICE_0,
-    SLICE_1,
-    SLOT,
-    TENSOR,
     _address,
     _array,
     _carray,
@@ -40,6 +32,16 @@ from normwise.optim.kernels._cpu_numba import (
     _take_number,
     _widened,
     compile_with_cache,
+)
+from normwise.optim.kernels._cpu_numba import (
+    INNER_0,
+    INNER_1,
+    OUTER_0,
+    OUTER_1,
+    SLICE_0,
+    SLICE_1,
+    SLOT,
+    TENSOR,
 )
 
 # What is made of a displacement; the names are those of normwise.optim.motion.

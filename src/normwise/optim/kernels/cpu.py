@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normwise.cpu_kernels import run_on_threads
+from normwise.cpu_kernels import CACHE_LINE, run_on_threads
 from normwise.geometry import computing_dtype
 from normwise.optim.kernels import _cpu_numba as k
 from normwise.optim.kernels._layout import memory_layout, mode, slicing
@@ -170,7 +170,7 @@ class CPUPlan:
         if len(self.scratch) < threads * k.LONGEST:
             self.scratch = np.empty(threads * k.LONGEST)
             self.block[k.SCRATCH] = self.scratch.ctypes.data
-            self.counter = np.zeros((threads + 1) * k.CACHE_LINE // 8, np.int64)
+            self.counter = np.zeros((threads + 1) * CACHE_LINE // 8, np.int64)
             self.block[k.COUNTER] = self.counter.ctypes.data
         if self.split and self.gated:
             self.tensors[:, k.MODE] = k.AUTO  # in the first pass

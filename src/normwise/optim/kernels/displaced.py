@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normwise.cpu_kernels import run_on_threads
+from normwise.cpu_kernels import CACHE_LINE, run_on_threads
 from normwise.optim.kernels import _displaced_numba as k
 from normwise.optim.kernels._cpu_numba import (
-    CACHE_LINE,
     INNER_1,
     OUTER_0,
     PARALLEL_ENTRIES,
