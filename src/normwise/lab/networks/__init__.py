@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from normwise.lab.errors import UsageError, nearest
+from normwise.lab.networks.centernet import centernet_body
 from normwise.lab.networks.convolutional import (
     convnet,
     harmonic,
@@ -30,6 +31,7 @@ NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "shufflenet": shufflenet,
     "harmonic": harmonic,
     "convnet": convnet,
+    "centernet_body": centernet_body,
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from normwise.lab.checks import within
+from normwise.lab.checks import later, within
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.optimizers import parse as parse_optimizer
 from normwise.lab.tasks.kinds import kind
@@ -81,6 +81,12 @@ class Training:
             ``slices``, the scale-invariant ones slice by slice (default: layer).
         evaluate_every: epochs between tests; the last is always tested (default: 1).
         autocast: ``none`` or ``bfloat16`` (default: none).
+        pretrained: a file of weights to begin with, below the folder of the data sets: safetensors,
+            or of ``torch.save`` (default: none; weights are drawn). A method with a ``start`` takes
+            that instead.
+        pretrained_into: the module of the network that it is for (default: the whole network).
+        pretrained_skip: tensors or modules, by name or pattern, that stay as they were drawn and
+            that the file may lack or hold (default: none).
     """
 
     epochs: int
@@ -113,6 +119,9 @@ class Training:
     awp_view: str = "layer"
     evaluate_every: int = 1
     autocast: str = "none"
+    pretrained: str | None = later(None)
+    pretrained_into: str = later("")
+    pretrained_skip: tuple[str, ...] = later(())
 
     def __post_init__(self) -> None:
         parse_optimizer(self.optimizer)
@@ -159,6 +168,10 @@ class Training:
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise UsageError("nesterov is set, but momentum is 0")
         self._check_decay()
+        if self.pretrained is None:
+            for name in ("pretrained_into", "pretrained_skip"):
+                if getattr(self, name):
+                    raise UsageError(f"{name} is set, but pretrained is not")
         if self.normalization == "none":
             for name in ("normalize_depthwise", "normalization_skip"):
                 if getattr(self, name):

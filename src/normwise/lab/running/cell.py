@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normwise.lab.checks import said
 from normwise.lab.data.own import fingerprint
 from normwise.lab.environment import environment
 from normwise.lab.errors import Damaged, UsageError
@@ -32,6 +33,7 @@ from normwise.lab.optimizers import parse as parse_optimizer
 from normwise.lab.parallel import ALONE, Processes
 from normwise.lab.recipes.schema import RecipeCell
 from normwise.lab.running.events import Measured, Observer, Progress, Started, ignore
+from normwise.lab.running.pretrained import weights_hash
 from normwise.lab.running.trainer import CHECKPOINT, Diverged, Trainer, digest
 from normwise.lab.store import (
     locked,
@@ -76,6 +78,7 @@ def config_of(cell: RecipeCell, device: str, processes: Processes = ALONE) -> di
         UsageError: if it would run code that is not trusted.
     """
     config = {"schema": SCHEMA, **asdict(cell), "device": device}
+    config |= {"training": said(cell.training), "options": said(cell.options)}
     if cell.start is None:
         del config["start"]
     if processes.kind is not None:
@@ -148,6 +151,8 @@ def run_cell(
         held.enter_context(one_thread())
         held.enter_context(_room_in(folder))
         config = config_of(cell, device, processes)
+        if cell.start is None and (weights := weights_hash(cell.training, root)):
+            config["pretrained_sha256"] = weights
 
         def begin() -> dict[str, Any] | None:
             """Take the folder; the result, if there is one already."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from normwise.lab.checks import within
@@ -20,6 +19,7 @@ from normwise.lab.data.boxes import BCCD_CLASSES, Boxed, Listed, Listing, bccd, 
 from normwise.lab.data.files import locate
 from normwise.lab.data.folders import MEAN, STD, Decoder, Job
 from normwise.lab.errors import UsageError, nearest
+from normwise.lab.networks.centernet import CentreNet
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
 __all__ = [
@@ -94,58 +94,6 @@ class DetectionOptions:
             raise UsageError(f"unknown test_part {self.test_part!r}: {hint}")
         within(self, "scale", 0, above=True)
         within(self, "width", 1)
-
-
-def _conv(fan_in: int, fan_out: int, size: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(fan_in, fan_out, size, stride, size // 2, bias=False), nn.BatchNorm2d(fan_out)
-    )
-
-
-class _Halving(nn.Module):
-    """A residual block that halves the resolution."""
-
-    def __init__(self, fan_in: int, fan_out: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            _conv(fan_in, fan_out, 3, 2), nn.ReLU(), _conv(fan_out, fan_out, 3)
-        )
-        self.shortcut = _conv(fan_in, fan_out, 1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
-class _CentreNet(nn.Module):
-    """A ResNet of four blocks, brought back to a quarter of the resolution, and a head.
-
-    Its output has shape ``(N, classes + 4, H / 4, W / 4)``: logits of centres, then width, height
-    and the centre's place in its cell, in cells.
-    """
-
-    def __init__(self, classes: int, width: int) -> None:
-        super().__init__()
-        widths = [3, *(width * 2**stage for stage in range(4))]
-        self.blocks = nn.ModuleList(_Halving(a, b) for a, b in itertools.pairwise(widths))
-        self.across = nn.ModuleList(_conv(fan_in, 2 * width, 1) for fan_in in widths[2:])
-        centres = nn.Conv2d(2 * width, classes + 4, 1)
-        # So that a centre is improbable at first (arXiv 1708.02002, section 3.3).
-        assert centres.bias is not None
-        nn.init.zeros_(centres.bias)
-        nn.init.constant_(centres.bias[:classes], -2.19)
-        self.head = nn.Sequential(_conv(2 * width, 2 * width, 3), nn.ReLU(), centres)
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = []
-        for block in self.blocks:
-            x = block(x)
-            maps.append(x)
-        merged = self.across[2](maps[3])
-        for stage in (2, 1):
-            upper = F.interpolate(F.relu(merged), scale_factor=2.0)
-            merged = self.across[stage - 1](maps[stage]) + upper
-        out: Tensor = self.head(F.relu(merged))
-        return out
 
 
 def centre_targets(
@@ -317,7 +265,7 @@ class Detection(Problem):
         self.boxes = [torch.from_numpy(item.boxes[~item.ignored]) for item in train]
         self.labels = [torch.from_numpy(item.labels[~item.ignored]) for item in train]
         self.examples = len(train)
-        self.model = _CentreNet(self.classes, options.width).to(device)
+        self.model = CentreNet(self.classes, options.width).to(device)
         self.facts = {
             "data": options.data,
             "train_examples": len(train),
