@@ -119,7 +119,7 @@ class Trainer:
         if processes.kind is not None and not self.problem.divisible:
             raise UsageError(
                 f"task {cell.task!r} is not allowed with --parallel: its loss is not the mean of "
-                "those of a batch's parts; train it in one process"
+                "those of a batch's parts, or it remembers batches; train it in one process"
             )
         if start is None:
             load_pretrained(self.problem.model, self.training, root)
