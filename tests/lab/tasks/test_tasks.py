@@ -100,7 +100,8 @@ def test_augmentation_draws_from_its_generator_alone(name):
 
 @pytest.mark.parametrize("name", sorted({*NETWORKS} - {"resnet56", "resnet110", "wide_resnet34"}))
 def test_every_network_gives_logits_and_learns_everywhere(name):
-    channels, shape = (1, (40, 24)) if name == "harmonic" else (3, (16, 16))
+    spectra = {"harmonic": (40, 24), "harmonic64": (64, 24)}
+    channels, shape = (1, spectra[name]) if name in spectra else (3, (16, 16))
     model = build(name, channels, 7, 2 if "resnext" in name else 4)
     out = model(torch.randn(3, channels, *shape))
     assert out.shape == (3, 7)

@@ -29,7 +29,9 @@ NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "se_resnext29": se_resnext29,
     "mobilenet": mobilenet,
     "shufflenet": shufflenet,
-    "harmonic": harmonic,
+    # By the bands and the highest frequency of the spectra: of recordings of 8 and of 16 kHz.
+    "harmonic": harmonic(40, 4000.0),
+    "harmonic64": harmonic(64, 8000.0),
     "convnet": convnet,
     "centernet_body": centernet_body,
 }

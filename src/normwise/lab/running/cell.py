@@ -77,10 +77,13 @@ def config_of(cell: RecipeCell, device: str, processes: Processes = ALONE) -> di
     Raises:
         UsageError: if it would run code that is not trusted.
     """
-    config = {"schema": SCHEMA, **asdict(cell), "device": device}
+    config = {"schema": SCHEMA, **asdict(cell), "point": dict(cell.point), "device": device}
+    # What has no say is not there, so that a cell without it stays the same.
     config |= {"training": said(cell.training), "options": said(cell.options)}
     if cell.start is None:
         del config["start"]
+    if not cell.point:
+        del config["point"]
     if processes.kind is not None:
         config["parallel"] = {"kind": processes.kind, "processes": processes.size}
     names = (

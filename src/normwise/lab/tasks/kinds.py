@@ -29,6 +29,7 @@ KINDS = {
     "detection": ("detection", "Detection"),
     "retrieval": ("retrieval", "Retrieval"),
     "language": ("language", "Language"),
+    "tagging": ("tagging", "Tagging"),
 }
 
 

@@ -43,6 +43,8 @@ class LanguageOptions:
         test_memory: the same while it is tested (default: ``memory``).
         cutoffs: of transformer-xl, where the clusters of an adaptive softmax begin (default: an
             ordinary softmax).
+        held_out: share of the training tokens, the last ones, that is tested on instead of the test
+            text, by which settings are chosen (default: 0).
     """
 
     data: str
@@ -59,6 +61,7 @@ class LanguageOptions:
     memory: int | None = later(None)
     test_memory: int | None = later(None)
     cutoffs: tuple[int, ...] = later(())
+    held_out: float = later(0.0)
 
     def __post_init__(self) -> None:
         for name in ("context", "layers", "width", "heads", "hidden", "train_tokens"):
@@ -67,6 +70,7 @@ class LanguageOptions:
             within(self, name, least)
         within(self, "vocabulary", 2)
         within(self, "dropout", 0, 1, below=True)
+        within(self, "held_out", 0, 1, below=True)
         if self.width % self.heads:
             raise UsageError(
                 f"width {self.width} is not allowed: must be a multiple of the {self.heads} heads"
@@ -176,6 +180,9 @@ class Language(Problem):
         train = torch.from_numpy(text.train[: options.train_tokens])
         test = torch.from_numpy(text.test[: options.test_tokens])
         self.options = options
+        if options.held_out:
+            kept = len(train) - round(options.held_out * len(train))
+            train, test = train[:kept], train[kept:]
         self.train = _windows(train, options.context).to(device)
         self.test_text = test.to(device)
         self.test = _windows(self.test_text, options.context)
