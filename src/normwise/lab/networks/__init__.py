@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from normwise.lab.errors import UsageError, nearest
+from normwise.lab.networks.bagnet import bagnet18
 from normwise.lab.networks.centernet import centernet_body
 from normwise.lab.networks.convolutional import (
     convnet,
@@ -34,6 +35,7 @@ NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "harmonic64": harmonic(64, 8000.0),
     "convnet": convnet,
     "centernet_body": centernet_body,
+    "bagnet18": bagnet18,
 }
 
 

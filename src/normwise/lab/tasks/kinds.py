@@ -26,6 +26,7 @@ KINDS = {
     "incremental": ("incremental", "Incremental"),
     "stabilization": ("stabilization", "LossStabilization"),
     "bias": ("bias", "Bias"),
+    "nine_classes": ("nine_classes", "NineClasses"),
     "detection": ("detection", "Detection"),
     "retrieval": ("retrieval", "Retrieval"),
     "language": ("language", "Language"),
