@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from normwise.lab.checks import within
+from normwise.lab.correction import REFERENCES
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.optimizers import parse as parse_optimizer
 from normwise.lab.tasks.kinds import kind
@@ -31,6 +32,7 @@ MOST_SEEDS = 10_000
 SCHEDULES = ("constant", "steps", "cosine")
 NORMALIZATIONS = ("none", "WN", "CWN", "WS")
 COUPLINGS = ("own", "l2", "decoupled", "schedule", "translated")
+CORRECTIONS = ("none", *REFERENCES)
 DECAYED = ("weights", "no-depthwise", "no-biases", "invariant", "all")
 
 
@@ -81,6 +83,12 @@ class Training:
             ``slices``, the scale-invariant ones slice by slice (default: layer).
         evaluate_every: epochs between tests; the last is always tested (default: 1).
         autocast: ``none`` or ``bfloat16`` (default: none).
+        initial_scale: the factor on all scale-invariant weights before the first step: the network
+            computes the same, and its norms grow as in a run of another length (default: 1).
+        norm_correction: whether steps of scale-invariant slices are multiplied by what undoes the
+            growth of their norms: ``none``; ``fixed``, as if norms stayed; ``projected``, as if
+            they grew by the tangential part of each step alone; ``rescaled``, as that, and what
+            the optimizer remembers too (default: none).
     """
 
     epochs: int
@@ -113,6 +121,8 @@ class Training:
     awp_view: str = "layer"
     evaluate_every: int = 1
     autocast: str = "none"
+    initial_scale: float = 1.0
+    norm_correction: str = "none"
 
     def __post_init__(self) -> None:
         parse_optimizer(self.optimizer)
@@ -123,6 +133,7 @@ class Training:
             ("decay_on", DECAYED),
             ("autocast", ("none", "bfloat16")),
             ("awp_view", ("layer", "slices")),
+            ("norm_correction", CORRECTIONS),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -143,6 +154,7 @@ class Training:
         for name in ("normalization_eps", "epsilon_shift"):
             within(self, name, 0)
         within(self, "clip", 0, above=True)
+        within(self, "initial_scale", 0, above=True)
         within(self, "momentum", 0, 1, below=True)
         within(self, "warmup", 0, 1, below=True)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -159,6 +171,11 @@ class Training:
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise UsageError("nesterov is set, but momentum is 0")
         self._check_decay()
+        if self.norm_correction != "none" and self.weight_decay > 0:
+            raise UsageError(
+                f"norm_correction {self.norm_correction} goes with no weight_decay: it would be "
+                "multiplied as the step is"
+            )
         if self.normalization == "none":
             for name in ("normalize_depthwise", "normalization_skip"):
                 if getattr(self, name):
