@@ -232,12 +232,15 @@ class Paper:
         source: the paper, and the table or figure.
         metric: what its numbers are.
         rows: for each row and method its number; a method that is missing is not known.
+        claims: for each row and method the difference to the method's baseline that the paper
+            claims, where ``rows`` does not say it (default: what follows from ``rows``).
         note: what a reader should know (default: nothing).
     """
 
     source: str
     metric: str
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
+    claims: dict[str, dict[str, float]] = field(default_factory=dict)
     note: str = ""
 
 
@@ -352,6 +355,16 @@ class Recipe:
             check_name("method", name)
         for name in self.scales:
             check_name("scale", name)
+
+    def claimed(self, row: str, method: str) -> float | None:
+        """The difference to its baseline that the paper claims; none where it is not known."""
+        stated = self.paper.claims.get(row, {}).get(method)
+        if stated is not None:
+            return stated
+        numbers, baseline = self.paper.rows.get(row, {}), self.methods[method].baseline
+        if method not in numbers or baseline not in numbers:
+            return None
+        return numbers[method] - numbers[baseline]
 
     def cells(
         self,
@@ -482,6 +495,14 @@ def parse(content: Any, where: str) -> Recipe:
     for row, values in recipe.paper.rows.items():
         for name in values:
             _known(recipe.methods, name, f"method in the paper's row {row!r}")
+    for row, values in recipe.paper.claims.items():
+        for name in values:
+            method = _known(recipe.methods, name, f"method in the paper's claims of {row!r}")
+            if method.baseline is None:
+                raise UsageError(
+                    f"{where}: method {name!r} has a claim in row {row!r}, but no baseline that it "
+                    "is a difference to"
+                )
     for scale in recipe.scales:
         recipe.cells(scale, seeds=1)
     return recipe

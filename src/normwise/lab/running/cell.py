@@ -76,8 +76,12 @@ def config_of(cell: RecipeCell, device: str, processes: Processes = ALONE) -> di
         UsageError: if it would run code that is not trusted.
     """
     config = {"schema": SCHEMA, **asdict(cell), "device": device}
+    # What has no say is not there, so that a cell without it stays the same.
     if cell.start is None:
         del config["start"]
+    for name, silent in (("initial_scale", 1.0), ("norm_correction", "none")):
+        if config["training"][name] == silent:
+            del config["training"][name]
     if processes.kind is not None:
         config["parallel"] = {"kind": processes.kind, "processes": processes.size}
     names = (

@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from normwise.lab.errors import Damaged
-from normwise.lab.recipes import find
-from normwise.lab.running.results import Done, Entry, ResultTable
+from normwise.lab.recipes import Recipe, find
+from normwise.lab.running.results import Done, Entry, ResultTable, spread_of_differences
 from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.problem import Metric
 
 __all__ = ["as_csv", "as_data", "as_json", "as_latex", "as_markdown", "read_json"]
 
-_HEAD = ("method", "mean ± sd", "seeds", "difference (95%)", "verdict", "paper")
+_HEAD = (
+    "method",
+    "mean ± sd",
+    "seeds",
+    "difference (95%)",
+    "verdict",
+    "claimed",
+    "seeds to see it",
+    "paper",
+)
 
 
 def _number(value: float, metric: Metric, sign: bool = False) -> str:
@@ -45,7 +54,14 @@ def _cells(entry: Entry, metric: Metric) -> tuple[str, ...]:
             f"{_number(entry.difference, metric, sign=True)}{width} to {entry.compared_with}"
         )
     paper = "not known" if entry.paper is None else f"{entry.paper:g}"
-    return entry.label, shown, seeds, difference, entry.verdict(metric), paper
+    claimed = needed = ""
+    if entry.difference is not None:
+        claimed = (
+            "not known" if entry.claimed is None else _number(entry.claimed, metric, sign=True)
+        )
+        if entry.sd_of_differences is not None and entry.claimed:
+            needed = "over 10,000" if entry.seeds_needed is None else f"{entry.seeds_needed:,}"
+    return entry.label, shown, seeds, difference, entry.verdict(metric), claimed, needed, paper
 
 
 def _title(table: ResultTable) -> str:
@@ -137,6 +153,9 @@ def as_data(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
                     "compared_with": entry.compared_with,
                     "difference": entry.difference,
                     "half_width_95": entry.half_width,
+                    "sd_of_differences": entry.sd_of_differences,
+                    "claimed": entry.claimed,
+                    "seeds_needed": entry.seeds_needed,
                     "verdict": entry.verdict(table.metric),
                     "baseline": entry.baseline,
                     "paper": entry.paper,
@@ -214,15 +233,26 @@ def _table(
         for seed, records in r.get("records", {}).items()
     )
     found = next(m for m in kind(recipe.task).metrics if m.name == metric)
-    return ResultTable(recipe, scale, row, found, tuple(map(_entry, rows)), cells)
+    of_method = {r["method"]: _values(r) for r in rows}
+    entries = tuple(_entry(recipe, r, of_method) for r in rows)
+    return ResultTable(recipe, scale, row, found, entries, cells)
 
 
-def _entry(row: dict[str, Any]) -> Entry:
-    values = {int(seed): float(value) for seed, value in row["values"].items()}
+def _values(row: dict[str, Any]) -> dict[int, float]:
+    return {int(seed): float(value) for seed, value in row["values"].items()}
+
+
+def _entry(
+    recipe: Recipe, row: dict[str, Any], of_method: dict[str, dict[int, float]]
+) -> Entry:
+    """What the file holds; the claim is the recipe's, which may have learnt of it since."""
+    method = recipe.methods[row["method"]]
+    values = of_method[row["method"]]
+    judges = row["metric"] == kind(recipe.task).metrics[0].name
     others = [s for s in range(len(values) + row["failed"] + row["unfinished"]) if s not in values]
     return Entry(
         method=row["method"],
-        label=find(row["recipe"]).methods[row["method"]].label,
+        label=method.label,
         values=values,
         failed=tuple(others[: row["failed"]]),
         unfinished=tuple(others[row["failed"] :]),
@@ -230,5 +260,7 @@ def _entry(row: dict[str, Any]) -> Entry:
         compared_with=row["compared_with"],
         difference=row["difference"],
         half_width=row["half_width_95"],
+        sd_of_differences=spread_of_differences(values, of_method.get(method.baseline or "", {})),
+        claimed=recipe.claimed(row["row"], row["method"]) if judges else None,
         baseline=row["baseline"],
     )
