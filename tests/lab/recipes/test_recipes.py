@@ -113,7 +113,11 @@ def test_a_cell_takes_its_settings_from_all_levels():
         ("rows: {digits: {}}", "rows: {a/b: {}}", ["row 'a/b'", "letters, digits"]),
         ("rows: {digits: {}}", "seeds: 1000000000, rows: {digits: {}}", ["seeds", "10000 at most"]),
         ("lr: 1e-3", "lr: 1, initial_scale: 0", ["initial_scale 0.0", "above 0"]),
-        ("lr: 1e-3", "lr: 1, norm_correction: some", ["'some'", "none, fixed, projected, rescaled"]),
+        (
+            "lr: 1e-3",
+            "lr: 1, norm_correction: some",
+            ["'some'", "none, fixed, projected, rescaled"],
+        ),
         (
             "lr: 1e-3",
             "lr: 1, norm_correction: fixed, weight_decay: 0.1",

@@ -121,7 +121,9 @@ def test_chance_in_the_test_examples_widens_the_interval(tmp_path):
 def test_too_few_seeds_are_told_from_no_difference(tmp_path, gains, verdict):
     for seed, gain in enumerate(gains):
         for method, accuracy in (("sgd", 0.5), ("sgdp", 0.5 + gain)):
-            write(tmp_path, method, seed, accuracy, recipe="adamp-imagenet", row="resnet18-no-decay")
+            write(
+                tmp_path, method, seed, accuracy, recipe="adamp-imagenet", row="resnet18-no-decay"
+            )
     (table,) = tables(read_cells([tmp_path]))
     sgdp = table.entries[1]
     assert sgdp.claimed == pytest.approx(70.21 - 67.94)

@@ -242,9 +242,7 @@ def _values(row: dict[str, Any]) -> dict[int, float]:
     return {int(seed): float(value) for seed, value in row["values"].items()}
 
 
-def _entry(
-    recipe: Recipe, row: dict[str, Any], of_method: dict[str, dict[int, float]]
-) -> Entry:
+def _entry(recipe: Recipe, row: dict[str, Any], of_method: dict[str, dict[int, float]]) -> Entry:
     """What the file holds; the claim is the recipe's, which may have learnt of it since."""
     method = recipe.methods[row["method"]]
     values = of_method[row["method"]]

@@ -260,9 +260,7 @@ def _differences(mine: Mapping[int, float], theirs: Mapping[int, float]) -> list
     return [value - theirs[seed] for seed, value in mine.items() if seed in theirs]
 
 
-def spread_of_differences(
-    mine: Mapping[int, float], theirs: Mapping[int, float]
-) -> float | None:
+def spread_of_differences(mine: Mapping[int, float], theirs: Mapping[int, float]) -> float | None:
     """The standard deviation of the differences of common seeds; none for fewer than two."""
     differences = _differences(mine, theirs)
     return Spread.of(differences).sd if differences else None

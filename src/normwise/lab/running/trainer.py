@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from normwise.geometry import View, norms
+from normwise.lab.correction import correct_for_norms
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import Processes, whole
 from normwise.lab.recipes.schema import RecipeCell
-from normwise.lab.correction import correct_for_norms
 from normwise.lab.running.invariant import invariant_views
 from normwise.lab.running.prepare import (
     decay_within_window,
@@ -145,9 +145,7 @@ class Trainer:
         )
         decay_within_window(self.optimizer, self.training, self.total_steps)
         if self.training.norm_correction != "none":
-            correct_for_norms(
-                self.optimizer, dict(self._invariant), self.training.norm_correction
-            )
+            correct_for_norms(self.optimizer, dict(self._invariant), self.training.norm_correction)
         self._awp = self._perturbation()
         self._decayed_lrs = decayed_lrs(self.training, self.total_steps)
         self.exponent = describe(self.optimizer)[0].update.exponent
