@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from normwise.lab.recipes import Recipe, RecipeCell
     from normwise.lab.running.events import Event
     from normwise.lab.running.results import ResultTable
+    from normwise.monitor import Monitor
 
 __all__ = ["ProgressLines", "add_lab_parsers"]
 
@@ -69,6 +71,12 @@ def _add_paper(subparsers: Any) -> None:
     )
     option = run.add_argument
     option("--scale", default="small", metavar="NAME", help="small or paper (default: small)")
+    run.add_argument(
+        "--monitor",
+        type=Path,
+        metavar="FILE",
+        help="draw what a Monitor sees of the weights, layer by layer, of the only cell",
+    )
     _add_training(run)
     run.set_defaults(run=_paper_run)
     tune = verbs.add_parser(
@@ -192,7 +200,23 @@ def _paper_run(arguments: argparse.Namespace) -> int:
     )
     if path is not None and not arguments.quiet:
         print(f"normwise: tuned settings from {path}", file=sys.stderr, flush=True)
-    return _trained(arguments, recipe, cells)
+    if arguments.monitor is None:
+        return _trained(arguments, recipe, cells)
+    if len(cells) > 1 or arguments.jobs > 1 or arguments.executor != "local":
+        raise UsageError(
+            f"--monitor draws one cell that is trained here, and these are {len(cells)}: choose "
+            "one by --rows, --methods and --seeds 1, with --jobs 1"
+        )
+    seen: list[Monitor] = []
+    ended = _trained(arguments, recipe, cells, seen.append)
+    if not seen or not seen[0].history:
+        raise UsageError(
+            "--monitor has nothing to draw: the cell was finished before, or no weight of it is "
+            "scale-invariant"
+        )
+    arguments.monitor.parent.mkdir(parents=True, exist_ok=True)
+    seen[0].plot(arguments.monitor)
+    return ended
 
 
 def _paper_tune(arguments: argparse.Namespace) -> int:
@@ -233,8 +257,16 @@ def _write_tuned(arguments: argparse.Namespace, recipe: Recipe, scale: str) -> i
     return 1 if unfinished else 0
 
 
-def _trained(arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCell]) -> int:
-    """Train cells as the command says, and show what came of them; the exit code."""
+def _trained(
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    cells: list[RecipeCell],
+    watched: Callable[[Monitor], object] = lambda monitor: None,
+) -> int:
+    """Train cells as the command says, and show what came of them; the exit code.
+
+    ``watched`` is called with the monitor of each that is trained in this process.
+    """
     from normwise.lab.data.files import data_root
     from normwise.lab.errors import nearest
     from normwise.lab.parallel import processes
@@ -265,7 +297,7 @@ def _trained(arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCe
                 trust=arguments.trust,
             )
             return 0
-        return _run_and_show(arguments, recipe, cells, together)
+        return _run_and_show(arguments, recipe, cells, together, watched)
 
 
 @dataclass
@@ -275,10 +307,12 @@ class ProgressLines:
     Args:
         total: how many cells there are.
         quiet: whether nothing is shown.
+        watched: called with the monitor of each cell that is trained here.
     """
 
     total: int
     quiet: bool
+    watched: Callable[[Monitor], object] = lambda monitor: None
     done: int = 0
     begin: float = field(default_factory=time.monotonic)
     # Of each cell that was trained here, the share that is done.
@@ -299,6 +333,8 @@ class ProgressLines:
         who = f"{event.cell.row} {event.cell.method}{at} seed {event.cell.seed}"
         if isinstance(event, Measured | Started):
             self._shares.setdefault(event.cell.folder, 0.0)
+            if isinstance(event, Started) and event.monitor is not None:
+                self.watched(event.monitor)
         elif isinstance(event, Finished):
             self.done += 1
             if event.result["status"] == "skipped":
@@ -340,7 +376,11 @@ def _spelled(shown: object) -> str:
 
 
 def _run_and_show(
-    arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCell], together: Processes
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    cells: list[RecipeCell],
+    together: Processes,
+    watched: Callable[[Monitor], object],
 ) -> int:
     """What the first process, or the only one, does."""
     from normwise.lab.data.files import data_root
@@ -363,7 +403,7 @@ def _run_and_show(
             executor=arguments.executor,
             device=arguments.device,
             checkpoint_seconds=arguments.checkpoint_every,
-            observe=ProgressLines(len(cells), arguments.quiet),
+            observe=ProgressLines(len(cells), arguments.quiet, watched),
             processes=together,
             trust=arguments.trust,
         )
