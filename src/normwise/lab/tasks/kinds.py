@@ -30,6 +30,8 @@ KINDS = {
     "detection": ("detection", "Detection"),
     "retrieval": ("retrieval", "Retrieval"),
     "language": ("language", "Language"),
+    "merging": ("merging", "Merging"),
+    "decay_moments": ("decay_moments", "DecayMoments"),
     "lr_transfer": ("transfer", "LRTransfer"),
 }
 
