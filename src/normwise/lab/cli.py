@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from normwise.lab.recipes import Recipe, RecipeCell
     from normwise.lab.running.events import Event
     from normwise.lab.running.results import ResultTable
+    from normwise.monitor import Monitor
 
 __all__ = ["ProgressLines", "add_lab_parsers"]
 
@@ -73,6 +75,12 @@ def _add_paper(subparsers: Any) -> None:
     option = run.add_argument
     option(
         "--scale", default="small", metavar="NAME", help="small, medium or paper (default: small)"
+    )
+    option(
+        "--monitor",
+        type=Path,
+        metavar="FILE",
+        help="draw what a Monitor sees of the weights, layer by layer, of the only cell",
     )
     _add_training(run)
     run.set_defaults(run=_paper_run)
@@ -203,7 +211,23 @@ def _paper_run(arguments: argparse.Namespace) -> int:
     )
     if path is not None and not arguments.quiet:
         print(f"normwise: tuned settings from {path}", file=sys.stderr, flush=True)
-    return _trained(arguments, recipe, cells)
+    if arguments.monitor is None:
+        return _trained(arguments, recipe, cells)
+    if len(cells) > 1 or arguments.jobs > 1 or arguments.executor != "local":
+        raise UsageError(
+            f"--monitor draws one cell that is trained here, and these are {len(cells)}: choose "
+            "one by --rows, --methods and --seeds 1, with --jobs 1"
+        )
+    seen: list[Monitor] = []
+    ended = _trained(arguments, recipe, cells, seen.append)
+    if not seen or not seen[0].history:
+        raise UsageError(
+            "--monitor has nothing to draw: the cell was finished before, or no weight of it is "
+            "scale-invariant"
+        )
+    arguments.monitor.parent.mkdir(parents=True, exist_ok=True)
+    seen[0].plot(arguments.monitor)
+    return ended
 
 
 def _paper_tune(arguments: argparse.Namespace) -> int:
@@ -244,8 +268,16 @@ def _write_tuned(arguments: argparse.Namespace, recipe: Recipe, scale: str) -> i
     return 1 if unfinished else 0
 
 
-def _trained(arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCell]) -> int:
-    """Train cells as the command says, and show what came of them; the exit code."""
+def _trained(
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    cells: list[RecipeCell],
+    watched: Callable[[Monitor], object] = lambda monitor: None,
+) -> int:
+    """Train cells as the command says, and show what came of them; the exit code.
+
+    ``watched`` is called with the monitor of each that is trained in this process.
+    """
     from normwise.lab.data.files import data_root
     from normwise.lab.errors import nearest
     from normwise.lab.parallel import processes
@@ -278,7 +310,7 @@ def _trained(arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCe
                 trust=arguments.trust,
             )
             return 0
-        return _run_and_show(arguments, recipe, cells, together)
+        return _run_and_show(arguments, recipe, cells, together, watched)
 
 
 @dataclass
@@ -288,10 +320,12 @@ class ProgressLines:
     Args:
         total: how many cells there are.
         quiet: whether nothing is shown.
+        watched: called with the monitor of each cell that is trained here.
     """
 
     total: int
     quiet: bool
+    watched: Callable[[Monitor], object] = lambda monitor: None
     done: int = 0
     begin: float = field(default_factory=time.monotonic)
     # Of each cell that was trained here, the share that is done, and what of it was done here.
@@ -313,6 +347,8 @@ class ProgressLines:
         who = f"{event.cell.row} {event.cell.method}{at} seed {event.cell.seed}"
         if isinstance(event, Measured | Started):
             self._shares.setdefault(event.cell.folder, 0.0)
+            if isinstance(event, Started) and event.monitor is not None:
+                self.watched(event.monitor)
         elif isinstance(event, Finished):
             if event.result["status"] == "unfinished":
                 return
@@ -365,7 +401,11 @@ def _spelled(shown: object) -> str:
 
 
 def _run_and_show(
-    arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCell], together: Processes
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    cells: list[RecipeCell],
+    together: Processes,
+    watched: Callable[[Monitor], object],
 ) -> int:
     """What the first process, or the only one, does."""
     from normwise.lab.data.files import data_root
@@ -381,7 +421,7 @@ def _run_and_show(
     folder = arguments.out / f"{recipe.id}-{cells[0].scale}"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RECIPE, text(arguments.recipe).encode())
-    lines = ProgressLines(len(cells), arguments.quiet)
+    lines = ProgressLines(len(cells), arguments.quiet, watched)
     try:
         results = run_cells(
             cells,

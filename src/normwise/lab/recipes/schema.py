@@ -30,7 +30,7 @@ __all__ = [
 
 SCHEMA = 1
 MOST_SEEDS = 10_000
-SCHEDULES = ("constant", "steps", "cosine")
+SCHEDULES = ("constant", "steps", "linear", "cosine")
 NORMALIZATIONS = ("none", "WN", "CWN", "WS")
 COUPLINGS = ("own", "l2", "decoupled", "schedule", "translated")
 CORRECTIONS = ("none", *REFERENCES)
@@ -63,7 +63,7 @@ class Training:
         eps: of adam, adamw and adamp, and sgdp's guard (default: 1e-8).
         delta: threshold of the cosine gate (default: 0.1).
         wd_ratio: factor on the decay of projected weights (default: 0.1).
-        schedule: constant, steps or cosine (default: steps).
+        schedule: constant, steps, linear or cosine, these two down to 0 (default: steps).
         drops: after which shares of the steps ``lr`` is multiplied (default: 0.3, 0.6, 0.9).
         lr_factor: by what (default: 0.1).
         warmup: the share of the steps in which ``lr`` rises evenly from 0 (default: 0).
@@ -220,6 +220,8 @@ class Training:
             return (step + 1) / (self.warmup * steps)
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
+        if self.schedule == "linear":
+            return (1 - done) / (1 - self.warmup)
         if self.schedule == "steps":
             return self.lr_factor ** sum(done >= drop for drop in self.drops)
         return 1.0

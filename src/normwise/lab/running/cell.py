@@ -489,6 +489,8 @@ class _CellStart:
         return float(self.processes.mean(torch.tensor(float(late)))) > 0
 
     def _test(self, trainer: Trainer) -> None:
+        if trainer.monitor is not None:
+            trainer.monitor.fetch()
         evaluation = trainer.problem.evaluate()
         self.metrics, self.wrong = evaluation.metrics, evaluation.wrong
         if not all(map(math.isfinite, self.metrics.values())):
