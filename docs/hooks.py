@@ -1,4 +1,4 @@
-"""What the site does to a page before it is rendered."""
+"""What the site does to a page before and after it is rendered."""
 
 import argparse
 import importlib
@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 INCLUDE = re.compile(r"^<!-- include: ([\w.]+) -->$", re.MULTILINE)
 ROOM = re.compile(r"^::: (normwise(?:\.\w+)?)$", re.MULTILINE)
+PICTURE = re.compile(r'<p>(<img [^>]*?src="([^"]+)"[^>]*>)</p>')
 HELP = re.compile(r"^<!-- help: ([a-z ]+) -->$", re.MULTILINE)
 
 
@@ -18,6 +19,11 @@ def on_page_markdown(markdown, page, **_):
     """Include files of the repository, show commands' help, and keep links within the site."""
     markdown = ROOM.sub(show_hidden, INCLUDE.sub(include, markdown))
     return HELP.sub(show_help, keep_links_inside(markdown, page.file.src_uri))
+
+
+def on_page_content(html, **_):
+    """Each picture is a link to itself, for a screen that it is too small on."""
+    return PICTURE.sub(r'<p><a class="picture" href="\2">\1</a></p>', html)
 
 
 def include(match):
