@@ -15,8 +15,11 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
+# Lines and branches, of other processes too; then the section of docs/tested.md. ROOMS=tests/decay: a part.
 coverage: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" --cov --cov-report=term
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" $(ROOMS) \
+		--cov --cov-report=json:build/coverage.json --cov-report=html:build/coverage
+	$(BIN)/python tools/coverage_section.py build/coverage.json docs/tested.md "make coverage $(if $(ROOMS),ROOMS=\"$(ROOMS)\")"
 
 # On a machine with a CUDA device, in whatever environment PYTHON is of: it installs nothing.
 gpu:
