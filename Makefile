@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all coverage gpu docs lint package release sbom install clean
+.PHONY: demo test test-all coverage examples gpu docs lint package release sbom install clean
 
 demo: install
 	$(BIN)/normwise compare
@@ -20,6 +20,10 @@ coverage: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" $(ROOMS) \
 		--cov --cov-report=json:build/coverage.json --cov-report=html:build/coverage
 	$(BIN)/python tools/coverage_section.py build/coverage.json docs/tested.md "make coverage $(if $(ROOMS),ROOMS=\"$(ROOMS)\")"
+
+# What they print and draw is left in build/examples. NAMES="small_gpt fsdp2": some.
+examples: install
+	$(BIN)/python tools/try_examples.py build/examples $(NAMES)
 
 # On a machine with a CUDA device, in whatever environment PYTHON is of: it installs nothing.
 gpu:

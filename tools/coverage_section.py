@@ -34,9 +34,7 @@ def ranges(lines: list[int]) -> str:
     breaks = [b for a, b in pairwise(lines) if b != a + 1]
     firsts, lasts = [*lines[:1], *breaks], [a for a, b in pairwise(lines) if b != a + 1]
     lasts += lines[-1:]
-    return ", ".join(
-        f"{a}–{b}" if a != b else str(a) for a, b in zip(firsts, lasts, strict=True)
-    )
+    return ", ".join(f"{a}–{b}" if a != b else str(a) for a, b in zip(firsts, lasts, strict=True))
 
 
 def gaps(file: dict[str, Any]) -> str:
@@ -64,7 +62,10 @@ def section(report: dict[str, Any], command: str) -> str:
         name = room if room.startswith("*") else f"`{room}`"
         rows.append(f"| {name} | {len(own)} | {share(own, 'lines')} | {share(own, 'branches')} |")
     low = {p: f for p, f in files.items() if f["summary"]["percent_covered"] < SHOWN_BELOW}
-    rows += ["", f"Files of which less than {SHOWN_BELOW:.0f}% is reached, lines and branches together:"]
+    rows += [
+        "",
+        f"Files of which less than {SHOWN_BELOW:.0f}% is reached, lines and branches together:",
+    ]
     rows += ["", "| file | reached | not reached: lines |", "|---|---|---|"]
     for path, file in sorted(low.items(), key=lambda item: item[1]["summary"]["percent_covered"]):
         rows.append(f"| `{path}` | {file['summary']['percent_covered']:.0f}% | {gaps(file)} |")
