@@ -64,9 +64,9 @@ def section(report: dict[str, Any], command: str) -> str:
     low = {p: f for p, f in files.items() if f["summary"]["percent_covered"] < SHOWN_BELOW}
     rows += [
         "",
-        f"Files of which less than {SHOWN_BELOW:.0f}% is reached, lines and branches together:",
+        f"Files below {SHOWN_BELOW:.0f}%, lines and branches together:",
     ]
-    rows += ["", "| file | reached | not reached: lines |", "|---|---|---|"]
+    rows += ["", "| file | reached | lines not reached |", "|---|---|---|"]
     for path, file in sorted(low.items(), key=lambda item: item[1]["summary"]["percent_covered"]):
         rows.append(f"| `{path}` | {file['summary']['percent_covered']:.0f}% | {gaps(file)} |")
     return "\n".join(rows) + "\n"
