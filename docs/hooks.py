@@ -14,7 +14,7 @@ ROOM = re.compile(r"^::: (normwise(?:\.\w+)?)$", re.MULTILINE)
 PICTURE = re.compile(r'<p>(<img [^>]*?src="([^"]+)"[^>]*>)</p>')
 # What is not prose: code, comments and tags, targets of links.
 KEPT = re.compile(r"(^```.*?^```|`+[^`\n]+`+|<[^>\n]+>|\]\([^)\s]*\))", re.MULTILINE | re.DOTALL)
-NAME = r"[A-Za-z]+[ₐ-ₜ]?|[0-9]+|[\u0370-\u03ff]|[¼½]"
+NAME = r"[A-Za-z]+[ₐ-ₜ]?|[0-9]+(?:\.[0-9]+)?|[\u0370-\u03ff]|[¼½]"
 INDEX = re.compile(
     r"(?<![A-Za-z0-9_])((?:[^\W\d_]|‖)[\u0300-\u036f]*)_(?:\{([^}\n]+)\}|(" + NAME + "))"
 )
