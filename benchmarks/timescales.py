@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from transfer import CONTEXT, REST_LR, Model, loss_of, read, sample, spread
 
-from normwise.figures import Axis, Figure, Line, Lines, Spacing, save
+from normwise.figures import Axis, Figure, Line, Lines, Spacing, nth_of, save
 from normwise.lab.data.texts import encode
 from normwise.plan import TRANSFERS, Run, carry
 
@@ -260,31 +260,64 @@ def _edge(pair: tuple[float, float], found: Losses) -> str:
     return f" (at the edge of {' and '.join(names)})" if names else ""
 
 
+def least_decays(found: Losses, lr: float) -> list[float]:
+    """λ of the least loss at one η, of each seed: a parabola over log λ through the three lowest.
+
+    NaN where the lowest is at an end.
+    """
+    decays = [decay for decay in DECAYS if (lr, decay) in found]
+    values = []
+    for seed in range(SEEDS):
+        curve = [found[lr, decay][seed] for decay in decays]
+        k = min(range(len(curve)), key=curve.__getitem__)
+        if not 0 < k < len(curve) - 1:
+            values.append(math.nan)
+            continue
+        low, mid, high = curve[k - 1 : k + 2]
+        values.append(decays[k] * 4.0 ** ((low - high) / (2 * (low - 2 * mid + high))))
+    return values
+
+
+def decay_table(rows: list[dict[str, Any]]) -> str:
+    """The best λ at the η that is best at the base."""
+    lr, _ = best(losses(rows, BASE))
+    lines = ["| | best λ at that η, by seed |", "|---|---|"]
+    for name, place in PLACES.items():
+        if found := losses(rows, place):
+            values = ", ".join(f"{value:.2g}" for value in least_decays(found, lr))
+            lines.append(f"| {name} | {values} |")
+    return "\n".join(lines)
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The losses over λ: a chart for each place, a line for each η near the best."""
+    """The losses over λ: a chart for each place, a line for each η, verticals where rules go."""
     y = Axis("validation loss, nats per character")
     x = Axis("weight decay λ, log scale", Spacing.LOG)
+    chosen = best(losses(rows, BASE))
     charts = []
-    colours = ("green", "blue", "orange")
     for name, place in PLACES.items():
         found = losses(rows, place)
-        if not found:
-            continue
-        lr = best(found)[0]
+        said = {chosen[1]} if place == BASE else {d for _, d in carried(chosen, place).values()}
         lines = []
-        for factor, colour in zip((0.5, 1, 2), colours, strict=True):
-            pairs = sorted(pair for pair in found if pair[0] == factor * lr)
-            means = [statistics.mean(found[pair]) for pair in pairs]
-            label = f"η = 2^{math.log2(factor * lr):.0f}"
-            decays = tuple(decay for _, decay in pairs)
-            lines.append(Line(label, label, decays, tuple(means), colour=colour))
-        charts.append(Lines(name, "", x, y, tuple(lines)))
+        for k, lr in enumerate(RATES):
+            decays = sorted(decay for rate, decay in found if rate == lr)
+            if len(decays) > 1:
+                means = (statistics.mean(found[lr, decay]) for decay in decays)
+                label = f"η = 1/{1 / lr:.0f}"
+                lines.append(
+                    Line(label, label, tuple(decays), tuple(means), colour=nth_of(k, len(RATES)))
+                )
+        if lines:
+            note = f"verticals: {'the best' if place == BASE else 'what rules say'}"
+            charts.append(Lines(name, note, x, y, tuple(lines), tuple(sorted(said))))
     save(Figure("", tuple(charts), columns=2, width=1180), path)
 
 
 def report(arguments: argparse.Namespace) -> None:
     rows = read(arguments.results)
     print(table(rows))
+    print()
+    print(decay_table(rows))
     if arguments.picture is not None:
         draw(rows, arguments.picture)
 
