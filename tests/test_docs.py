@@ -92,7 +92,7 @@ def test_commands_exist_and_take_their_arguments(words, tmp_path, monkeypatch, c
             return  # needs runs, a network, or data
         if words[1] == "inspect" and not words[2].startswith("hf:"):
             return  # of a package that is the reader's, or that cannot be installed everywhere
-        if words[1] == "inspect":
+        if any(word.startswith("hf:") for word in words):
             pytest.importorskip("transformers", reason="the network comes from transformers")
         monkeypatch.chdir(tmp_path)
         assert cli.main(words[1:]) == 0

@@ -370,7 +370,13 @@ def groups(
     if not isinstance(matrices, Mapping):
         return ByRole(given, params, routes)
     found = _plain_groups(params, routes)
-    return [group | dict(given[group["optimizer"]]) for group in found]
+    # A group that brings a decay of its own is of vectors, which are not decayed.
+    return [
+        group
+        | dict(given[group["optimizer"]])
+        | {key: group[key] for key in ("weight_decay",) if key in group}
+        for group in found
+    ]
 
 
 def destination_of(row: ReportRow, given: Collection[str]) -> Destination:
