@@ -363,7 +363,11 @@ def groups(
     if not isinstance(matrices, Mapping):
         return ByRole(given, params, routes)
     found = _plain_groups(params, routes)
-    return [group | dict(given[group["optimizer"]]) for group in found]
+    of_vectors = {"weight_decay": 0.0}
+    return [
+        group | dict(given[group["optimizer"]]) | (of_vectors if "weight_decay" in group else {})
+        for group in found
+    ]
 
 
 def destination_of(row: ReportRow, given: Collection[str]) -> Destination:
