@@ -19,12 +19,13 @@ def use_triton_on_the_cpu(monkeypatch, log_block):
     from triton import knobs
     from triton.runtime import interpreter
 
-    from normwise.optim.kernels import cuda
+    from normwise.optim.kernels import cuda, displaced_cuda
 
     if not knobs.runtime.interpret:
         pytest.skip("Triton was imported without TRITON_INTERPRET=1")
     monkeypatch.setitem(kernels._BACKENDS, "cpu", kernels._BACKENDS["cuda"])
-    monkeypatch.setattr(cuda.CUDAPlan.__init__, "__defaults__", (log_block,))
+    for plan in (cuda.CUDAPlan, displaced_cuda.DisplacedCUDAPlan):
+        monkeypatch.setattr(plan.__init__, "__defaults__", (log_block,))
 
     # It cuts float32 off to bfloat16, where devices round to nearest even.
     convert = interpreter._convert_float

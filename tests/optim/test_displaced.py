@@ -1,23 +1,23 @@
-"""The fused kernel of tangential() and sphere() does what the plain path does."""
+"""The fused kernels of tangential() and sphere() do what the plain path does."""
 
 import copy
-import importlib.util
+import sys
 
 import pytest
 import torch
+from conftest import require, use_triton_on_the_cpu
 
 import normwise
 from normwise import View
 from normwise.geometry import norms, tangential
-from normwise.optim import displaced
-from normwise.optim.kernels import _cpu_numba
+from normwise.optim import displaced, kernels
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("numba") is None, reason="the kernel is compiled by Numba"
-)
-
-# Slices short and long, of one entry, longer than a chunk, and more than a chunk of them.
-SHAPES = [(64, 40), (8, 6, 3, 3), (2, 3, 2, 2, 2), (300, 250), (4, 20000), (1, 5), (40, 1)]
+# Slices short and long, of one entry, longer than a chunk or than what one program takes, and more
+# than a chunk of them. Triton's interpreter takes its time; there chunks are of 256 entries.
+SHAPES = {
+    "numba": [(64, 40), (8, 6, 3, 3), (2, 3, 2, 2, 2), (300, 250), (4, 20000), (1, 5), (40, 1)],
+    "triton": [(12, 40), (4, 6, 3, 3), (2, 3, 2, 2, 2), (2, 300), (2, 1030), (1, 5), (10, 1)],
+}
 VIEWS = [View.channel(), View.channel(1), View.blocks(2), View.layer()]
 WRAPPERS = {
     "tangential": lambda o, view: normwise.tangential(o, view, wd_ratio=0.3),
@@ -34,9 +34,18 @@ def fits(view, shape):
     return view.kind == "layer" or shape[view.dim] % view.count == 0
 
 
-def weights(view, dtype, memory_format=torch.contiguous_format):
+@pytest.fixture(params=SHAPES)
+def kernel(request, monkeypatch):
+    """Whose kernels are taken on CPU tensors."""
+    require(request.param)
+    if request.param == "triton":
+        use_triton_on_the_cpu(monkeypatch, log_block=8)
+    return request.param
+
+
+def weights(view, dtype, memory_format=torch.contiguous_format, kernel="numba"):
     generator = torch.Generator().manual_seed(1)
-    drawn = [torch.randn(s, generator=generator, dtype=torch.float64) for s in SHAPES]
+    drawn = [torch.randn(s, generator=generator, dtype=torch.float64) for s in SHAPES[kernel]]
     return [
         w.to(dtype, memory_format=memory_format if w.ndim == 4 else torch.contiguous_format)
         .clone()
@@ -46,7 +55,7 @@ def weights(view, dtype, memory_format=torch.contiguous_format):
     ]
 
 
-def steps(wrapper, view, params, count=3):
+def steps(wrapper, view, params, count=2):
     options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1 if "tang" in wrapper else 0.0}
     optimizer = WRAPPERS[wrapper](torch.optim.SGD(params, **options), view)
     for step in range(count):
@@ -76,30 +85,34 @@ def both(monkeypatch, wrapper, view, dtype, **options):
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("view", VIEWS, ids=str)
-def test_in_float64_the_kernel_is_the_plain_path(monkeypatch, wrapper, view):
-    for ours, plain in zip(*both(monkeypatch, wrapper, view, torch.float64), strict=True):
+def test_in_float64_the_kernel_is_the_plain_path(monkeypatch, wrapper, view, kernel):
+    results = both(monkeypatch, wrapper, view, torch.float64, kernel=kernel)
+    for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_in_other_dtypes_it_is_so_up_to_their_rounding(monkeypatch, wrapper, dtype):
+def test_in_other_dtypes_it_is_so_up_to_their_rounding(monkeypatch, wrapper, dtype, kernel):
     atol = 32 * torch.finfo(dtype).eps
     for view in (View.channel(), View.layer()):
-        for ours, plain in zip(*both(monkeypatch, wrapper, view, dtype), strict=True):
+        results = both(monkeypatch, wrapper, view, dtype, kernel=kernel)
+        for ours, plain in zip(*results, strict=True):
             torch.testing.assert_close(ours, plain, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("view", VIEWS, ids=str)
-def test_in_channels_last_it_is_so_too(monkeypatch, view):
-    options = {"memory_format": torch.channels_last}
+def test_in_channels_last_it_is_so_too(monkeypatch, view, kernel):
+    options = {"memory_format": torch.channels_last, "kernel": kernel}
     results = both(monkeypatch, "hyperball", view, torch.float64, **options)
     for ours, plain in zip(*results, strict=True):
         assert ours.stride() == plain.stride()
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
 
 
-def test_threads_change_no_bit(monkeypatch):
+def test_threads_change_no_bit(monkeypatch, numba):
+    from normwise.optim.kernels import _cpu_numba
+
     monkeypatch.setattr(_cpu_numba, "PARALLEL_ENTRIES", 0)
     threads, results = torch.get_num_threads(), []
     try:
@@ -112,7 +125,7 @@ def test_threads_change_no_bit(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
-def test_norms_may_be_extreme(scale):
+def test_norms_may_be_extreme(scale, kernel):
     w = (torch.randn(64, 64) * scale).requires_grad_()
     first = norms(w.detach(), View.channel())
     optimizer = normwise.sphere(torch.optim.SGD([w], lr=0.1), "channel")
@@ -123,7 +136,7 @@ def test_norms_may_be_extreme(scale):
     torch.testing.assert_close(norms(w.detach(), View.channel()), first, rtol=1e-6, atol=0)
 
 
-def test_a_small_step_is_not_lost_in_float32():
+def test_a_small_step_is_not_lost_in_float32(kernel):
     """What is removed is a multiple of w near 0, not the difference of two near w."""
     w = torch.randn(64, 64).requires_grad_()
     before = w.detach().clone()
@@ -138,7 +151,7 @@ def test_a_small_step_is_not_lost_in_float32():
     assert ((w.detach().double() - expected).abs() <= spacing).all()
 
 
-def test_numbers_that_are_not_spread_no_further_than_their_slice():
+def test_numbers_that_are_not_spread_no_further_than_their_slice(kernel):
     w = torch.randn(64, 64).requires_grad_()
     optimizer = normwise.sphere(torch.optim.SGD([w], lr=0.1), "channel")
     w.grad = torch.randn(64, 64)
@@ -267,7 +280,7 @@ def test_when_the_wrapped_step_fails_the_weights_are_what_they_were(monkeypatch,
 
 
 @pytest.mark.parametrize("view", [View.channel(), View.layer()])
-def test_no_norm_drifts_in_bfloat16(view):
+def test_no_norm_drifts_in_bfloat16(view, kernel):
     """Within one spacing of bfloat16 numbers of the radius that is stored."""
     w = torch.randn(64, 64).bfloat16().requires_grad_()
     optimizer = normwise.sphere(torch.optim.AdamW([w], lr=0.02), view)
