@@ -75,6 +75,15 @@ def compiler(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(params=["numba", "triton"])
+def kernel(request, monkeypatch):
+    """Whose kernels change on CPU tensors what a wrapped optimizer did."""
+    require(request.param)
+    if request.param == "triton":
+        use_triton_on_the_cpu(monkeypatch, log_block=8)
+    return request.param
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """Kernels for CUDA on CPU tensors, with tiles of 256 entries."""

@@ -1,6 +1,5 @@
 # Triton types these functions itself. What it decides at compile time stands in an if of its own.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-# ruff: noqa: SIM102, SIM108
 """What a wrapped optimizer did to many weights, turned into other steps, compiled by Triton.
 
 As in ``_displaced_numba`` there is w of each weight from before the step, and x, which holds w + d
@@ -28,13 +27,13 @@ from normwise.optim.kernels._cuda_triton import (
     END,
     NOISE,
     SLICE,
-    STOCHASTIC,
     TENSOR,
     _get,
     _places,
     _rounded,
     _set,
 )
+from normwise.optim.kernels._cuda_triton import STOCHASTIC as STOCHASTIC_ROUNDING
 
 # Tables are int64; entries marked with ° are the bits of a float64. The state of a step begins with
 # what _cuda_triton's has up to NOISE, the steps that were rounded at random; then the host sends
@@ -77,9 +76,10 @@ FREE = tl.constexpr(0)
 FIXED = tl.constexpr(1)
 RETRACT = tl.constexpr(2)
 GEODESIC = tl.constexpr(3)
-# Flags of ``how``, beside STOCHASTIC.
+# Flags of ``how``, of which _rounded knows the last.
 RELATIVE = tl.constexpr(1)  # updates are θR long
 FLOORED = tl.constexpr(2)
+STOCHASTIC = tl.constexpr(STOCHASTIC_ROUNDING.value)
 
 
 @triton.jit
@@ -212,7 +212,7 @@ def move(
     x_at = _at(state, tensor, AFTER, dtype, aligned)
     outcome, numbers = tl.load(about + OUTCOME), state + tl.load(about + NUMBERS)
     radius = tl.zeros([rows], tl.float64) + 1
-    if path == RETRACT or path == GEODESIC:
+    if path >= RETRACT:  # these have radii
         radii = _at(state, tensor, RADII, compute, False)
         radius = tl.load(radii + s, row, other=1).to(tl.float64)
 
@@ -314,7 +314,7 @@ def gather(
         dd += tl.load(sums + DD, mask, other=0)
     ww, wd, dd = tl.sum(ww, 0), tl.sum(wd, 0), tl.sum(dd, 0)
     radius = 0.0 * ww + 1
-    if path == RETRACT or path == GEODESIC:
+    if path >= RETRACT:  # these have radii
         radius = tl.load(_at(state, tensor, RADII, compute, False) + number).to(tl.float64)
     numbers = state + tl.load(about + NUMBERS)
     a, b = _coefficients(ww, wd, dd, radius, numbers, noise, path, how)

@@ -77,11 +77,10 @@ class Launcher:
             warps: of each program.
             specialized_on: what of arguments and constants differs between launches.
         """
-        grid = (programs, 1, 1)
-        compiled = self._compiled.get((kernel, *specialized_on))
+        grid, key = (programs, 1, 1), (kernel, *specialized_on)
+        compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = kernel[grid](*arguments, **constants, num_warps=warps)
-            self._compiled[kernel, *specialized_on] = compiled
+            self._compiled[key] = kernel[grid](*arguments, **constants, num_warps=warps)
         else:
             compiled[grid](*arguments, *constants.values())
 
