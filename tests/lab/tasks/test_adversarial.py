@@ -157,6 +157,7 @@ def test_trades_attacks_what_the_network_says_of_the_clean_image(
         data="made", network="convnet", width=4, ball=ball, radius=8, objective="trades"
     )
     problem = Adversarial(options, Path(), torch.device("cpu"))
+    assert not problem.divisible  # its two passes share batch statistics
     batch = problem.batch(torch.arange(32), torch.Generator().manual_seed(0))
     x, y, start = batch
     ready = problem.prepared(batch)

@@ -171,6 +171,8 @@ class Adversarial(Classification):
                 f"data {options.data!r} is not allowed: an attack needs pixels between 0 and 255"
             )
         self.model = _OnPixels(self.model, torch.as_tensor(self.mean), torch.as_tensor(self.std))
+        # DDP writes to the batch statistics before the second of the two passes of TRADES.
+        self.divisible = options.objective == "attacked"
         accuracy = self.baseline["accuracy"]
         self.baseline = {"attacked_accuracy": accuracy, "accuracy": accuracy, "attacked_gap": 0.0}
 

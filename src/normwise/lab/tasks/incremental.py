@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -137,7 +136,7 @@ class Incremental(Classification):
     equation 3).
     """
 
-    divisible: ClassVar[bool] = False
+    divisible = False
     options: IncrementalOptions
     model: _WithTeacher
 
