@@ -6,19 +6,33 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from normwise.lab.errors import Damaged
 from normwise.lab.recipes import find
+from normwise.lab.recipes.grids import point_name
 from normwise.lab.running.results import Done, Entry, ResultTable
+from normwise.lab.running.sweeps import Sweep, point_text, sweeps
+from normwise.lab.summary import Spread
 from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.problem import Metric
 
-__all__ = ["as_csv", "as_data", "as_json", "as_latex", "as_markdown", "read_json"]
+__all__ = [
+    "SWEEP_HEAD",
+    "as_csv",
+    "as_data",
+    "as_json",
+    "as_latex",
+    "as_markdown",
+    "read_json",
+    "sweep_cells",
+]
 
 _HEAD = ("method", "mean ± sd", "seeds", "difference (95%)", "verdict", "paper")
+SWEEP_HEAD = ("method", "row", "seeds", "best at", "mean ± sd", "over the first row's", "regret")
 
 
 def _number(value: float, metric: Metric, sign: bool = False) -> str:
@@ -27,12 +41,7 @@ def _number(value: float, metric: Metric, sign: bool = False) -> str:
 
 
 def _cells(entry: Entry, metric: Metric) -> tuple[str, ...]:
-    spread = entry.spread
-    if spread is None:
-        shown = "failed" if entry.failed else "–"
-    else:
-        sd = "" if spread.sd is None else f" ± {_number(spread.sd, metric)}"
-        shown = _number(spread.mean, metric) + sd
+    shown = "failed" if entry.failed and not entry.values else _spread(entry.spread, metric)
     seeds = str(len(entry.values))
     if entry.failed:
         seeds += f", {len(entry.failed)} failed"
@@ -46,6 +55,37 @@ def _cells(entry: Entry, metric: Metric) -> tuple[str, ...]:
         )
     paper = "not known" if entry.paper is None else f"{entry.paper:g}"
     return entry.label, shown, seeds, difference, entry.verdict(metric), paper
+
+
+def _spread(spread: Spread | None, metric: Metric) -> str:
+    if spread is None:
+        return "–"
+    sd = "" if spread.sd is None else f" ± {_number(spread.sd, metric)}"
+    return _number(spread.mean, metric) + sd
+
+
+def sweep_cells(sweep: Sweep) -> tuple[str, ...]:
+    """The texts under :data:`SWEEP_HEAD`."""
+    best, regret = sweep.best, sweep.regret
+    edge = f" (edge: {', '.join(sweep.edges)})" if sweep.edges else ""
+    ratios = ", ".join("–" if r is None else f"×{r:.3g}" for r in sweep.ratios.values())
+    diverged = regret is not None and regret.mean == math.inf
+    return (
+        sweep.label,
+        sweep.row,
+        str(len(best.values)),
+        point_text(best.point) + edge if best.values else "none",
+        _spread(best.spread, sweep.metric),
+        ratios,
+        "diverged" if diverged else _spread(regret, sweep.metric),
+    )
+
+
+def _swept_title(sweep: Sweep) -> str:
+    return (
+        f"{sweep.recipe.title} ({sweep.scale} scale): best of each sweep by {sweep.metric.title}, "
+        "and the regret of carrying the first row's best to the others"
+    )
 
 
 def _title(table: ResultTable) -> str:
@@ -62,13 +102,21 @@ def as_markdown(tables: Sequence[ResultTable]) -> str:
     """Pipe tables, each under its title; what holds for all of a recipe's follows the last."""
     parts = []
     for (recipe, scale), group in itertools.groupby(tables, lambda t: (t.recipe, t.scale)):
-        for table in group:
-            lines = [f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
-            lines += [f"| {' | '.join(_cells(e, table.metric))} |" for e in table.entries]
-            parts += [f"**{_title(table)}**", "\n".join(lines), _baseline(table)]
+        held = list(group)
+        for table in held:
+            if fixed := table.fixed:
+                rows = [_cells(e, table.metric) for e in fixed]
+                parts += [f"**{_title(table)}**", _pipes(_HEAD, rows), _baseline(table)]
+        if swept := sweeps(held):
+            parts += [f"**{_swept_title(swept[0])}**", _pipes(SWEEP_HEAD, map(sweep_cells, swept))]
         paper = f"Paper: {recipe.paper.source}."
         parts.append(" ".join(filter(None, [recipe.scales[scale].note, paper, recipe.paper.note])))
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 _LATEX = {
@@ -94,26 +142,36 @@ def _latex(text: str) -> str:
 
 def as_latex(tables: Sequence[ResultTable]) -> str:
     """``table`` environments that need no package."""
-    parts = []
-    for table in tables:
-        rows = [_HEAD, *(_cells(e, table.metric) for e in table.entries)]
-        body = [" & ".join(map(_latex, row)) + r" \\" for row in rows]
-        parts.append(
-            "\n".join(
-                [
-                    r"\begin{table}",
-                    rf"\caption{{{_latex(_title(table))}. {_latex(_baseline(table))}}}",
-                    rf"\begin{{tabular}}{{l{'r' * (len(_HEAD) - 1)}}}",
-                    body[0],
-                    r"\hline",
-                    *body[1:],
-                    r"\end{tabular}",
-                    r"\end{table}",
-                    "",
-                ]
-            )
+    parts = [
+        _latex_table(
+            f"{_title(table)}. {_baseline(table)}",
+            _HEAD,
+            [_cells(entry, table.metric) for entry in table.fixed],
         )
+        for table in tables
+        if table.fixed
+    ]
+    for _, group in itertools.groupby(sweeps(tables), lambda s: (s.recipe.id, s.scale)):
+        held = list(group)
+        parts.append(_latex_table(_swept_title(held[0]), SWEEP_HEAD, list(map(sweep_cells, held))))
     return "\n".join(parts)
+
+
+def _latex_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    body = [" & ".join(map(_latex, row)) + r" \\" for row in (head, *rows)]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{_latex(caption)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+            body[0],
+            r"\hline",
+            *body[1:],
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
 
 
 def as_data(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
@@ -129,6 +187,7 @@ def as_data(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
                     "row": table.row,
                     "metric": table.metric.name,
                     "method": entry.method,
+                    "point": dict(entry.point),
                     "mean": None if spread is None else spread.mean,
                     "sd": None if spread is None else spread.sd,
                     "seeds": len(entry.values),
@@ -151,6 +210,7 @@ def as_csv(tables: Sequence[ResultTable]) -> str:
     text, rows = io.StringIO(), as_data(tables)
     for row in rows:
         del row["values"]
+        row["point"] = point_name(tuple(row["point"].items()))
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -160,13 +220,13 @@ def as_csv(tables: Sequence[ResultTable]) -> str:
 def as_json(tables: Sequence[ResultTable]) -> str:
     """:func:`as_data`, and the records of every epoch, to six digits, which curves are drawn from.
 
-    A row of a recipe has its records once, in the table of its first metric.
+    A row of a recipe has its records once, in the table of its first metric; a sweep has none.
     """
     rows, shown = as_data(tables), set()
     entries = ((table, entry) for table in tables for entry in table.entries)
     for row, (table, entry) in zip(rows, entries, strict=True):
         place = (table.recipe.id, table.scale, table.row, entry.method)
-        if place in shown:
+        if place in shown or entry.point:
             continue
         shown.add(place)
         row["records"] = {
@@ -231,4 +291,5 @@ def _entry(row: dict[str, Any]) -> Entry:
         difference=row["difference"],
         half_width=row["half_width_95"],
         baseline=row["baseline"],
+        point=tuple(row.get("point", {}).items()),
     )

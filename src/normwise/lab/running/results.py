@@ -12,6 +12,7 @@ from typing import Any
 
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.recipes import Recipe, find
+from normwise.lab.recipes.grids import Point
 from normwise.lab.running.cell import CONFIG, RESULT
 from normwise.lab.store import METRICS, read_metrics, read_sealed_json
 from normwise.lab.summary import Spread, Verdict, example_half_width, seed_half_width
@@ -40,6 +41,11 @@ class Done:
     result: dict[str, Any] | None
     records: list[dict[str, Any]]
 
+    @property
+    def point(self) -> Point:
+        """Of the grid; empty where nothing is swept."""
+        return tuple(self.config.get("point", {}).items())
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -56,6 +62,7 @@ class Entry:
         difference: mean over common seeds of this method minus that one, as shown.
         half_width: of the 95% interval of the difference; none for fewer than two common seeds.
         baseline: what a stated method that learns nothing from the inputs reaches, as shown.
+        point: of the grid; empty where nothing is swept.
     """
 
     method: str
@@ -68,6 +75,7 @@ class Entry:
     difference: float | None
     half_width: float | None
     baseline: float | None
+    point: Point = ()
 
     @property
     def spread(self) -> Spread | None:
@@ -83,7 +91,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A row of a recipe: all its methods, judged by one metric.
+    """A row of a recipe: all its methods, at each point of their grids, judged by one metric.
 
     Args:
         recipe: what was run.
@@ -100,6 +108,11 @@ class ResultTable:
     metric: Metric
     entries: tuple[Entry, ...]
     cells: tuple[Done, ...]
+
+    @property
+    def fixed(self) -> tuple[Entry, ...]:
+        """The methods that sweep nothing."""
+        return tuple(entry for entry in self.entries if not entry.point)
 
 
 def read_cells(
@@ -161,17 +174,23 @@ def tables(cells: Sequence[Done]) -> list[ResultTable]:
         groups.setdefault((c["recipe"], c["scale"], c["row"]), []).append(cell)
     made = []
     for (name, scale, row), group in groups.items():
-        own = group[0].folder.parents[2] / RECIPE
+        own = group[0].folder.parents[3 if group[0].point else 2] / RECIPE
         recipe = find(str(own) if own.exists() else name)
         metrics = _metrics(recipe, group)
         for metric in metrics:
             entries = [
-                _entry(recipe, row, method, metric, metric == metrics[0], group)
+                _entry(recipe, row, method, metric, metric == metrics[0], at_point, point)
                 for method in recipe.methods
-                if any(cell.config["method"] == method for cell in group)
+                for point, at_point in _by_point(group, method).items()
             ]
             made.append(ResultTable(recipe, scale, row, metric, tuple(entries), tuple(group)))
     return made
+
+
+def _by_point(group: Sequence[Done], method: str) -> dict[Point, list[Done]]:
+    """For each point of a method's grid the cells of all methods there, and those without one."""
+    points = sorted({cell.point for cell in group if cell.config["method"] == method})
+    return {point: [cell for cell in group if cell.point in (point, ())] for point in points}
 
 
 def _metrics(recipe: Recipe, group: Sequence[Done]) -> tuple[Metric, ...]:
@@ -227,7 +246,13 @@ def paired(
 
 
 def _entry(
-    recipe: Recipe, row: str, name: str, metric: Metric, judges: bool, group: Sequence[Done]
+    recipe: Recipe,
+    row: str,
+    name: str,
+    metric: Metric,
+    judges: bool,
+    group: Sequence[Done],
+    point: Point,
 ) -> Entry:
     method = recipe.methods[name]
     own = [cell for cell in group if cell.config["method"] == name]
@@ -249,4 +274,5 @@ def _entry(
         difference=difference,
         half_width=half_width,
         baseline=None if baseline is None else metric.factor * baseline,
+        point=point,
     )
