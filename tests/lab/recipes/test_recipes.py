@@ -236,6 +236,24 @@ def test_a_recipe_without_methods_is_refused():
         parse(content, "mine.yaml")
 
 
+def test_what_one_method_sets_at_one_scale_overrules_what_it_sets_at_all():
+    content = yaml.safe_load(GOOD)
+    name = list(content["methods"])[-1]
+    content["methods"][name]["settings"]["weight_decay"] = 0.1
+    content["scales"]["small"]["methods"] = {name: {"weight_decay": 0.01}}
+    recipe = parse(content, "mine.yaml")
+    found = {
+        scale: {c.method: c.training.weight_decay for c in recipe.cells(scale, 1)}
+        for scale in ("paper", "small")
+    }
+    assert (found["paper"][name], found["small"][name]) == (0.1, 0.01)
+    others = [{k: v for k, v in f.items() if k != name} for f in found.values()]
+    assert others[0] == others[1]
+    content["scales"]["small"]["methods"] = {"nobody": {}}
+    with pytest.raises(UsageError, match="unknown method of scale 'small' 'nobody'"):
+        parse(content, "mine.yaml")
+
+
 def test_merged_keys_may_be_overruled():
     """YAML's << gives defaults, and what is written beside it overrules them."""
     row = "rows: {a: &a {epochs: 1}, b: &b {<<: *a, epochs: 2}, c: {<<: *b, epochs: 3}}"

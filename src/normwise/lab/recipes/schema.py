@@ -276,6 +276,8 @@ class RecipeScale:
         rows: the rows of its table, each with what it sets.
         seeds: how many by default (default: 3).
         note: in what it differs from the paper (default: nothing).
+        methods: what some methods set at this scale, which overrules what they set at all
+            (default: nothing).
         grid: settings that all its methods sweep, each with its values (default: none).
         grids: the same for some methods, which overrules all other grids (default: none).
         tuned_on: the scale whose sweep, tested on data held out of the training data, decides each
@@ -286,6 +288,7 @@ class RecipeScale:
     rows: dict[str, dict[str, Any]]
     seeds: int = 3
     note: str = ""
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     grids: dict[str, dict[str, tuple[Any, ...]]] = field(default_factory=dict)
     tuned_on: str | None = None
@@ -458,6 +461,7 @@ class Recipe:
             **self.settings,
             **size.settings,
             **self.methods[method].settings,
+            **size.methods.get(method, {}),
             **size.rows[row],
             **tuned,
             **dict(point),
@@ -561,7 +565,9 @@ def parse(content: Any, where: str) -> Recipe:
                     f"{where}: method {name!r} has a claim in row {row!r}, but no baseline that it "
                     "is a difference to"
                 )
-    for scale in recipe.scales:
+    for scale, size in recipe.scales.items():
+        for name in size.methods:
+            _known(recipe.methods, name, f"method of scale {scale!r}")
         try:
             _check_sweeps(recipe, scale)
         except UsageError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -67,7 +67,7 @@ class Problem(ABC):
         baseline: the metrics of a stated method that learns nothing from the inputs.
     """
 
-    divisible: ClassVar[bool] = True
+    divisible: bool = True
     measured: ClassVar[int] = 100
     model: nn.Module
     examples: int
