@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -70,10 +71,31 @@ def _add_paper(subparsers: Any) -> None:
         ),
     )
     option = run.add_argument
-    option("recipe", metavar="ID", help="a name of `paper list`, or a .yaml file of your own")
     option(
         "--scale", default="small", metavar="NAME", help="small, medium or paper (default: small)"
     )
+    _add_training(run)
+    run.set_defaults(run=_paper_run)
+    tune = verbs.add_parser(
+        "tune",
+        help="train the sweep that a scale takes its settings from, and write down what is best",
+        description=(
+            "Train the sweep of the scale that another is tuned on, tested on data held out of the "
+            "training data, and write each method's best settings beside it, which `paper run` on "
+            "the tuned scale then takes. Goes on where it was interrupted."
+        ),
+    )
+    tune.add_argument(
+        "--scale", metavar="NAME", help="the scale that is tuned (default: the only one)"
+    )
+    _add_training(tune)
+    tune.set_defaults(run=_paper_tune)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """What ``run`` and ``tune`` have in common: which cells, and how they are trained."""
+    option = parser.add_argument
+    option("recipe", metavar="ID", help="a name of `paper list`, or a .yaml file of your own")
     option("--rows", default="", metavar="A,B,…", help="only these rows")
     option("--methods", default="", metavar="A,B,…", help="only these methods")
     option("--seeds", type=seeds, metavar="N", help="(default: the recipe's)")
@@ -108,7 +130,6 @@ def _add_paper(subparsers: Any) -> None:
     option("--device", default="cpu", metavar="NAME", help="(default: cpu)")
     option("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="(runs/paper)")
     option("--json", action="store_true", help="print the results as JSON, and nothing else")
-    run.set_defaults(run=_paper_run)
 
 
 def _add_report(subparsers: Any) -> None:
@@ -172,10 +193,62 @@ def _paper_list(arguments: argparse.Namespace) -> int:
 
 def _paper_run(arguments: argparse.Namespace) -> int:
     require_lab()
+    from normwise.lab.recipes import find
+    from normwise.lab.running.sweeps import read_tuned
+
+    recipe = find(arguments.recipe)
+    tuned, path = read_tuned(recipe, arguments.scale, arguments.out)
+    cells = recipe.cells(
+        arguments.scale, arguments.seeds, _names(arguments.methods), _names(arguments.rows), tuned
+    )
+    if path is not None and not arguments.quiet:
+        print(f"normwise: tuned settings from {path}", file=sys.stderr, flush=True)
+    return _trained(arguments, recipe, cells)
+
+
+def _paper_tune(arguments: argparse.Namespace) -> int:
+    require_lab()
+    from normwise.lab.recipes import find
+
+    recipe = find(arguments.recipe)
+    tuned = {name: s.tuned_on for name, s in recipe.scales.items() if s.tuned_on is not None}
+    if not tuned:
+        raise UsageError(f"recipe {recipe.id!r} has no scale that is tuned on another")
+    scale = arguments.scale or (next(iter(tuned)) if len(tuned) == 1 else "")
+    if scale not in tuned:
+        raise UsageError(f"--scale {scale!r} is not tuned: choose from {', '.join(tuned)}")
+    cells = recipe.cells(
+        tuned[scale], arguments.seeds, _names(arguments.methods), _names(arguments.rows)
+    )
+    ended = _trained(arguments, recipe, cells)
+    if ended in (130, _LEFT) or int(os.environ.get("RANK", "0")) > 0:
+        return ended
+    return _write_tuned(arguments, recipe, tuned[scale])
+
+
+def _write_tuned(arguments: argparse.Namespace, recipe: Recipe, scale: str) -> int:
+    """Write down what the finished sweeps of a scale decide."""
+    from normwise.lab.running.results import read_cells, tables
+    from normwise.lab.running.sweeps import TUNED, chosen, sweeps
+    from normwise.lab.store import write_atomically
+
+    folder = arguments.out / f"{recipe.id}-{scale}"
+    record, unfinished = chosen(sweeps(tables(read_cells([folder]))), scale)
+    for what in unfinished:
+        print(f"normwise: nothing is chosen for {what}", file=sys.stderr)
+    if not record.get("rows"):
+        return 1
+    text = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    write_atomically(folder / TUNED, text.encode())
+    print(folder / TUNED, file=sys.stderr if arguments.json else sys.stdout)
+    return 1 if unfinished else 0
+
+
+def _trained(arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCell]) -> int:
+    """Train cells as the command says, and show what came of them; the exit code."""
     from normwise.lab.data.files import data_root
     from normwise.lab.errors import nearest
     from normwise.lab.parallel import processes
-    from normwise.lab.recipes import find
     from normwise.lab.running.cell import check_device
     from normwise.lab.running.executors import EXECUTORS, check_parallel, run_cells
 
@@ -183,10 +256,6 @@ def _paper_run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"unknown executor {arguments.executor!r}: {nearest(arguments.executor, EXECUTORS)}"
         )
-    recipe = find(arguments.recipe)
-    cells = recipe.cells(
-        arguments.scale, arguments.seeds, _names(arguments.methods), _names(arguments.rows)
-    )
     check_parallel(arguments.parallel, arguments.jobs, arguments.executor)
     if arguments.parallel is not None and arguments.budget is not None:
         raise UsageError("--budget goes with one process for a training: leave out --parallel")
@@ -230,6 +299,7 @@ class ProgressLines:
     _fresh: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, event: Event) -> None:
+        from normwise.lab.recipes.grids import point_name
         from normwise.lab.running.events import Finished, Measured, Planned, Progress, Started
         from normwise.lab.running.pace import spelled
 
@@ -239,7 +309,8 @@ class ProgressLines:
                 print(f"normwise: to fit the budget: {event.gave_up}", file=sys.stderr, flush=True)
             self.begin = time.monotonic()
             return
-        who = f"{event.cell.row} {event.cell.method} seed {event.cell.seed}"
+        at = f" {point_name(event.cell.point)}" if event.cell.point else ""
+        who = f"{event.cell.row} {event.cell.method}{at} seed {event.cell.seed}"
         if isinstance(event, Measured | Started):
             self._shares.setdefault(event.cell.folder, 0.0)
         elif isinstance(event, Finished):
@@ -307,7 +378,7 @@ def _run_and_show(
     from normwise.lab.store import write_atomically
 
     check_trust(cells, arguments.trust)
-    folder = arguments.out / f"{recipe.id}-{arguments.scale}"
+    folder = arguments.out / f"{recipe.id}-{cells[0].scale}"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RECIPE, text(arguments.recipe).encode())
     lines = ProgressLines(len(cells), arguments.quiet)
@@ -348,7 +419,12 @@ def _run_and_show(
             file=sys.stderr,
         )
         return _LEFT
-    return 1 if any(result["status"] != "ok" for result in results) else 0
+    # That a point of a sweep diverges is what some are there to find.
+    fine = (
+        result["status"] in (("ok", "failed") if cell.point else ("ok",))
+        for cell, result in zip(cells, results, strict=True)
+    )
+    return 0 if all(fine) else 1
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -156,6 +156,8 @@ class Monitor:
                 f"Invalid optimizer: {optimizer!r}; must be a torch optimizer or a list"
             )
         _check_types("optimizer", optimizers, Optimizer, "a torch optimizer")
+        if len(set(optimizers)) < len(optimizers):
+            raise ValueError(f"Invalid optimizer: {optimizers!r}; each may be there once")
         _check_types("quantity", quantities, Quantity, "a Quantity, such as Norm()")
         _check_types("of_weights", of_weights, WeightQuantity, "a WeightQuantity")
         _check_types("writer", writers, Callable, "a function of a Measurement")

@@ -80,10 +80,14 @@ def config_of(cell: RecipeCell, device: str, processes: Processes = ALONE) -> di
     Raises:
         UsageError: if it would run code that is not trusted.
     """
-    config = {"schema": SCHEMA, **asdict(cell), "device": device}
+    config = {"schema": SCHEMA, **asdict(cell), "point": dict(cell.point), "device": device}
     # What has no say is not there, so that a cell without it stays the same.
     if cell.start is None:
         del config["start"]
+    if not cell.point:
+        del config["point"]
+    if not is_own(cell.task) and not config["options"].get("held_out", True):
+        del config["options"]["held_out"]
     for name, silent in (("initial_scale", 1.0), ("norm_correction", "none")):
         if config["training"][name] == silent:
             del config["training"][name]

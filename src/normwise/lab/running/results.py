@@ -12,6 +12,7 @@ from typing import Any
 
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.recipes import Recipe, find
+from normwise.lab.recipes.grids import Point
 from normwise.lab.running.cell import CONFIG, RESULT
 from normwise.lab.store import METRICS, read_metrics, read_sealed_json
 from normwise.lab.summary import (
@@ -56,6 +57,11 @@ class Done:
     result: dict[str, Any] | None
     records: list[dict[str, Any]]
 
+    @property
+    def point(self) -> Point:
+        """Of the grid; empty where nothing is swept."""
+        return tuple(self.config.get("point", {}).items())
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -74,6 +80,7 @@ class Entry:
         sd_of_differences: of the differences of common seeds, as shown; none for fewer than two.
         claimed: the difference that the paper claims, as shown; none where it is not known.
         baseline: what a stated method that learns nothing from the inputs reaches, as shown.
+        point: of the grid; empty where nothing is swept.
     """
 
     method: str
@@ -88,6 +95,7 @@ class Entry:
     sd_of_differences: float | None
     claimed: float | None
     baseline: float | None
+    point: Point = ()
 
     @property
     def seeds_needed(self) -> int | None:
@@ -111,7 +119,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A row of a recipe: all its methods, judged by one metric.
+    """A row of a recipe: all its methods, at each point of their grids, judged by one metric.
 
     Args:
         recipe: what was run.
@@ -128,6 +136,11 @@ class ResultTable:
     metric: Metric
     entries: tuple[Entry, ...]
     cells: tuple[Done, ...]
+
+    @property
+    def fixed(self) -> tuple[Entry, ...]:
+        """The methods that sweep nothing."""
+        return tuple(entry for entry in self.entries if not entry.point)
 
 
 def read_cells(
@@ -189,17 +202,23 @@ def tables(cells: Sequence[Done]) -> list[ResultTable]:
         groups.setdefault((c["recipe"], c["scale"], c["row"]), []).append(cell)
     made = []
     for (name, scale, row), group in groups.items():
-        own = group[0].folder.parents[2] / RECIPE
+        own = group[0].folder.parents[3 if group[0].point else 2] / RECIPE
         recipe = find(str(own) if own.exists() else name)
         metrics = _metrics(recipe, group)
         for metric in metrics:
             entries = [
-                _entry(recipe, row, method, metric, metric == metrics[0], group)
+                _entry(recipe, row, method, metric, metric == metrics[0], at_point, point)
                 for method in recipe.methods
-                if any(cell.config["method"] == method for cell in group)
+                for point, at_point in _by_point(group, method).items()
             ]
             made.append(ResultTable(recipe, scale, row, metric, tuple(entries), tuple(group)))
     return made
+
+
+def _by_point(group: Sequence[Done], method: str) -> dict[Point, list[Done]]:
+    """For each point of a method's grid the cells of all methods there, and those without one."""
+    points = sorted({cell.point for cell in group if cell.config["method"] == method})
+    return {point: [cell for cell in group if cell.point in (point, ())] for point in points}
 
 
 def _metrics(recipe: Recipe, group: Sequence[Done]) -> tuple[Metric, ...]:
@@ -267,7 +286,13 @@ def spread_of_differences(mine: Mapping[int, float], theirs: Mapping[int, float]
 
 
 def _entry(
-    recipe: Recipe, row: str, name: str, metric: Metric, judges: bool, group: Sequence[Done]
+    recipe: Recipe,
+    row: str,
+    name: str,
+    metric: Metric,
+    judges: bool,
+    group: Sequence[Done],
+    point: Point,
 ) -> Entry:
     method = recipe.methods[name]
     own = [cell for cell in group if cell.config["method"] == name]
@@ -293,4 +318,5 @@ def _entry(
         sd_of_differences=sd,
         claimed=recipe.claimed(row, name) if judges else None,
         baseline=None if baseline is None else metric.factor * baseline,
+        point=point,
     )
