@@ -248,13 +248,15 @@ def as_json(tables: Sequence[ResultTable]) -> str:
         if place in shown or entry.point:
             continue
         shown.add(place)
-        row["records"] = {
+        records = {
             str(cell.config["seed"]): [
                 {k: _short(v) for k, v in record.items()} for record in cell.records
             ]
             for cell in table.cells
             if cell.config["method"] == entry.method
         }
+        if any(records.values()):
+            row["records"] = records
     lines = ",\n".join(json.dumps(row, allow_nan=False, ensure_ascii=False) for row in rows)
     return f"[\n{lines}\n]\n"
 
