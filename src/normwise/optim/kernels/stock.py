@@ -26,7 +26,7 @@ from normwise.optim.sums import GG, WG, WW, cosine, retraction_from_sums
 # Entries of a piece: few enough that what is read twice is still in a core's own cache, many enough
 # that the dozen calls a piece do not count.
 PIECE = 1 << 18
-# Entries of the weights whose gates are decided together: few enough that they are in a shared cache
+# Entries of weights whose gates are decided together: few enough to be in a shared cache
 # when their step is taken.
 GATED = 1 << 20
 # Pieces of so many entries together are taken as one array in float64: it is the calls that count.
