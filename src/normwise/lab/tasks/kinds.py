@@ -24,6 +24,7 @@ KINDS = {
     "adversarial": ("adversarial", "Adversarial"),
     "long_tail": ("long_tail", "LongTail"),
     "incremental": ("incremental", "Incremental"),
+    "equilibrium": ("equilibrium", "Equilibrium"),
     "stabilization": ("stabilization", "LossStabilization"),
     "bias": ("bias", "Bias"),
     "nine_classes": ("nine_classes", "NineClasses"),
@@ -31,6 +32,9 @@ KINDS = {
     "retrieval": ("retrieval", "Retrieval"),
     "language": ("language", "Language"),
     "tagging": ("tagging", "Tagging"),
+    "merging": ("merging", "Merging"),
+    "decay_moments": ("decay_moments", "DecayMoments"),
+    "lr_transfer": ("transfer", "LRTransfer"),
 }
 
 
