@@ -15,11 +15,11 @@ from torch import nn
 
 from normwise.lab.data.files import DataError
 from normwise.lab.data.nine_classes import CLASSES, SYNSETS, nine_classes
+from normwise.lab.dependence import hsic
 from normwise.lab.errors import UsageError
 from normwise.lab.networks import build
 from normwise.lab.recipes import find
 from normwise.lab.running.cell import run_cell
-from normwise.lab.tasks.bias import hsic
 from normwise.lab.tasks.nine_classes import (
     NineClasses,
     NineClassesOptions,

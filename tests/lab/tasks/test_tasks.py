@@ -12,6 +12,7 @@ from torch import nn
 
 from normwise.lab import augment
 from normwise.lab.data.images import Labelled
+from normwise.lab.data.texts import unigram_perplexity
 from normwise.lab.errors import UsageError
 from normwise.lab.networks import NETWORKS, build
 from normwise.lab.tasks import classification, language
@@ -291,11 +292,11 @@ def test_windows_overlap_in_the_token_that_is_only_predicted():
 
 def test_unigram_perplexity_of_even_counts_is_the_vocabulary():
     train = torch.arange(8).repeat(50)
-    assert language.unigram_perplexity(train, train, 8) == pytest.approx(8)
+    assert unigram_perplexity(train, train, 8) == pytest.approx(8)
     # Two of three tokens are a: −⅔·log ⅗ − ⅓·log ⅖ with one added to each count.
     train = torch.tensor([0, 0, 1])
     expected = math.exp(-(2 * math.log(3 / 5) + math.log(2 / 5)) / 3)
-    assert language.unigram_perplexity(train, train, 2) == pytest.approx(expected)
+    assert unigram_perplexity(train, train, 2) == pytest.approx(expected)
 
 
 def test_perplexity_is_that_of_a_loop_over_tokens(monkeypatch):

@@ -148,7 +148,7 @@ def test_no_gradient_flows_into_the_memory() -> None:
 
 
 def test_the_adaptive_softmax_is_a_distribution_over_all_words() -> None:
-    model, x = network(cutoffs=(4, 8)), text(3, rows=1)
+    model, x = network(cutoffs=(4, 8), width=16), text(3, rows=1)
     total = torch.zeros(3, dtype=torch.float64)
     for word in range(WORDS):
         losses, _ = model(x[:, :-1], torch.full_like(x[:, 1:], word), model.no_memory(1), 0)
@@ -253,6 +253,7 @@ def test_it_cannot_be_shared_between_processes(letters: EncodedText, tmp_path: A
         ({"width": 9, "heads": 3}, "width 9 is not allowed: must be even"),
         ({"cutoffs": (8, 4)}, "must be numbers of words, rising"),
         ({"memory": -1}, "memory -1 is not allowed"),
+        ({"cutoffs": (1, 2)}, "at least 16 for 2 cutoffs"),
     ],
 )
 def test_a_mistake_in_the_options_is_shown(given: dict[str, Any], words: str) -> None:

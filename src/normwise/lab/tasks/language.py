@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from normwise.lab.checks import later, within
-from normwise.lab.data.texts import READERS, EncodedText
+from normwise.lab.data.texts import READERS, EncodedText, unigram_perplexity
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks.transformer_xl import TransformerXL
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
@@ -86,6 +86,12 @@ class LanguageOptions:
         if list(self.cutoffs) != sorted({c for c in self.cutoffs if c > 0}):
             raise UsageError(
                 f"cutoffs {list(self.cutoffs)} are not allowed: must be numbers of words, rising"
+            )
+        # Each further cluster's words get a quarter of the width of the one before.
+        if self.width < 4 ** len(self.cutoffs):
+            raise UsageError(
+                f"width {self.width} is not allowed: must be at least {4 ** len(self.cutoffs)} for "
+                f"{len(self.cutoffs)} cutoffs"
             )
 
 
@@ -303,9 +309,3 @@ class Recurrent(Language):
                 losses, memory = self.model(window[:1], window[1:], memory, remember)
                 total += float(losses.double().sum())
         return _perplexity(total / (len(text) - 1))
-
-
-def unigram_perplexity(train: Tensor, test: Tensor, vocabulary: int) -> float:
-    """The perplexity of guessing each token by how often it is in ``train``, plus one."""
-    counts = torch.bincount(train, minlength=vocabulary).double() + 1
-    return float((-(counts / counts.sum()).log()[test].mean()).exp())

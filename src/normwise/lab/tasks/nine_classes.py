@@ -14,9 +14,9 @@ from normwise.lab.augment import flip
 from normwise.lab.checks import within
 from normwise.lab.data.nine_classes import CLASSES, nine_classes
 from normwise.lab.data.sources import DecodedImages
+from normwise.lab.dependence import hsic
 from normwise.lab.errors import UsageError
 from normwise.lab.networks import build
-from normwise.lab.tasks.bias import hsic
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
 __all__ = ["NineClasses", "NineClassesOptions", "unbiased_accuracy"]
