@@ -138,3 +138,14 @@ def test_bad_arguments_are_refused(network):
         nw.Balance(model, report, sweeps=0)
     with pytest.raises(ValueError, match="Invalid every"):
         nw.Balance(model, report).attach(torch.optim.SGD(model.parameters(), lr=0.1), every=0)
+
+
+def test_an_optimizer_of_a_part_of_the_weights_is_refused_by_name(network):
+    """The state of the others, in another optimizer, could not move along."""
+    model, _, report = network("mlp")
+    with_the_first = torch.optim.SGD(list(model.parameters())[:2], lr=0.1)
+    with pytest.raises(ValueError, match="SGD does not step it"):
+        nw.Balance(model, report).attach(with_the_first)
+    for p in list(model.parameters())[2:]:
+        p.requires_grad_(False)
+    nw.Balance(model, report).attach(with_the_first)

@@ -614,3 +614,39 @@ def test_two_policies_and_a_scheduler_in_any_order_warn_of_nothing():
             one.grad, two.grad = torch.ones_like(one), torch.ones_like(two)
             optimizer.step()
             scheduler.step()
+
+
+FIXING = {
+    "AdamP": lambda p: nw.AdamP(p, view="channel", norm="fixed"),
+    "tangential": lambda p: nw.tangential(torch.optim.SGD(p, lr=LR), "channel", norm="fixed"),
+    "sphere": lambda p: nw.sphere(torch.optim.SGD(p, lr=LR), "channel"),
+}
+
+
+@pytest.mark.parametrize("kind", FIXING)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_norm_that_is_fixed_cannot_decay(kind, rule):
+    """Beside the step it would leave its sphere, inside of it nothing would come of it."""
+    p, other = weight(), weight()
+    optimizer = FIXING[kind]([{"params": [p]}, {"params": [other], "name": "free"}])
+    with pytest.raises(ValueError, match=r"would decay a weight of shape \(3, 4\) in group 0"):
+        RULES[rule].attach(optimizer, on=[p])
+
+
+def test_l2_that_a_projection_takes_out_is_told_of():
+    p = weight()
+    optimizer = nw.SGDP([p], lr=LR, momentum=0.0, view="channel")
+    with pytest.warns(UserWarning, match="L2 adds λw to the gradient of 1 weights"):
+        L2(0.5).attach(optimizer, on=[p])
+    norms = p.detach().norm(dim=1)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(p.detach().norm(dim=1), norms, rtol=1e-15, atol=0)
+
+
+def test_tangential_sets_decay_apart_and_so_refuses_a_policy_inside_of_it():
+    p = weight()
+    inner = torch.optim.SGD([p], lr=LR)
+    Decoupled(DECAY).attach(inner)
+    with pytest.raises(ValueError, match="attach it to the optimizer that tangential returns"):
+        nw.tangential(inner, "channel")

@@ -74,3 +74,8 @@ def test_no_optimizer_or_something_else_is_a_type_error():
         Monitor(model, [])
     with pytest.raises(TypeError, match="must be a torch optimizer"):
         Monitor(model, [model])
+
+
+def test_an_optimizer_that_is_there_twice_is_refused():
+    with pytest.raises(ValueError, match="each may be there once"):
+        trained(lambda model, pair, every: [Monitor(model, [pair[0], pair[0]])])

@@ -261,12 +261,40 @@ def test_a_policy_of_decay_acts_on_all_of_it(gpt2):
         torch.testing.assert_close(p.detach(), before[name] * 0.95)
 
 
+def test_spheres_go_around_the_whole_and_not_inside(gpt2):
+    """Each matrix keeps its norm, and the radii are saved with the rest of the state."""
+    model, tokens, optimizer = fresh(gpt2)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    fixed = [p for p in optimizer.param_groups[0]["params"] if p.ndim == 2]
+    norms = [p.norm().item() for p in fixed]
+    optimizer = nw.sphere(optimizer, dict.fromkeys(fixed, "layer"))
+    train(model, tokens, optimizer)
+    assert [p.norm().item() for p in fixed] == pytest.approx(norms, rel=1e-6)
+    saved = optimizer.state_dict()
+    assert sum("radius" in state for state in saved["state"].values()) == len(fixed)
+    _, _, report = gpt2
+    with pytest.raises(TypeError, match=r"it made a Sphere, .* put it around the whole"):
+        nw.groups(
+            report,
+            matrices=lambda g: nw.sphere(torch.optim.Muon(g, lr=0.02, weight_decay=0), "layer"),
+            others=torch.optim.AdamW,
+        )
+
+
 def test_with_options_it_gives_plain_groups(gpt2):
     _, _, report = gpt2
     made = nw.groups(report, matrices={"weight_decay": 0.1, "lr": 1e-3}, others={"lr": 1e-2})
     optimizer = torch.optim.AdamW(made)
     sizes = {g["name"]: (len(g["params"]), g["lr"]) for g in optimizer.param_groups}
     assert sizes == {"others": (2, 1e-2), "vectors": (10, 1e-2), "matrices": (4, 1e-3)}
+
+
+def test_vectors_are_not_decayed_whatever_the_options_of_the_others(gpt2):
+    _, _, report = gpt2
+    made = nw.groups(report, matrices={"weight_decay": 0.1}, others={"weight_decay": 0.2})
+    decay = {group["name"]: group["weight_decay"] for group in made}
+    assert decay == {"others": 0.2, "vectors": 0.0, "matrices": 0.1}
 
 
 def test_what_nothing_is_known_of_is_named_and_can_be_assigned():

@@ -310,6 +310,15 @@ def test_decay_is_refused_with_the_reason_but_the_default_of_a_class_is_left_out
     torch.testing.assert_close(other.detach(), torch.full((2, 3), 1 - 0.5 * 0.01))
 
 
+@pytest.mark.parametrize("outer", [normwise.sphere, normwise.tangential])
+@pytest.mark.parametrize("inner", [normwise.sphere, normwise.tangential])
+def test_a_wrapper_around_a_wrapper_is_refused(inner, outer):
+    w = nn.Parameter(torch.randn(3, 4))
+    wrapped = inner(torch.optim.SGD([w], lr=0.1), "layer")
+    with pytest.raises(ValueError, match="wrap SGD once"):
+        outer(wrapped, "channel")
+
+
 def test_a_regularizer_of_weights_on_spheres_is_refused():
     layer, other = nn.Linear(3, 4), nn.Linear(3, 4)
     normwise.weight_normalize(nn.ModuleList([layer]), only=[layer])

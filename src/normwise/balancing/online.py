@@ -85,9 +85,18 @@ class Balance:
             A handle whose ``remove()`` detaches it.
 
         Raises:
-            ValueError: if ``every`` is not positive. A step raises it for a state tensor that is
-                not known, before anything is changed.
+            ValueError: if ``every`` is not positive, or if a weight that is trained and would be
+                rescaled is not the optimizer's, so that its state would stay behind. A step raises
+                it for a state tensor that is not known, before anything is changed.
         """
+        stepped = {p for group in optimizer.param_groups for p in group["params"]}
+        for name in dict.fromkeys(t.parameter for s in self._families for t in s.terms):
+            if self._params[name].requires_grad and self._params[name] not in stepped:
+                raise ValueError(
+                    f"{name!r} would be rescaled, but {type(optimizer).__name__} does not step it, "
+                    "so that another optimizer's state of it would stay behind: make one of all "
+                    "with nw.groups, or freeze what is not trained"
+                )
         return after_every(optimizer, every, self.apply_)
 
     def apply_(self, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["check_unscheduled", "label", "scheduled", "split_groups"]
+from normwise.geometry import View
+from normwise.updates import UpdateRule, own_rule
+
+__all__ = ["check_acts", "check_unscheduled", "label", "scheduled", "split_groups"]
 
 # Of each optimizer, or regularizer, the schedules that drive its groups.
 scheduled: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
@@ -21,6 +25,43 @@ def check_unscheduled(optimizer: Optimizer, action: str) -> None:
         raise ValueError(
             f"a schedule drives the weight_decay of this optimizer already; {action} before you "
             "make the schedule"
+        )
+
+
+def check_acts(
+    optimizer: Optimizer,
+    weights: Collection[Tensor],
+    what: str,
+    adds_to_gradient: Callable[[UpdateRule], bool],
+) -> None:
+    """Raise ValueError for decay of fixed norms; warn of decay that a projection takes out.
+
+    Args:
+        optimizer: whose weights are to decay.
+        weights: which.
+        what: the name of what is to be attached.
+        adds_to_gradient: whether it adds λw to the gradient of weights of a rule.
+    """
+    projected = []
+    for i, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if p not in weights or p.ndim < 2:
+                continue
+            rule = own_rule(optimizer, group, p)
+            if rule.norm == "fixed":
+                raise ValueError(
+                    f"{what} would decay a weight of shape {tuple(p.shape)} in "
+                    f"{label(optimizer, i)}, whose norms {type(optimizer).__name__} fixes; attach "
+                    "it to the other weights only"
+                )
+            if isinstance(rule.view, View) and adds_to_gradient(rule):
+                projected.append(p)
+    if projected:
+        warnings.warn(
+            f"{what} adds λw to the gradient of {len(projected)} weights whose steps "
+            f"{type(optimizer).__name__} projects, which takes the radial part out again, so that "
+            "their norms hardly decay; decoupled decay acts beside the projection",
+            stacklevel=3,
         )
 
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from normwise.checks import check_number
-from normwise.decay.attached import check_unscheduled, split_groups
+from normwise.decay.attached import check_acts, check_unscheduled, split_groups
 from normwise.decay.fused import Shift, take_, takes
 from normwise.geometry import View, at_least_float32, unit
 from normwise.sharding import Layout, is_sharded, lay_out, local, sum_over_ranks_
@@ -283,7 +283,8 @@ class EpsilonShiftedL2:
 
         Raises:
             ValueError: if the optimizer has none of these weights, or has this regularizer already,
-                or if a policy or a schedule acts on them.
+                if a policy or a schedule acts on them, or if it fixes their norms. Of a coupled
+                penalty on weights whose steps it projects, which takes it out again, it warns.
             RuntimeError: in a step with a closure, which would recompute the gradients.
         """
         if coupling not in ("coupled", "decoupled"):
@@ -304,6 +305,7 @@ class EpsilonShiftedL2:
                     f"{other.label} is attached to {names[p]} already; attach it after "
                     "EpsilonShiftedL2, which it then leaves alone, or to other weights"
                 )
+        check_acts(optimizer, names, "EpsilonShiftedL2", lambda _: coupling == "coupled")
         excluded = _exclude(optimizer, names)
         self._attached.add(optimizer)
         handle = optimizer.register_step_pre_hook(_Hook(self, coupling))

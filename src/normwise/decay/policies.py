@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normwise.checks import check_number
-from normwise.decay.attached import check_unscheduled, label, scheduled, split_groups
+from normwise.decay.attached import check_acts, check_unscheduled, label, scheduled, split_groups
 from normwise.decay.fused import Spare, take_, takes
 from normwise.protocols import AnalysisReport
 from normwise.updates import Coupling, UpdateRule, attached_to, own_rule
@@ -105,8 +105,9 @@ class Policy:
 
         Raises:
             ValueError: if ``on`` names nothing of the optimizer's, or weights that something else
-                is attached to; if no weight has a λ; or if this policy has one, and a group has
-                another that is not 0.
+                is attached to; if no weight has a λ; if this policy has one, and a group has
+                another that is not 0; or for weights whose norms the optimizer fixes. Of L2 on
+                weights whose steps the optimizer projects, which takes it out again, it warns.
             RuntimeError: in a step with a closure, where the policy acts before the step: the
                 closure would compute the gradients anew.
         """
@@ -129,6 +130,12 @@ class Policy:
             attached = ", ".join(dict.fromkeys(other.label for other in others.values()))
             raise ValueError(f"no weights are left for {self.label}: they have {attached}")
         self._check_decays(optimizer, chosen)
+        check_acts(
+            optimizer,
+            chosen,
+            self.label,
+            lambda own: self.effect(1.0, 1.0, 1.0, own).coupling is Coupling.L2,
+        )
         groups = split_groups(optimizer, chosen)
         for group in groups:
             group.setdefault("weight_decay", 0.0)

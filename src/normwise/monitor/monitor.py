@@ -156,6 +156,8 @@ class Monitor:
                 f"Invalid optimizer: {optimizer!r}; must be a torch optimizer or a list"
             )
         _check_types("optimizer", optimizers, Optimizer, "a torch optimizer")
+        if len(set(optimizers)) < len(optimizers):
+            raise ValueError(f"Invalid optimizer: {optimizers!r}; each may be there once")
         _check_types("quantity", quantities, Quantity, "a Quantity, such as Norm()")
         _check_types("of_weights", of_weights, WeightQuantity, "a WeightQuantity")
         _check_types("writer", writers, Callable, "a function of a Measurement")
@@ -237,7 +239,8 @@ class Monitor:
         """Draw norms, angular updates, effective learning rates, and measured against predicted.
 
         Args:
-            path: a file whose suffix says the format; without it nothing is written.
+            path: a file whose suffix says the format; without it nothing is written. ``.svg``
+                follows the reader's light or dark system.
 
         Returns:
             The matplotlib figure.
@@ -246,12 +249,13 @@ class Monitor:
             ImportError: without matplotlib.
             ValueError: if nothing has been measured yet.
         """
-        from normwise.monitor.plots import draw
+        from normwise.figures import matplotlib_figure, save
+        from normwise.monitor.plots import picture
 
-        figure = draw(self._data())
+        drawn = picture(self._data())
         if path is not None:
-            figure.savefig(path)
-        return figure
+            save(drawn, path)
+        return matplotlib_figure(drawn)
 
     def panels(self) -> dict[str, str]:
         """The pictures of :meth:`plot` one by one, as ``<svg>`` elements to put into a page.

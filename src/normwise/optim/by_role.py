@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from normwise.figures.tables import Table
 from normwise.geometry import View
+from normwise.optim.wrapping import Wrapper
 from normwise.protocols import AnalysisReport, ReportRow
 from normwise.sharding import is_sharded
 from normwise.updates import UpdateRule, rule_of
@@ -136,6 +137,12 @@ class ByRole(Optimizer):
                 raise TypeError(
                     f"Invalid {destination}: it made {type(inner).__name__}; must make a torch "
                     "optimizer"
+                )
+            if isinstance(inner, Wrapper):
+                raise TypeError(
+                    f"Invalid {destination}: it made a {type(inner).__name__}, whose views and "
+                    "radii would be of blocks, not of weights; put it around the whole instead: "
+                    "sphere(groups(...), {weight: view, ...})"
                 )
             for group, filled in zip(mine, inner.param_groups, strict=True):
                 options = {k: v for k, v in filled.items() if k != "params"}
@@ -363,7 +370,12 @@ def groups(
     if not isinstance(matrices, Mapping):
         return ByRole(given, params, routes)
     found = _plain_groups(params, routes)
-    return [group | dict(given[group["optimizer"]]) for group in found]
+    # A group that brings a decay of its own is of vectors, which are not decayed.
+    undecayed = {"weight_decay": 0.0}
+    return [
+        group | dict(given[group["optimizer"]]) | (undecayed if "weight_decay" in group else {})
+        for group in found
+    ]
 
 
 def destination_of(row: ReportRow, given: Collection[str]) -> Destination:

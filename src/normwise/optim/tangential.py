@@ -18,7 +18,7 @@ from normwise.optim.motion import KernelStep, projected
 from normwise.optim.step import for_computing, is_nonzero
 from normwise.optim.wrapping import Wrapper, resolve
 from normwise.protocols import Views
-from normwise.updates import Coupling, Update, UpdateRule, own_rule, rule_of
+from normwise.updates import Coupling, Update, UpdateRule, attached_to, own_rule, rule_of
 
 __all__ = ["Tangential", "tangential"]
 
@@ -192,10 +192,18 @@ def tangential(
 
     Raises:
         ValueError: if a view does not fit its weight, if a weight is not one of the optimizer's or
-            has fewer than two dimensions, or if no weight is left to project.
+            has fewer than two dimensions, if no weight is left to project, or if a decay policy is
+            attached to the wrapped optimizer already.
     """
     check_number("wd_ratio", wd_ratio)
     resolved, families = resolve(optimizer, views, symmetries, "tangential")
+    changed = {*resolved, *(p for family in families for p in family.params)}
+    for policy in attached_to(optimizer):
+        if not changed.isdisjoint(policy.params):
+            raise ValueError(
+                f"{policy.label} is attached to {type(optimizer).__name__}, on weights whose decay "
+                "tangential sets apart; attach it to the optimizer that tangential returns"
+            )
     check_norm_option(norm, View.layer())
     if norm == "fixed":
         check_fixable(families, "tangential")

@@ -127,8 +127,14 @@ def resolve(
         wrapper: the wrapper's name, for errors.
 
     Raises:
-        ValueError: see these.
+        ValueError: see these; and for an optimizer that is a wrapper itself.
     """
+    if isinstance(optimizer, Wrapper):
+        name, wrapped = type(optimizer).__name__, type(optimizer.optimizer).__name__
+        raise ValueError(
+            f"{wrapper} cannot go around {name}, which sets its own weights' norms after each "
+            f"step: wrap {wrapped} once, with all views in one mapping"
+        )
     if symmetries is None:
         if views is None:
             raise ValueError(f"{wrapper} needs views, or symmetries=")

@@ -11,8 +11,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from normwise.lab.checks import within
+from normwise.lab.correction import REFERENCES
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.optimizers import parse as parse_optimizer
+from normwise.lab.recipes.grids import Point, Tuned, point_name, points
 from normwise.lab.tasks.kinds import kind
 
 __all__ = [
@@ -28,9 +30,10 @@ __all__ = [
 
 SCHEMA = 1
 MOST_SEEDS = 10_000
-SCHEDULES = ("constant", "steps", "cosine")
+SCHEDULES = ("constant", "steps", "linear", "cosine")
 NORMALIZATIONS = ("none", "WN", "CWN", "WS")
 COUPLINGS = ("own", "l2", "decoupled", "schedule", "translated")
+CORRECTIONS = ("none", *REFERENCES)
 DECAYED = ("weights", "no-depthwise", "no-biases", "invariant", "all")
 
 
@@ -60,7 +63,7 @@ class Training:
         eps: of adam, adamw and adamp, and sgdp's guard (default: 1e-8).
         delta: threshold of the cosine gate (default: 0.1).
         wd_ratio: factor on the decay of projected weights (default: 0.1).
-        schedule: constant, steps or cosine (default: steps).
+        schedule: constant, steps, linear or cosine, these two down to 0 (default: steps).
         drops: after which shares of the steps ``lr`` is multiplied (default: 0.3, 0.6, 0.9).
         lr_factor: by what (default: 0.1).
         warmup: the share of the steps in which ``lr`` rises evenly from 0 (default: 0).
@@ -81,6 +84,12 @@ class Training:
             ``slices``, the scale-invariant ones slice by slice (default: layer).
         evaluate_every: epochs between tests; the last is always tested (default: 1).
         autocast: ``none`` or ``bfloat16`` (default: none).
+        initial_scale: the factor on all scale-invariant weights before the first step: the network
+            computes the same, and its norms grow as in a run of another length (default: 1).
+        norm_correction: whether steps of scale-invariant slices are multiplied by what undoes the
+            growth of their norms: ``none``; ``fixed``, as if norms stayed; ``projected``, as if
+            they grew by the tangential part of each step alone; ``rescaled``, as that, and what
+            the optimizer remembers too (default: none).
     """
 
     epochs: int
@@ -113,6 +122,8 @@ class Training:
     awp_view: str = "layer"
     evaluate_every: int = 1
     autocast: str = "none"
+    initial_scale: float = 1.0
+    norm_correction: str = "none"
 
     def __post_init__(self) -> None:
         parse_optimizer(self.optimizer)
@@ -123,6 +134,7 @@ class Training:
             ("decay_on", DECAYED),
             ("autocast", ("none", "bfloat16")),
             ("awp_view", ("layer", "slices")),
+            ("norm_correction", CORRECTIONS),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -143,6 +155,7 @@ class Training:
         for name in ("normalization_eps", "epsilon_shift"):
             within(self, name, 0)
         within(self, "clip", 0, above=True)
+        within(self, "initial_scale", 0, above=True)
         within(self, "momentum", 0, 1, below=True)
         within(self, "warmup", 0, 1, below=True)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -159,6 +172,11 @@ class Training:
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise UsageError("nesterov is set, but momentum is 0")
         self._check_decay()
+        if self.norm_correction != "none" and self.weight_decay > 0:
+            raise UsageError(
+                f"norm_correction {self.norm_correction} goes with no weight_decay: it would be "
+                "multiplied as the step is"
+            )
         if self.normalization == "none":
             for name in ("normalize_depthwise", "normalization_skip"):
                 if getattr(self, name):
@@ -202,6 +220,8 @@ class Training:
             return (step + 1) / (self.warmup * steps)
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
+        if self.schedule == "linear":
+            return (1 - done) / (1 - self.warmup)
         if self.schedule == "steps":
             return self.lr_factor ** sum(done >= drop for drop in self.drops)
         return 1.0
@@ -215,12 +235,15 @@ class Paper:
         source: the paper, and the table or figure.
         metric: what its numbers are.
         rows: for each row and method its number; a method that is missing is not known.
+        claims: for each row and method the difference to the method's baseline that the paper
+            claims, where ``rows`` does not say it (default: what follows from ``rows``).
         note: what a reader should know (default: nothing).
     """
 
     source: str
     metric: str
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
+    claims: dict[str, dict[str, float]] = field(default_factory=dict)
     note: str = ""
 
 
@@ -234,12 +257,14 @@ class RecipeMethod:
         baseline: the method that it is compared with (default: none).
         start: the method of whose finished training, of the same row and seed, it takes the weights
             to begin with (default: none; weights are drawn).
+        grid: settings that it sweeps, each with its values, at every scale (default: none).
     """
 
     label: str
     settings: dict[str, Any]
     baseline: str | None = None
     start: str | None = None
+    grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -251,12 +276,22 @@ class RecipeScale:
         rows: the rows of its table, each with what it sets.
         seeds: how many by default (default: 3).
         note: in what it differs from the paper (default: nothing).
+        methods: what some methods set at this scale, which overrules what they set at all
+            (default: nothing).
+        grid: settings that all its methods sweep, each with its values (default: none).
+        grids: the same for some methods, which overrules all other grids (default: none).
+        tuned_on: the scale whose sweep, tested on data held out of the training data, decides each
+            method's settings; in the row of the same name, or in its only one (default: none).
     """
 
     settings: dict[str, Any]
     rows: dict[str, dict[str, Any]]
     seeds: int = 3
     note: str = ""
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    grids: dict[str, dict[str, tuple[Any, ...]]] = field(default_factory=dict)
+    tuned_on: str | None = None
 
     def __post_init__(self) -> None:
         within(self, "seeds", 1, MOST_SEEDS)
@@ -277,6 +312,7 @@ class RecipeCell:
         training: how it is trained.
         options: the task's own settings.
         start: the method of whose training it takes the weights to begin with.
+        point: of the grid; empty where nothing is swept.
     """
 
     recipe: str
@@ -288,11 +324,13 @@ class RecipeCell:
     training: Training
     options: Any
     start: str | None = None
+    point: Point = ()
 
     @property
     def folder(self) -> str:
         """Where it lies under the output folder."""
-        return self._folder_of(self.method)
+        name = point_name(self.point)
+        return self._folder_of(f"{self.method}/{name}" if name else self.method)
 
     @property
     def start_folder(self) -> str | None:
@@ -316,6 +354,8 @@ class Recipe:
         methods: the columns.
         scales: ``paper`` and ``small``.
         settings: what holds at every scale.
+        grid: settings that all methods sweep at every scale, each with its values; a scale's, then
+            a method's, overrules it.
     """
 
     id: str
@@ -326,6 +366,7 @@ class Recipe:
     methods: dict[str, RecipeMethod]
     scales: dict[str, RecipeScale]
     settings: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_name("id", self.id)
@@ -336,12 +377,23 @@ class Recipe:
         for name in self.scales:
             check_name("scale", name)
 
+    def claimed(self, row: str, method: str) -> float | None:
+        """The difference to its baseline that the paper claims; none where it is not known."""
+        stated = self.paper.claims.get(row, {}).get(method)
+        if stated is not None:
+            return stated
+        numbers, baseline = self.paper.rows.get(row, {}), self.methods[method].baseline
+        if method not in numbers or baseline not in numbers:
+            return None
+        return numbers[method] - numbers[baseline]
+
     def cells(
         self,
         scale: str,
         seeds: int | None = None,
         methods: Iterable[str] = (),
         rows: Iterable[str] = (),
+        tuned: Tuned | None = None,
     ) -> list[RecipeCell]:
         """The trainings, whole seeds first; later settings overrule earlier ones.
 
@@ -350,9 +402,10 @@ class Recipe:
             seeds: how many (default: the scale's).
             methods: which (default: all).
             rows: which (default: all of the scale).
+            tuned: what a sweep has chosen, for a scale that is tuned on one (default: nothing).
 
         Raises:
-            UsageError: for an unknown name.
+            UsageError: for an unknown name, or where the choice of a sweep is needed and missing.
         """
         chosen = _known(self.scales, scale, "scale")
         for name in methods:
@@ -362,19 +415,56 @@ class Recipe:
         if seeds is not None and not 1 <= seeds <= MOST_SEEDS:
             raise UsageError(f"{seeds} seeds are not allowed: must be from 1 to {MOST_SEEDS}")
         return [
-            self._cell(scale, row, method, seed)
+            self._cell(scale, row, method, seed, point, self._tuned(chosen, row, method, tuned))
             for row in (list(rows) or chosen.rows)
             for seed in range(chosen.seeds if seeds is None else seeds)
             for method in (list(methods) or self.methods)
+            for point in self.points(scale, method)
         ]
 
-    def _cell(self, scale: str, row: str, method: str, seed: int) -> RecipeCell:
+    def points(self, scale: str, method: str) -> list[Point]:
+        """The points of the grid that a method sweeps at a scale, which is tuned on none."""
+        size = self.scales[scale]
+        if size.tuned_on is not None:
+            return [()]
+        own = self.methods[method].grid
+        return points(self.grid, size.grid, own, size.grids.get(method, {}))
+
+    def _tuned(
+        self, size: RecipeScale, row: str, method: str, tuned: Tuned | None
+    ) -> Mapping[str, float]:
+        """What the sweep that a scale is tuned on has chosen."""
+        if size.tuned_on is None:
+            return {}
+        there = self.scales[size.tuned_on].rows
+        place = row if row in there else next(iter(there))
+        try:
+            return (tuned or {})[place][method]
+        except KeyError:
+            raise UsageError(
+                f"recipe {self.id!r} takes settings of {method!r} from its scale "
+                f"{size.tuned_on!r}, whose row {place!r} has not been trained: run `normwise paper "
+                "tune` on it first"
+            ) from None
+
+    def _cell(
+        self,
+        scale: str,
+        row: str,
+        method: str,
+        seed: int,
+        point: Point,
+        tuned: Mapping[str, float],
+    ) -> RecipeCell:
         size = self.scales[scale]
         settings = {
             **self.settings,
             **size.settings,
             **self.methods[method].settings,
+            **size.methods.get(method, {}),
             **size.rows[row],
+            **tuned,
+            **dict(point),
         }
         options = kind(self.task).options
         shared = {f.name for f in fields(Training)}
@@ -392,7 +482,9 @@ class Recipe:
         except UsageError as error:
             raise UsageError(_placed(where, str(error))) from None
         start = self.methods[method].start
-        return RecipeCell(self.id, scale, row, method, seed, self.task, training, rest, start)
+        return RecipeCell(
+            self.id, scale, row, method, seed, self.task, training, rest, start, point
+        )
 
 
 def _placed(where: str, text: str) -> str:
@@ -465,9 +557,67 @@ def parse(content: Any, where: str) -> Recipe:
     for row, values in recipe.paper.rows.items():
         for name in values:
             _known(recipe.methods, name, f"method in the paper's row {row!r}")
-    for scale in recipe.scales:
-        recipe.cells(scale, seeds=1)
+    for row, values in recipe.paper.claims.items():
+        for name in values:
+            method = _known(recipe.methods, name, f"method in the paper's claims of {row!r}")
+            if method.baseline is None:
+                raise UsageError(
+                    f"{where}: method {name!r} has a claim in row {row!r}, but no baseline that it "
+                    "is a difference to"
+                )
+    for scale, size in recipe.scales.items():
+        for name in size.methods:
+            _known(recipe.methods, name, f"method of scale {scale!r}")
+        try:
+            _check_sweeps(recipe, scale)
+        except UsageError as error:
+            raise UsageError(_placed(f"{where}: scale {scale!r}", str(error))) from None
+        recipe.cells(scale, seeds=1, tuned=_any_choice(recipe, scale))
     return recipe
+
+
+def _check_sweeps(recipe: Recipe, scale: str) -> None:
+    """Refuse a grid of no method, a start that is swept, and an unfair or unknown tuning."""
+    size = recipe.scales[scale]
+    for name in size.grids:
+        _known(recipe.methods, name, "method in grids")
+    for name, method in recipe.methods.items():
+        for point in recipe.points(scale, name):
+            if point:
+                check_name("point of a grid", point_name(point))
+        if method.start is not None and recipe.points(scale, method.start) != [()]:
+            raise UsageError(f"method {name!r} starts from {method.start!r}, which is swept")
+    if size.tuned_on is None:
+        return
+    on = _known(recipe.scales, size.tuned_on, "scale in tuned_on")
+    if on.tuned_on is not None:
+        raise UsageError(f"tuned_on {size.tuned_on!r} is not allowed: it is tuned itself")
+    counts = {name: len(recipe.points(size.tuned_on, name)) for name in recipe.methods}
+    if len(set(counts.values())) > 1:
+        raise UsageError(
+            f"tuned_on {size.tuned_on!r} is not allowed: its methods have "
+            f"{', '.join(f'{n} {count}' for n, count in counts.items())} points of a grid; must "
+            "be as many for each"
+        )
+    if len(on.rows) > 1 and (missing := set(size.rows) - set(on.rows)):
+        raise UsageError(
+            f"tuned_on {size.tuned_on!r} has no row {min(missing)!r}; must have all, or one for all"
+        )
+    for cell in recipe.cells(size.tuned_on, 1):
+        if not getattr(cell.options, "held_out", 0):
+            raise UsageError(
+                f"tuned_on {size.tuned_on!r} is not allowed: it is tested on the test data; set "
+                "held_out, the share of the training data that is tested on instead"
+            )
+
+
+def _any_choice(recipe: Recipe, scale: str) -> Tuned | None:
+    """The first point of each method's sweep, with which the cells of a tuned scale are checked."""
+    on = recipe.scales[scale].tuned_on
+    if on is None:
+        return None
+    first = {name: dict(recipe.points(on, name)[0]) for name in recipe.methods}
+    return dict.fromkeys(recipe.scales[on].rows, first)
 
 
 def _checked(cls: type[Any], content: Any, where: str) -> Any:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from normwise.figures import Axis, Dots, Figure, Line, Lines, Series, Spacing, marks
+from normwise.figures import Axis, Dots, Figure, Heat, Line, Lines, Series, Spacing, marks
 from normwise.figures.tables import Cell, Column, Row, Table
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.report.curves import EPOCH, QUANTITIES, DrawnQuantity, over_seeds
 from normwise.lab.report.pages import page
+from normwise.lab.report.sweeps import sweep_charts, sweep_table
+from normwise.lab.running.sweeps import point_text, sweeps
 
 if TYPE_CHECKING:
     from normwise.lab.running.results import Done, Entry, ResultTable
@@ -57,6 +60,7 @@ def render(tables: Sequence[ResultTable]) -> str:
         notices=_notices(cells),
         numbers=_numbers(tables, drawn),
         differences=_differences(tables, drawn),
+        sweeps=_sweeps(tables),
         methods=[
             {"name": name, "label": labels[name], "colour": colour, "dashed": bool(dash)}
             for name, (colour, dash) in drawn.items()
@@ -67,7 +71,7 @@ def render(tables: Sequence[ResultTable]) -> str:
 
 
 def picture(tables: Sequence[ResultTable], names: Sequence[str] = ()) -> Figure:
-    """The curves as a figure, one row of charts for each row of a recipe.
+    """The curves as a figure, one row of charts for each row of a recipe; of a sweep, its charts.
 
     Args:
         tables: as for :func:`render`.
@@ -77,7 +81,10 @@ def picture(tables: Sequence[ResultTable], names: Sequence[str] = ()) -> Figure:
         UsageError: for a quantity that there is not, or where no table has curves.
     """
     _, drawn = _labels_and_marks(tables)
-    firsts, charts = _firsts(tables), []
+    firsts = [table for table in _firsts(tables) if table.fixed]
+    if not firsts:
+        return _swept_picture(tables)
+    charts = []
     for table in firsts:
         judged = [quantities(t.metric)[0] for t in tables if _place(t) == _place(table)]
         known = {q.key: q for q in (*quantities(table.metric), *judged, *_OTHERS)}
@@ -96,6 +103,32 @@ def picture(tables: Sequence[ResultTable], names: Sequence[str] = ()) -> Figure:
     recipe = tables[0].recipe.title
     columns = min(len(chosen), 2 if len(chosen) in (2, 4) else 3)
     return Figure(recipe, tuple(charts), columns, note)
+
+
+def _swept_picture(tables: Sequence[ResultTable]) -> Figure:
+    found = sweeps(tables)
+    charts = tuple(sweep_charts(found))
+    if not charts:
+        raise UsageError("there is no picture of a sweep over more than two settings")
+    note = "means over seeds, bands from the lowest to the highest; what is far off is left out"
+    if isinstance(charts[0], Heat):
+        note = "means over seeds; the best is framed"
+    title = f"{found[0].recipe.title}: {found[0].metric.title}"
+    return Figure(title, charts, min(len(charts), 2 if len(charts) in (2, 4) else 3), note)
+
+
+def _sweeps(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
+    """Of each recipe and scale that sweeps its table and charts."""
+    groups = itertools.groupby(sweeps(tables), lambda sweep: (sweep.recipe, sweep.scale))
+    return [
+        {
+            "title": f"{recipe.title}, {scale} scale",
+            "note": recipe.question,
+            "table": sweep_table(held := list(group)),
+            "charts": sweep_charts(held),
+        }
+        for (recipe, scale), group in groups
+    ]
 
 
 def _labels_and_marks(tables: Sequence[ResultTable]) -> tuple[dict[str, str], Marks]:
@@ -128,6 +161,8 @@ def _sections(tables: Sequence[ResultTable], drawn: Marks) -> list[dict[str, Any
     shown = set()
     for table in tables:
         place = _place(table)
+        if not table.fixed:
+            continue
         drawings = quantities(table.metric)[: 1 if place in shown else None]
         charts = [chart(table, quantity, drawn) for quantity in drawings]
         shown.add(place)
@@ -155,7 +190,7 @@ def chart(table: ResultTable, quantity: DrawnQuantity, drawn: Marks) -> Lines:
         drawn: colour and dashes of each method.
     """
     lines = []
-    for entry in table.entries:
+    for entry in table.fixed:
         own = [c.records for c in table.cells if c.config["method"] == entry.method and c.records]
         colour, dash = drawn[entry.method]
         line = Line(entry.method, entry.label, colour=colour, dash=dash)
@@ -167,7 +202,7 @@ def _differences(tables: Sequence[ResultTable], drawn: Marks) -> list[Dots]:
     """The differences with their intervals: a chart for each metric and unit."""
     by_metric: dict[str, list[tuple[ResultTable, Entry]]] = {}
     for table in tables:
-        for entry in table.entries:
+        for entry in table.fixed:
             if entry.difference is not None:
                 by_metric.setdefault(_with_unit(table.metric), []).append((table, entry))
     charts = []
@@ -232,7 +267,8 @@ def _notices(cells: Sequence[Done]) -> list[str]:
 
 def _name(cell: Done) -> str:
     c = cell.config
-    return f"{c['recipe']}, {c['row']}, {c['method']}, seed {c['seed']}"
+    at = f", {point_text(cell.point)}" if cell.point else ""
+    return f"{c['recipe']}, {c['row']}, {c['method']}{at}, seed {c['seed']}"
 
 
 def _words(table: ResultTable) -> str:
@@ -250,10 +286,12 @@ def _numbers(tables: Sequence[ResultTable], drawn: Marks) -> Table:
         Column("row", words=True),
         Column("recipe", words=True),
         Column("seeds"),
+        Column("claimed"),
+        Column("seeds to see it"),
         Column("baseline"),
         Column("paper"),
     )
-    rows = (_row(table, e, *drawn[e.method]) for table in tables for e in table.entries)
+    rows = (_row(table, e, *drawn[e.method]) for table in tables for e in table.fixed)
     return Table(columns, tuple(rows))
 
 
@@ -282,6 +320,10 @@ def _row(table: ResultTable, entry: Entry, colour: str, dash: tuple[float, ...])
         Cell(
             str(len(entry.values)),
             ", ".join(f"{len(seeds)} {word}" for seeds, word in notes if seeds),
+        ),
+        give(entry.claimed, None, number(entry.claimed, "+")),
+        give(
+            entry.seeds_needed, None, "–" if entry.seeds_needed is None else str(entry.seeds_needed)
         ),
         give(entry.baseline, None, number(entry.baseline)),
         give(entry.paper, None, "not known" if entry.paper is None else f"{entry.paper:g}"),

@@ -6,19 +6,42 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from normwise.lab.errors import Damaged
-from normwise.lab.recipes import find
-from normwise.lab.running.results import Done, Entry, ResultTable
+from normwise.lab.recipes import Recipe, find
+from normwise.lab.recipes.grids import Point, point_name
+from normwise.lab.running.results import Done, Entry, ResultTable, spread_of_differences
+from normwise.lab.running.sweeps import Sweep, point_text, sweeps
+from normwise.lab.summary import Spread
 from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.problem import Metric
 
-__all__ = ["as_csv", "as_data", "as_json", "as_latex", "as_markdown", "read_json"]
+__all__ = [
+    "SWEEP_HEAD",
+    "as_csv",
+    "as_data",
+    "as_json",
+    "as_latex",
+    "as_markdown",
+    "read_json",
+    "sweep_cells",
+]
 
-_HEAD = ("method", "mean ± sd", "seeds", "difference (95%)", "verdict", "paper")
+_HEAD = (
+    "method",
+    "mean ± sd",
+    "seeds",
+    "difference (95%)",
+    "verdict",
+    "claimed",
+    "seeds to see it",
+    "paper",
+)
+SWEEP_HEAD = ("method", "row", "seeds", "best at", "mean ± sd", "over the first row's", "regret")
 
 
 def _number(value: float, metric: Metric, sign: bool = False) -> str:
@@ -27,12 +50,7 @@ def _number(value: float, metric: Metric, sign: bool = False) -> str:
 
 
 def _cells(entry: Entry, metric: Metric) -> tuple[str, ...]:
-    spread = entry.spread
-    if spread is None:
-        shown = "failed" if entry.failed else "–"
-    else:
-        sd = "" if spread.sd is None else f" ± {_number(spread.sd, metric)}"
-        shown = _number(spread.mean, metric) + sd
+    shown = "failed" if entry.failed and not entry.values else _spread(entry.spread, metric)
     seeds = str(len(entry.values))
     if entry.failed:
         seeds += f", {len(entry.failed)} failed"
@@ -45,7 +63,45 @@ def _cells(entry: Entry, metric: Metric) -> tuple[str, ...]:
             f"{_number(entry.difference, metric, sign=True)}{width} to {entry.compared_with}"
         )
     paper = "not known" if entry.paper is None else f"{entry.paper:g}"
-    return entry.label, shown, seeds, difference, entry.verdict(metric), paper
+    claimed = needed = ""
+    if entry.difference is not None:
+        claimed = (
+            "not known" if entry.claimed is None else _number(entry.claimed, metric, sign=True)
+        )
+        if entry.sd_of_differences is not None and entry.claimed:
+            needed = "over 10,000" if entry.seeds_needed is None else f"{entry.seeds_needed:,}"
+    return entry.label, shown, seeds, difference, entry.verdict(metric), claimed, needed, paper
+
+
+def _spread(spread: Spread | None, metric: Metric) -> str:
+    if spread is None:
+        return "–"
+    sd = "" if spread.sd is None else f" ± {_number(spread.sd, metric)}"
+    return _number(spread.mean, metric) + sd
+
+
+def sweep_cells(sweep: Sweep) -> tuple[str, ...]:
+    """The texts under :data:`SWEEP_HEAD`."""
+    best, regret = sweep.best, sweep.regret
+    edge = f" (edge: {', '.join(sweep.edges)})" if sweep.edges else ""
+    ratios = ", ".join("–" if r is None else f"×{r:.3g}" for r in sweep.ratios.values())
+    diverged = regret is not None and regret.mean == math.inf
+    return (
+        sweep.label,
+        sweep.row,
+        str(len(best.values)),
+        point_text(best.point) + edge if best.values else "none",
+        _spread(best.spread, sweep.metric),
+        ratios,
+        "diverged" if diverged else _spread(regret, sweep.metric),
+    )
+
+
+def _swept_title(sweep: Sweep) -> str:
+    return (
+        f"{sweep.recipe.title} ({sweep.scale} scale): best of each sweep by {sweep.metric.title}, "
+        "and the regret of carrying the first row's best to the others"
+    )
 
 
 def _title(table: ResultTable) -> str:
@@ -62,13 +118,21 @@ def as_markdown(tables: Sequence[ResultTable]) -> str:
     """Pipe tables, each under its title; what holds for all of a recipe's follows the last."""
     parts = []
     for (recipe, scale), group in itertools.groupby(tables, lambda t: (t.recipe, t.scale)):
-        for table in group:
-            lines = [f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
-            lines += [f"| {' | '.join(_cells(e, table.metric))} |" for e in table.entries]
-            parts += [f"**{_title(table)}**", "\n".join(lines), _baseline(table)]
+        held = list(group)
+        for table in held:
+            if fixed := table.fixed:
+                rows = [_cells(e, table.metric) for e in fixed]
+                parts += [f"**{_title(table)}**", _pipes(_HEAD, rows), _baseline(table)]
+        if swept := sweeps(held):
+            parts += [f"**{_swept_title(swept[0])}**", _pipes(SWEEP_HEAD, map(sweep_cells, swept))]
         paper = f"Paper: {recipe.paper.source}."
         parts.append(" ".join(filter(None, [recipe.scales[scale].note, paper, recipe.paper.note])))
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 _LATEX = {
@@ -94,26 +158,36 @@ def _latex(text: str) -> str:
 
 def as_latex(tables: Sequence[ResultTable]) -> str:
     """``table`` environments that need no package."""
-    parts = []
-    for table in tables:
-        rows = [_HEAD, *(_cells(e, table.metric) for e in table.entries)]
-        body = [" & ".join(map(_latex, row)) + r" \\" for row in rows]
-        parts.append(
-            "\n".join(
-                [
-                    r"\begin{table}",
-                    rf"\caption{{{_latex(_title(table))}. {_latex(_baseline(table))}}}",
-                    rf"\begin{{tabular}}{{l{'r' * (len(_HEAD) - 1)}}}",
-                    body[0],
-                    r"\hline",
-                    *body[1:],
-                    r"\end{tabular}",
-                    r"\end{table}",
-                    "",
-                ]
-            )
+    parts = [
+        _latex_table(
+            f"{_title(table)}. {_baseline(table)}",
+            _HEAD,
+            [_cells(entry, table.metric) for entry in table.fixed],
         )
+        for table in tables
+        if table.fixed
+    ]
+    for _, group in itertools.groupby(sweeps(tables), lambda s: (s.recipe.id, s.scale)):
+        held = list(group)
+        parts.append(_latex_table(_swept_title(held[0]), SWEEP_HEAD, list(map(sweep_cells, held))))
     return "\n".join(parts)
+
+
+def _latex_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    body = [" & ".join(map(_latex, row)) + r" \\" for row in (head, *rows)]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{_latex(caption)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+            body[0],
+            r"\hline",
+            *body[1:],
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
 
 
 def as_data(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
@@ -129,6 +203,7 @@ def as_data(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
                     "row": table.row,
                     "metric": table.metric.name,
                     "method": entry.method,
+                    "point": dict(entry.point),
                     "mean": None if spread is None else spread.mean,
                     "sd": None if spread is None else spread.sd,
                     "seeds": len(entry.values),
@@ -137,6 +212,9 @@ def as_data(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
                     "compared_with": entry.compared_with,
                     "difference": entry.difference,
                     "half_width_95": entry.half_width,
+                    "sd_of_differences": entry.sd_of_differences,
+                    "claimed": entry.claimed,
+                    "seeds_needed": entry.seeds_needed,
                     "verdict": entry.verdict(table.metric),
                     "baseline": entry.baseline,
                     "paper": entry.paper,
@@ -151,6 +229,7 @@ def as_csv(tables: Sequence[ResultTable]) -> str:
     text, rows = io.StringIO(), as_data(tables)
     for row in rows:
         del row["values"]
+        row["point"] = point_name(tuple(row["point"].items()))
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -160,13 +239,13 @@ def as_csv(tables: Sequence[ResultTable]) -> str:
 def as_json(tables: Sequence[ResultTable]) -> str:
     """:func:`as_data`, and the records of every epoch, to six digits, which curves are drawn from.
 
-    A row of a recipe has its records once, in the table of its first metric.
+    A row of a recipe has its records once, in the table of its first metric; a sweep has none.
     """
     rows, shown = as_data(tables), set()
     entries = ((table, entry) for table in tables for entry in table.entries)
     for row, (table, entry) in zip(rows, entries, strict=True):
         place = (table.recipe.id, table.scale, table.row, entry.method)
-        if place in shown:
+        if place in shown or entry.point:
             continue
         shown.add(place)
         row["records"] = {
@@ -214,15 +293,31 @@ def _table(
         for seed, records in r.get("records", {}).items()
     )
     found = next(m for m in kind(recipe.task).metrics if m.name == metric)
-    return ResultTable(recipe, scale, row, found, tuple(map(_entry, rows)), cells)
+    values = {(r["method"], _point(r)): _values(r) for r in rows}
+    entries = tuple(_entry(recipe, r, values) for r in rows)
+    return ResultTable(recipe, scale, row, found, entries, cells)
 
 
-def _entry(row: dict[str, Any]) -> Entry:
-    values = {int(seed): float(value) for seed, value in row["values"].items()}
+def _values(row: dict[str, Any]) -> dict[int, float]:
+    return {int(seed): float(value) for seed, value in row["values"].items()}
+
+
+def _point(row: dict[str, Any]) -> Point:
+    return tuple(row.get("point", {}).items())
+
+
+def _entry(
+    recipe: Recipe, row: dict[str, Any], of_others: dict[tuple[str, Point], dict[int, float]]
+) -> Entry:
+    """What the file holds; the claim is the recipe's, which may have learnt of it since."""
+    method, point = recipe.methods[row["method"]], _point(row)
+    values = of_others[row["method"], point]
+    theirs = of_others.get((method.baseline or "", point), {})
+    judges = row["metric"] == kind(recipe.task).metrics[0].name
     others = [s for s in range(len(values) + row["failed"] + row["unfinished"]) if s not in values]
     return Entry(
         method=row["method"],
-        label=find(row["recipe"]).methods[row["method"]].label,
+        label=method.label,
         values=values,
         failed=tuple(others[: row["failed"]]),
         unfinished=tuple(others[row["failed"] :]),
@@ -230,5 +325,8 @@ def _entry(row: dict[str, Any]) -> Entry:
         compared_with=row["compared_with"],
         difference=row["difference"],
         half_width=row["half_width_95"],
+        sd_of_differences=spread_of_differences(values, theirs),
+        claimed=recipe.claimed(row["row"], row["method"]) if judges else None,
         baseline=row["baseline"],
+        point=point,
     )

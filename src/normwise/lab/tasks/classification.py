@@ -49,6 +49,8 @@ class ClassificationOptions:
         image_size: pixels a side, of folders (default: 224).
         shrink: side of the squares of pixels that are averaged, a divisor of the images' (default:
             1).
+        held_out: share of the training data that is tested on instead of the test data, drawn once
+            and for all, by which settings are chosen (default: 0).
     """
 
     data: str
@@ -61,8 +63,10 @@ class ClassificationOptions:
     label_noise: float = 0.0
     image_size: int = 224
     shrink: int = 1
+    held_out: float = 0.0
 
     def __post_init__(self) -> None:
+        within(self, "held_out", 0, 1, below=True)
         for name in ("shrink", "width", "image_size", "train_examples", "test_examples"):
             within(self, name, 1)
         within(self, "label_smoothing", 0, 1)
@@ -127,6 +131,20 @@ def subset(count: int, of: int) -> Tensor:
     if not 1 <= count <= of:
         raise UsageError(f"{count} examples are not allowed: there are {of}")
     return torch.randperm(of, generator=torch.Generator().manual_seed(0))[:count].sort().values
+
+
+def divided(count: int, held_out: float) -> tuple[Tensor, Tensor]:
+    """Which of ``count`` examples are trained on, and which share is held out; always the same.
+
+    Raises:
+        UsageError: if one of the two would be empty.
+    """
+    held = subset(round(held_out * count), count)
+    left = torch.ones(count, dtype=torch.bool)
+    left[held] = False
+    if not left.any():
+        raise UsageError(f"held_out {held_out} is not allowed: it leaves none of {count} examples")
+    return left.nonzero().flatten(), held
 
 
 class Classification(Problem):
@@ -217,11 +235,20 @@ def _source(
         folder = image_folder(root / options.data.removeprefix(_FOLDER))
         train = _files(folder.train, folder.train_labels, counts[0], device)
         test = _files(folder.test, folder.test_labels, counts[1], device)
+        if options.held_out:
+            kept, held = divided(len(train[0]), options.held_out)
+            train, test = (
+                (tuple(train[0][i] for i in chosen.tolist()), train[1][chosen.to(device)])
+                for chosen in (kept, held)
+            )
         decoded = DecodedImages(train, test, options.image_size, options.shrink)
         return decoded, folder.name, len(folder.classes)
     data = labelled(options, root)
     x, y = part(data.train, data.train_labels, counts[0], device)
     test_x, test_y = part(data.test, data.test_labels, counts[1], device)
+    if options.held_out:
+        kept, held = (i.to(device) for i in divided(len(x), options.held_out))
+        x, y, test_x, test_y = x[kept], y[kept], x[held], y[held]
     pixels = x.dtype == torch.uint8
     x, test_x = shrunk(x, options.shrink), shrunk(test_x, options.shrink)
     channels = x.float().transpose(0, 1).flatten(1).double()

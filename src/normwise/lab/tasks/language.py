@@ -33,6 +33,8 @@ class LanguageOptions:
         dropout: after each block (default: 0).
         train_tokens: how many are used, from the first on (default: all).
         test_tokens: the same for testing (default: all).
+        held_out: share of the training tokens, the last ones, that is tested on instead of the test
+            text, by which settings are chosen (default: 0).
     """
 
     data: str
@@ -44,12 +46,14 @@ class LanguageOptions:
     dropout: float = 0.0
     train_tokens: int | None = None
     test_tokens: int | None = None
+    held_out: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("context", "layers", "width", "heads", "train_tokens", "test_tokens"):
             within(self, name, 1)
         within(self, "vocabulary", 2)
         within(self, "dropout", 0, 1, below=True)
+        within(self, "held_out", 0, 1, below=True)
         if self.width % self.heads:
             raise UsageError(
                 f"width {self.width} is not allowed: must be a multiple of the {self.heads} heads"
@@ -136,6 +140,9 @@ class Language(Problem):
         text = _load(options.data, root, options.vocabulary)
         train = torch.from_numpy(text.train[: options.train_tokens])
         test = torch.from_numpy(text.test[: options.test_tokens])
+        if options.held_out:
+            kept = len(train) - round(options.held_out * len(train))
+            train, test = train[:kept], train[kept:]
         self.train = _windows(train, options.context).to(device)
         self.test = _windows(test, options.context).to(device)
         self.examples = len(self.train)
