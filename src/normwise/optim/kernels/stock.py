@@ -136,6 +136,8 @@ class _Batch:
         if self.entries <= FLAT and self.are_rows:
             lengths = torch.tensor([p.weight.length for p in pieces])
             self.lengths = lengths.repeat_interleave(torch.tensor(self.counts))
+        # The memory of a plan in the shapes of the pieces.
+        self.layout: tuple[list[Tensor], list[Tensor]] | None = None
         # If they are whole weights in the order of memory, these need not be cut.
         self.are_whole = self.lengths is not None and all(
             p.count == p.weight.slices and p.weight.size is not None for p in pieces
@@ -288,8 +290,6 @@ class StockPlan:
         batches += [b for gate in self.gates if gate for b in gate.batches]
         largest = max((b.entries for b in batches), default=0)
         self.room, self.product = params[0].new_empty(2, min(largest, PIECE)).unbind()
-        # The room and the product in the shapes of a batch's pieces.
-        self._laid_out: dict[_Batch, tuple[list[Tensor], list[Tensor]]] = {}
 
     def step_(
         self,
@@ -329,6 +329,7 @@ class StockPlan:
         if ends.slots is not None:
             squares = sums[:, WW] if len(ends.slots) == len(sums) else sums[ends.slots, WW]
             inverse = _inverse(squares, step.eps)
+            # Batches that are flat have no use for norms.
             norms = inverse if gate.are_flat else inverse.rsqrt().to(self.dtype)
             counts = [b.count for b in ends.batches]
             of_batches = zip(_parts(inverse, counts), _parts(norms, counts), strict=True)
@@ -388,11 +389,9 @@ class StockPlan:
 
     def _layout(self, b: _Batch) -> tuple[list[Tensor], list[Tensor]]:
         """The room and the product in the shapes of a batch's pieces."""
-        found = self._laid_out.get(b)
-        if found is None:
-            found = b.laid_out(self.room), b.laid_out(self.product)
-            self._laid_out[b] = found
-        return found
+        if b.layout is None:
+            b.layout = b.laid_out(self.room), b.laid_out(self.product)
+        return b.layout
 
     def _end(self, b: _Batch, tensors: _Tensors, move: _Move, known: _Known | None = None) -> None:
         """Take a batch's moments on, and project, decay, descend and retract its slices.
