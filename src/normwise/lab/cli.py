@@ -245,7 +245,7 @@ def _paper_tune(arguments: argparse.Namespace) -> int:
         tuned[scale], arguments.seeds, _names(arguments.methods), _names(arguments.rows)
     )
     ended = _trained(arguments, recipe, cells)
-    if ended == 130 or int(os.environ.get("RANK", "0")) > 0:
+    if ended in (130, _LEFT) or int(os.environ.get("RANK", "0")) > 0:
         return ended
     return _write_tuned(arguments, recipe, tuned[scale])
 

@@ -17,11 +17,11 @@ gives the directions, to first order in η, of a run whose norms are ρ_t. Two s
   nothing but change this schedule.
 
 What is in a buffer or a moment was measured at earlier norms, so that this holds as far as norms
-stay the same over its memory: about 1/(1 − μ) steps of SGD's momentum, but 1/(1 − β₂), 1000 steps by
-default, of Adam's second moment. ``rescaled`` is ``projected`` without that reserve: the optimizer
-is given ∇f at norm ρ, which is ‖w‖/ρ times the gradient at w, and its step, made for a slice of norm
-ρ, is taken ‖w‖/ρ times as long. The product of the two factors is the k = 2 of SGD; Adam's update
-does not notice the first, so that one is left.
+stay the same over its memory: about 1/(1 − μ) steps of SGD's momentum, but 1/(1 − β₂), 1000 steps
+by default, of Adam's second moment. ``rescaled`` is ``projected`` without that reserve: the
+optimizer is given the gradient at norm ρ, which is ‖w‖/ρ times the one at w, and its step, made for
+a slice of norm ρ, is taken ‖w‖/ρ times as long. The product of the two factors is the k = 2 of SGD;
+Adam's update does not notice the first, so that one is left.
 """
 
 from __future__ import annotations

@@ -248,13 +248,15 @@ def as_json(tables: Sequence[ResultTable]) -> str:
         if place in shown or entry.point:
             continue
         shown.add(place)
-        row["records"] = {
+        records = {
             str(cell.config["seed"]): [
                 {k: _short(v) for k, v in record.items()} for record in cell.records
             ]
             for cell in table.cells
             if cell.config["method"] == entry.method
         }
+        if any(records.values()):
+            row["records"] = records
     lines = ",\n".join(json.dumps(row, allow_nan=False, ensure_ascii=False) for row in rows)
     return f"[\n{lines}\n]\n"
 
@@ -307,12 +309,19 @@ def _point(row: dict[str, Any]) -> Point:
 
 
 def _entry(
-    recipe: Recipe, row: dict[str, Any], of_others: dict[tuple[str, Point], dict[int, float]]
+    recipe: Recipe, row: dict[str, Any], held: dict[tuple[str, Point], dict[int, float]]
 ) -> Entry:
-    """What the file holds; the claim is the recipe's, which may have learnt of it since."""
+    """What the file holds; the claim is the recipe's, which may have learnt of it since.
+
+    Args:
+        recipe: whose row it is.
+        row: of the file.
+        held: the values of all methods in the same table, by method and point.
+    """
     method, point = recipe.methods[row["method"]], _point(row)
-    values = of_others[row["method"], point]
-    theirs = of_others.get((method.baseline or "", point), {})
+    values = held[row["method"], point]
+    baseline = method.baseline or ""
+    theirs = held.get((baseline, point), held.get((baseline, ()), {}))
     judges = row["metric"] == kind(recipe.task).metrics[0].name
     others = [s for s in range(len(values) + row["failed"] + row["unfinished"]) if s not in values]
     return Entry(
