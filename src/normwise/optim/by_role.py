@@ -371,10 +371,9 @@ def groups(
         return ByRole(given, params, routes)
     found = _plain_groups(params, routes)
     # A group that brings a decay of its own is of vectors, which are not decayed.
+    undecayed = {"weight_decay": 0.0}
     return [
-        group
-        | dict(given[group["optimizer"]])
-        | {key: group[key] for key in ("weight_decay",) if key in group}
+        group | dict(given[group["optimizer"]]) | (undecayed if "weight_decay" in group else {})
         for group in found
     ]
 
