@@ -1,6 +1,7 @@
 """Every code block of the README and of the docs runs; pages, links and reference are whole."""
 
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -91,11 +92,29 @@ def test_commands_exist_and_take_their_arguments(words, tmp_path, monkeypatch, c
             return  # needs runs, a network, or data
         if words[1] == "inspect" and not words[2].startswith("hf:"):
             return  # of a package that is the reader's, or that cannot be installed everywhere
-        if words[1] == "inspect":
+        if any(word.startswith("hf:") for word in words):
             pytest.importorskip("transformers", reason="the network comes from transformers")
         monkeypatch.chdir(tmp_path)
         assert cli.main(words[1:]) == 0
         assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("P_{t+1} = P_t/(1 − λη_t)", "P<sub>t+1</sub> = P<sub>t</sub>/(1 − λη<sub>t</sub>)"),
+        ("βp_{t−1}, Σ_{k<t} β^{t−k}‖p_k‖²", None),
+        ("2^(−(k−1)/2), D^−0.32, c^aₛ", "2<sup>−(k−1)/2</sup>, D<sup>−0.32</sup>, c<sup>aₛ</sup>"),
+        ("`w_t` of [x](a_b.md#w_t) and weight_decay", "`w_t` of [x](a_b.md#w_t) and weight_decay"),
+    ],
+)
+def test_pages_set_indices_and_powers_outside_of_code(written, shown):
+    """Else Markdown takes underscores for emphasis, and braces for attributes."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    found = hooks.set_mathematics(written)
+    assert found == shown if shown else not set("_^{}") & set(found)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=identify)

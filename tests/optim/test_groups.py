@@ -290,6 +290,13 @@ def test_with_options_it_gives_plain_groups(gpt2):
     assert sizes == {"others": (2, 1e-2), "vectors": (10, 1e-2), "matrices": (4, 1e-3)}
 
 
+def test_vectors_are_not_decayed_whatever_the_options_of_the_others(gpt2):
+    _, _, report = gpt2
+    made = nw.groups(report, matrices={"weight_decay": 0.1}, others={"weight_decay": 0.2})
+    decay = {group["name"]: group["weight_decay"] for group in made}
+    assert decay == {"others": 0.2, "vectors": 0.0, "matrices": 0.1}
+
+
 def test_what_nothing_is_known_of_is_named_and_can_be_assigned():
     class Net(nn.Module):
         def __init__(self):

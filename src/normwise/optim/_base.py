@@ -351,7 +351,7 @@ class NormwiseOptimizer(Optimizer):
 
     def _along_families(self, rule: UpdateRule, p: Tensor | None) -> UpdateRule:
         """The rule of a weight whose steps lose their part along symmetries of several weights."""
-        if p is None or not any(p in family.params for family in self._families):
+        if p is None or not any(p is q for family in self._families for q in family.params):
             return rule
         return replace(
             rule,

@@ -3,15 +3,14 @@
 For the step of the wrapped optimizer a weight w either stays where it is, and a copy is made, so
 that it holds w + d afterwards; or the optimizer is handed a buffer of zeros in its place, which
 then holds d. Sums over slices give a and b of a·w + b·d (:mod:`normwise.optim.motion`); of slices
-that are split over ranks they are exchanged, those of all weights together. Dense weights on the
-CPU whose norms are fixed, or whose steps only lose their radial part, go through one fused kernel;
-all others, and all where norms change, rounding is stochastic or slices are split, take the plain
-way here, which is the ground truth.
+that are split over ranks they are exchanged, those of all weights together. Dense weights whose
+norms are fixed, or whose steps only lose their radial part, go through fused kernels where there
+are some; all others, and all where norms change or slices are split, take the plain way here, which
+is the ground truth.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from normwise.geometry import View
-from normwise.optim.kernels import use_fused
+from normwise.optim.kernels import displaced_plan, moves_displaced, use_fused
 from normwise.optim.kernels._layout import memory_layout
 from normwise.optim.motion import Form, KernelStep, Outcome
 from normwise.optim.projection import BATCHED_ENTRIES, batch, is_alias, unbatch_
@@ -224,7 +223,7 @@ class Displacements:
         self,
         items: Sequence[Item],
         coefficients: Callable[[Batch], tuple[Tensor, Tensor]],
-        row: Callable[[Item], KernelStep] | None,
+        row: Callable[[Mapping[str, Any]], KernelStep] | None,
         radius: Callable[[Tensor], Tensor] | None = None,
         others: Others | None = None,
     ) -> None:
@@ -234,7 +233,7 @@ class Displacements:
             items: weights that were stepped.
             coefficients: gives a and b of a·w + b·d, of the shape of sums without their last
                 dimension.
-            row: the same in numbers, for kernels; None where they do not know how.
+            row: the same of a group in numbers, for kernels; None where they do not know how.
             radius: gives the radii of all slices of a weight, for kernels.
             others: whose sums are exchanged with these.
         """
@@ -299,15 +298,15 @@ class Displacements:
 
     def _fused(self, items: Sequence[Item]) -> list[int]:
         """Which of the weights a kernel takes."""
-        by_dtype: dict[torch.dtype, list[int]] = {}
+        by_kind: dict[Any, list[int]] = {}
         for i, item in enumerate(items):
             w, place = item.of.after, self._place(item.of.p, item.view)
-            if place is None or place.layout.whole is None or w.device.type != "cpu":
+            if place is None or place.layout.whole is None or not moves_displaced(w.device.type):
                 continue
             if w.numel() == 0 or w.is_neg() or w.stride() != item.of.before.stride():
                 continue
             if memory_layout(w, place.layout.whole) is not None:
-                by_dtype.setdefault(w.dtype, []).append(i)
+                by_kind.setdefault((w.dtype, w.device), []).append(i)
         options = {
             "fused": None,
             "foreach": None,
@@ -316,7 +315,7 @@ class Displacements:
         }
         return [
             i
-            for members in by_dtype.values()
+            for members in by_kind.values()
             if use_fused(options, [items[i].of.after for i in members])
             for i in members
         ]
@@ -324,33 +323,44 @@ class Displacements:
     def _end_fused_(
         self,
         items: Sequence[Item],
-        row: Callable[[Item], KernelStep],
+        row: Callable[[Mapping[str, Any]], KernelStep],
         radius: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        by_dtype: dict[torch.dtype, list[tuple[Item, Place]]] = {}
+        by_kind: dict[Any, list[tuple[Item, Place]]] = {}
         for item in items:
             place = self._place(item.of.p, item.view)
             assert place is not None
-            by_dtype.setdefault(item.of.p.dtype, []).append((item, place))
-        for dtype, members in by_dtype.items():
+            kind = (item.of.after.dtype, item.of.after.device)
+            by_kind.setdefault(kind, []).append((item, place))
+        for kind, members in by_kind.items():
             stepped = [item.of for item, _ in members]
-            rows = [row(item) for item, _ in members]
+            groups = list({id(of.group): of.group for of in stepped}.values())
+            numbers = {id(group): number for number, group in enumerate(groups)}
+            rows = [row(group) for group in groups]
             forms = [
-                Form(of.after.shape, of.after.stride(), place.layout.whole, r.path, of.outcome)
-                for of, (_, place), r in zip(stepped, members, rows, strict=True)
+                Form(
+                    of.after.shape,
+                    of.after.stride(),
+                    place.layout.whole,
+                    rows[0].path,
+                    of.outcome,
+                    numbers[id(of.group)],
+                )
+                for of, (_, place) in zip(stepped, members, strict=True)
                 if place.layout.whole is not None
             ]
-            key = (dtype, *forms)
+            key = (*kind, *forms)
             after, before = [of.after for of in stepped], [of.before for of in stepped]
             if key not in self._plans:
                 if len(self._plans) >= _KEPT_PLANS:
                     del self._plans[next(iter(self._plans))]
-                module: Any = importlib.import_module("normwise.optim.kernels.displaced")
-                self._plans[key] = module.DisplacedPlan(after, forms)
+                self._plans[key] = displaced_plan(after, forms)
             radii = None
             if radius is not None:
                 radii = [place.of_these(radius(item.of.p)) for item, place in members]
-            self._plans[key].step_(after, before, rows, radii)
+            self._plans[key].step_(
+                after, before, rows, radii, stochastic_rounding=self._stochastic_rounding
+            )
             self._zero.update(of.p for of in stepped if of.outcome is Outcome.IN_PLACE)
             torch.autograd.graph.increment_version([local(of.p) for of in stepped])
 

@@ -112,6 +112,19 @@ def test_a_cell_takes_its_settings_from_all_levels():
         ("rows: {digits: {}}", "rows: {}", ["there are no rows"]),
         ("rows: {digits: {}}", "rows: {a/b: {}}", ["row 'a/b'", "letters, digits"]),
         ("rows: {digits: {}}", "seeds: 1000000000, rows: {digits: {}}", ["seeds", "10000 at most"]),
+        ("lr: 1e-3", "lr: 1, initial_scale: 0", ["initial_scale 0.0", "above 0"]),
+        (
+            "lr: 1e-3",
+            "lr: 1, norm_correction: some",
+            ["'some'", "none, fixed, projected, rescaled"],
+        ),
+        (
+            "lr: 1e-3",
+            "lr: 1, norm_correction: fixed, weight_decay: 0.1",
+            ["norm_correction fixed goes with no weight_decay"],
+        ),
+        ("rows: {digits: {sgd", "claims: {digits: {sgd", ["'sgd' has a claim", "no baseline"]),
+        ("rows: {digits: {sgd", "claims: {digits: {adm", ["claims of 'digits'", "'adam'"]),
         ("title: Mine", "title: !!python/object/apply:os.getcwd []", ["not YAML", "python/object"]),
     ],
 )
@@ -142,6 +155,16 @@ def test_unknown_names_get_a_suggestion(tmp_path):
         find("adamp-imagnet")
     with pytest.raises(UsageError, match="cannot read recipe"):
         find(str(tmp_path / "none.yaml"))
+
+
+def test_a_claim_is_the_difference_of_the_papers_numbers_or_stated():
+    both = GOOD.replace("{sgd: 1.5}", "{sgd: 1.5, adam: 2.0}")
+    assert read(both, "mine.yaml").claimed("digits", "adam") == 0.5
+    assert read(GOOD, "mine.yaml").claimed("digits", "adam") is None
+    stated = both.replace("rows: {digits", "claims: {wide: {adam: -0.2}}, rows: {digits", 1)
+    recipe = read(stated, "mine.yaml")
+    assert (recipe.claimed("digits", "adam"), recipe.claimed("wide", "adam")) == (0.5, -0.2)
+    assert recipe.claimed("digits", "sgd") is None
 
 
 @pytest.mark.parametrize("name", ids())

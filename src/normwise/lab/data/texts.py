@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -90,14 +91,20 @@ def brown(root: Path, vocabulary: int | None = 10_000) -> EncodedText:
     return encode("brown", (train, test), vocabulary)
 
 
-def tinyshakespeare(root: Path) -> EncodedText:
-    """Tiny Shakespeare, by characters: the first 90%, and the last 5% to test on."""
+def tinyshakespeare(root: Path, test: Literal["validation", "test"] = "test") -> EncodedText:
+    """Tiny Shakespeare, by characters: the first 90%, and the last 5% to test on.
+
+    Args:
+        root: where the data sets are.
+        test: ``"validation"`` tests on the 5% before the last instead (default: test).
+    """
     path = locate(root, "tinyshakespeare", ("tinyshakespeare", "."), "input.txt") / "input.txt"
     text = _read(path)
     if len(text) < 100:
         raise DataError(f"{path} has {len(text)} characters: it is truncated")
     first, second = len(text) * 90 // 100, len(text) * 95 // 100
-    return encode("tinyshakespeare", (text[:first], text[second:]))
+    tested = text[second:] if test == "test" else text[first:second]
+    return encode("tinyshakespeare", (text[:first], tested))
 
 
 def wikitext(root: Path, version: str = "2") -> EncodedText:

@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from normwise.lab.checks import within
+from normwise.lab.correction import REFERENCES
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.optimizers import parse as parse_optimizer
 from normwise.lab.recipes.grids import Point, Tuned, point_name, points
@@ -29,9 +30,10 @@ __all__ = [
 
 SCHEMA = 1
 MOST_SEEDS = 10_000
-SCHEDULES = ("constant", "steps", "cosine")
+SCHEDULES = ("constant", "steps", "linear", "cosine")
 NORMALIZATIONS = ("none", "WN", "CWN", "WS")
 COUPLINGS = ("own", "l2", "decoupled", "schedule", "translated")
+CORRECTIONS = ("none", *REFERENCES)
 DECAYED = ("weights", "no-depthwise", "no-biases", "invariant", "all")
 
 
@@ -61,7 +63,7 @@ class Training:
         eps: of adam, adamw and adamp, and sgdp's guard (default: 1e-8).
         delta: threshold of the cosine gate (default: 0.1).
         wd_ratio: factor on the decay of projected weights (default: 0.1).
-        schedule: constant, steps or cosine (default: steps).
+        schedule: constant, steps, linear or cosine, these two down to 0 (default: steps).
         drops: after which shares of the steps ``lr`` is multiplied (default: 0.3, 0.6, 0.9).
         lr_factor: by what (default: 0.1).
         warmup: the share of the steps in which ``lr`` rises evenly from 0 (default: 0).
@@ -82,6 +84,12 @@ class Training:
             ``slices``, the scale-invariant ones slice by slice (default: layer).
         evaluate_every: epochs between tests; the last is always tested (default: 1).
         autocast: ``none`` or ``bfloat16`` (default: none).
+        initial_scale: the factor on all scale-invariant weights before the first step: the network
+            computes the same, and its norms grow as in a run of another length (default: 1).
+        norm_correction: whether steps of scale-invariant slices are multiplied by what undoes the
+            growth of their norms: ``none``; ``fixed``, as if norms stayed; ``projected``, as if
+            they grew by the tangential part of each step alone; ``rescaled``, as that, and what
+            the optimizer remembers too (default: none).
     """
 
     epochs: int
@@ -114,6 +122,8 @@ class Training:
     awp_view: str = "layer"
     evaluate_every: int = 1
     autocast: str = "none"
+    initial_scale: float = 1.0
+    norm_correction: str = "none"
 
     def __post_init__(self) -> None:
         parse_optimizer(self.optimizer)
@@ -124,6 +134,7 @@ class Training:
             ("decay_on", DECAYED),
             ("autocast", ("none", "bfloat16")),
             ("awp_view", ("layer", "slices")),
+            ("norm_correction", CORRECTIONS),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -144,6 +155,7 @@ class Training:
         for name in ("normalization_eps", "epsilon_shift"):
             within(self, name, 0)
         within(self, "clip", 0, above=True)
+        within(self, "initial_scale", 0, above=True)
         within(self, "momentum", 0, 1, below=True)
         within(self, "warmup", 0, 1, below=True)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -160,6 +172,11 @@ class Training:
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise UsageError("nesterov is set, but momentum is 0")
         self._check_decay()
+        if self.norm_correction != "none" and self.weight_decay > 0:
+            raise UsageError(
+                f"norm_correction {self.norm_correction} goes with no weight_decay: it would be "
+                "multiplied as the step is"
+            )
         if self.normalization == "none":
             for name in ("normalize_depthwise", "normalization_skip"):
                 if getattr(self, name):
@@ -203,6 +220,8 @@ class Training:
             return (step + 1) / (self.warmup * steps)
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
+        if self.schedule == "linear":
+            return (1 - done) / (1 - self.warmup)
         if self.schedule == "steps":
             return self.lr_factor ** sum(done >= drop for drop in self.drops)
         return 1.0
@@ -216,12 +235,15 @@ class Paper:
         source: the paper, and the table or figure.
         metric: what its numbers are.
         rows: for each row and method its number; a method that is missing is not known.
+        claims: for each row and method the difference to the method's baseline that the paper
+            claims, where ``rows`` does not say it (default: what follows from ``rows``).
         note: what a reader should know (default: nothing).
     """
 
     source: str
     metric: str
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
+    claims: dict[str, dict[str, float]] = field(default_factory=dict)
     note: str = ""
 
 
@@ -354,6 +376,16 @@ class Recipe:
             check_name("method", name)
         for name in self.scales:
             check_name("scale", name)
+
+    def claimed(self, row: str, method: str) -> float | None:
+        """The difference to its baseline that the paper claims; none where it is not known."""
+        stated = self.paper.claims.get(row, {}).get(method)
+        if stated is not None:
+            return stated
+        numbers, baseline = self.paper.rows.get(row, {}), self.methods[method].baseline
+        if method not in numbers or baseline not in numbers:
+            return None
+        return numbers[method] - numbers[baseline]
 
     def cells(
         self,
@@ -525,6 +557,14 @@ def parse(content: Any, where: str) -> Recipe:
     for row, values in recipe.paper.rows.items():
         for name in values:
             _known(recipe.methods, name, f"method in the paper's row {row!r}")
+    for row, values in recipe.paper.claims.items():
+        for name in values:
+            method = _known(recipe.methods, name, f"method in the paper's claims of {row!r}")
+            if method.baseline is None:
+                raise UsageError(
+                    f"{where}: method {name!r} has a claim in row {row!r}, but no baseline that it "
+                    "is a difference to"
+                )
     for scale, size in recipe.scales.items():
         for name in size.methods:
             _known(recipe.methods, name, f"method of scale {scale!r}")

@@ -24,11 +24,15 @@ KINDS = {
     "adversarial": ("adversarial", "Adversarial"),
     "long_tail": ("long_tail", "LongTail"),
     "incremental": ("incremental", "Incremental"),
+    "equilibrium": ("equilibrium", "Equilibrium"),
     "stabilization": ("stabilization", "LossStabilization"),
     "bias": ("bias", "Bias"),
     "detection": ("detection", "Detection"),
     "retrieval": ("retrieval", "Retrieval"),
     "language": ("language", "Language"),
+    "merging": ("merging", "Merging"),
+    "decay_moments": ("decay_moments", "DecayMoments"),
+    "lr_transfer": ("transfer", "LRTransfer"),
 }
 
 
