@@ -17,7 +17,7 @@ import yaml
 
 from normwise import cli
 from normwise.lab.recipes import ids
-from normwise.lab.running.export import read_json
+from normwise.lab.running.export import as_json, read_json
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -202,6 +202,33 @@ def test_the_results_can_be_reported_again(path):
     assert (recipe, others) == (path.stem, [])
 
 
+def test_results_tables_and_figures_are_what_the_committed_numbers_give(monkeypatch):
+    """``python docs/make_answers.py`` has nothing to do."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    answers = importlib.import_module("make_answers")
+    held = answers.tables()
+    for name, of_recipe in held.items():
+        assert (RESULTS / f"{name}.json").read_text("utf-8") == as_json(of_recipe), name
+    for path in answers.PAGES:
+        text = path.read_text("utf-8")
+        assert answers.page(text, held) == text, path.name
+    made = answers.figures(held)
+    assert {path.name for path in answers.PICTURES.iterdir()} == made.keys()
+    for name, text in made.items():
+        assert (answers.PICTURES / name).read_text("utf-8") == text, name
+
+
+def test_the_tables_of_the_results_page_are_those_of_the_report(monkeypatch):
+    """A number that is changed by hand in a table, or in the data, does not stay unseen."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    answers = importlib.import_module("make_answers")
+    (page, *_) = answers.PAGES
+    text, held = page.read_text("utf-8"), {"digits": read_json(RESULTS / "digits.json")}
+    wrong = text.replace("| SGD | 88.65 ±", "| SGD | 98.65 ±", 1)
+    assert wrong != text
+    assert "| SGD | 88.65 ±" in answers.page(wrong, held)
+
+
 def lines_of(name):
     text = (RESULTS / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
@@ -250,9 +277,12 @@ def pairs():
                 differs = differs.replace("-", "−").replace("−0.00", "+0.00")
                 name = {"adamp": "AdamP", "sgdp": "SGDP"}[row["method"]]
                 metric = row["metric"].replace("_", " ").replace("ap", "AP")
+                claim, seeds = row["claimed"], row["seeds_needed"]
+                claimed = "not known | " if claim is None else f"{claim:+.2f} | {seeds}"
                 yield (
                     f"| {recipe}: {row['row']} | {metric} | {name} to {row['compared_with']} "
-                    f"| {row['seeds']} | {differs} | {row['verdict']} |"
+                    f"| {row['seeds']} | {differs} | {row['verdict']} "
+                    f"| {claimed.replace('-', '−')} |"
                 )
 
 
