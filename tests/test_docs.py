@@ -24,7 +24,12 @@ from normwise.lab.running.sweeps import sweeps
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESULTS = ROOT / "docs" / "results"
-REPORTS = [path for path in sorted(RESULTS.rglob("*.json")) if path.stem in ids()]
+REPORTS = [
+    path
+    for path in sorted(RESULTS.rglob("*.json"))
+    # A benchmark's own results may have the name of a recipe.
+    if path.stem in ids() and path.read_text(encoding="utf-8").startswith("[")
+]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -319,7 +324,7 @@ def pairs():
     """The lines of the table of pairs: of every task's first metric, from all data together."""
     for recipe in ids():
         path = RESULTS / f"{recipe}.json"
-        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        rows = json.loads(path.read_text(encoding="utf-8")) if path in REPORTS else []
         metrics = {}
         for row in rows:
             metrics.setdefault(row["row"], row["metric"])
