@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import types
@@ -633,12 +634,15 @@ def _any_choice(recipe: Recipe, scale: str) -> Tuned | None:
     return dict.fromkeys(recipe.scales[on].rows, first)
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 def _checked(cls: type[Any], content: Any, where: str) -> Any:
     """An instance of a dataclass from a mapping; keys and types are checked."""
     if not isinstance(content, dict):
         raise UsageError(f"{where} must be a mapping of keys, not {content!r}")
     known = {f.name: f for f in fields(cls)}
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for key in content:
         if key not in known:
             raise UsageError(f"{where}: unknown key {key!r}: {nearest(str(key), known)}")

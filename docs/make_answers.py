@@ -1,15 +1,16 @@
 """From the committed results to what the pages show of them: tables, and one figure a question.
 
-    python docs/answers.py
+    python docs/make_answers.py
 
-brings ``docs/results/*.json`` up to date with the recipes' claims, then the tables of
-``docs/results.md``, then ``docs/images/answers``. A test says that it has nothing left to do.
+brings ``docs/results/*.json`` up to date with the recipes' claims, then the tables and counts of
+the pages, then ``docs/images/answers``. A test says that it has nothing left to do.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 from normwise.figures import Axis, Dots, Figure, Line, Lines, Series, Spacing, document
@@ -18,12 +19,20 @@ from normwise.lab.running.export import as_json, as_markdown, read_json
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
-PAGE = DOCS / "results.md"
+PAGES = (DOCS / "results.md", DOCS / "answers" / "projection.md")
 PICTURES = DOCS / "images" / "answers"
 
 PROJECTED = {"adamp": "AdamP", "sgdp": "SGDP"}
 TABLE = re.compile(r"^\*\*(?P<title>[^\n]+)\*\*\n\n(?P<table>(?:\|[^\n]*\n)+)", re.MULTILINE)
 PAIRS = re.compile(r"^\| recipe, row \|[^\n]*\n(?:\|[^\n]*\n)+", re.MULTILINE)
+COUNTS = re.compile(r"^Of \d+ pairs\b[^\n]*$", re.MULTILINE)
+VERDICTS = {
+    "better": "better",
+    "worse": "worse",
+    "no difference": "no difference of the claimed size",
+    "cannot tell at this size": "too wide an interval to tell",
+    "within chance": "within chance, and no claim known",
+}
 PAIRS_HEAD = (
     *("recipe, row", "metric", "pair", "seeds", "difference (95%)"),
     *("verdict", "claimed", "seeds to see it"),
@@ -31,9 +40,18 @@ PAIRS_HEAD = (
 
 
 def tables():
-    """Those of every recipe that has results, by its name."""
-    paths = {name: RESULTS / f"{name}.json" for name in ids()}
-    return {name: read_json(path) for name, path in paths.items() if path.exists()}
+    """Those of every recipe that has results and sweeps nothing, by its name."""
+    found = {}
+    for name in ids():
+        path = RESULTS / f"{name}.json"
+        # A benchmark's own results may have the name of a recipe.
+        if path.exists() and path.read_text(encoding="utf-8").startswith("["):
+            found[name] = read_json(path)
+    return {
+        name: of_recipe
+        for name, of_recipe in found.items()
+        if all(table.fixed == table.entries for table in of_recipe)
+    }
 
 
 def page(text, held):
@@ -41,6 +59,7 @@ def page(text, held):
     made = {}
     for of_recipe in held.values():
         made |= {m["title"]: m["table"] for m in TABLE.finditer(as_markdown(of_recipe))}
+    text = COUNTS.sub(counts(held), text)
     text = PAIRS.sub("\n".join(pair_lines(held)) + "\n", text)
     return TABLE.sub(
         lambda m: f"**{m['title']}**\n\n{made.get(m['title'], m['table'])}",
@@ -80,6 +99,16 @@ def pair_lines(held):
         yield f"| {' | '.join(cells)} |"
 
 
+def counts(held):
+    """How many pairs have which verdict, in a sentence."""
+    found = Counter(entry.verdict(table.metric) for table, entry in pairs(held))
+    parts = [f"{found[verdict]} {words}" for verdict, words in VERDICTS.items()]
+    if found.keys() - VERDICTS.keys():
+        raise ValueError(f"verdicts without words: {found.keys() - VERDICTS.keys()}")
+    pairs_of_one = f"Of {found.total()} pairs of one optimizer with and without projection"
+    return f"{pairs_of_one}: {'; '.join(parts)}."
+
+
 def signed(value):
     """Two digits, no −0."""
     return f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")
@@ -98,7 +127,7 @@ def projection(held):
         if entry.claimed and entry.half_width is not None
     ]
     found.sort(key=lambda pair: pair[1].half_width / abs(pair[1].claimed))
-    cut = 6.0
+    cut = 5.0
     values = [e.difference / e.claimed for _, e in found]
     widths = [e.half_width / abs(e.claimed) for _, e in found]
 
@@ -106,10 +135,13 @@ def projection(held):
         return min(max(value, -cut), cut)
 
     return Dots(
-        "Difference to the optimizer without projection, over the difference that the paper claims",
+        "What the projection gains, in units of what the paper claims",
         f"95% intervals, cut at ±{cut:.0f}. An interval that holds both 0 and 1 cannot tell.",
         Axis("0: no difference; 1: as claimed", holds=(-cut, cut)),
-        tuple(f"{PROJECTED[e.method]}, {t.recipe.id}: {t.row}" for t, e in found),
+        tuple(
+            f"{t.recipe.id.removeprefix('adamp-')}: {t.row}, {PROJECTED[e.method]}"
+            for t, e in found
+        ),
         (
             Series(
                 "",
@@ -142,8 +174,8 @@ def plain_decay(held):
         y = tuple(values[row, method] for row in rows)
         drawn.append(Line(method, label, tuple(rows.values()), y, colour=colour, dash=dash))
     return Lines(
-        "Test accuracy under plain and ε-shifted decay of normalized weights (SGD)",
-        "ResNet of 8 layers, CIFAR-100 at 16×16, 6,250 steps, one seed. 0: the run failed.",
+        "Plain and ε-shifted decay of normalized weights, SGD",
+        "ResNet of 8 layers, CIFAR-100 at 16×16, one seed. At 0 the run failed.",
         Axis("weight decay λ", Spacing.LOG),
         Axis("test accuracy, %", holds=(0.0,)),
         tuple(drawn),
@@ -157,13 +189,13 @@ def when_decay(held):
         of = {e.method: e for e in table.fixed}
         for method in ("always", "early", "late"):
             e = of[method]
-            rows.append(f"{table.row.split('-')[1]}: {e.label} − {e.compared_with}")
+            rows.append(f"{table.row.split('-')[1]}: {method} − {e.compared_with}")
             values.append(e.difference)
             low.append(e.difference - e.half_width)
             high.append(e.difference + e.half_width)
     return Dots(
-        "What decay is worth, and whether it may end early or begin late",
-        "Test accuracy, percentage points, 95% intervals of three seeds.",
+        "What decay is worth: always, early, or late",
+        "Test accuracy, percentage points, 95% intervals of three seeds. Early: the first third.",
         Axis("difference, better to the right"),
         tuple(rows),
         (Series("", tuple(values), tuple(low), tuple(high)),),
@@ -189,13 +221,19 @@ def only_a_rate():
         y = tuple(r["train_loss"] for r in records)
         lines.append(Line(method, label, x, y, colour=colour, dash=dash))
     return Lines(
-        "Training loss with weight decay, and without it at the learning rates of Theorem 1",
-        f"Decay and translation are one curve, at norms that end a factor of "
-        f"{ends['translated'] / ends['decay']:,.0f} apart.",
+        "Weight decay, and the learning rates that stand for it",
+        "One curve up to rounding, at norms that end a factor of "
+        f"{power_of_ten(ends['translated'] / ends['decay'])} apart.",
         Axis("epoch"),
         Axis("training loss"),
         tuple(lines),
     )
+
+
+def power_of_ten(value):
+    """The nearest one."""
+    digits = str(round(math.log10(value))).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"10{digits}"
 
 
 def growth_gain(held):
@@ -218,7 +256,7 @@ def growth_gain(held):
         lines.append(Line(method, label, x, y, low, high, colour))
     return Lines(
         "Gain of the projection against the growth of norms without it",
-        "Test accuracy, percentage points, with 95% intervals; a point a initial scale.",
+        "Test accuracy, percentage points, with 95% intervals; one point per initial scale.",
         Axis("factor on the norm of scale-invariant weights, without projection", Spacing.LOG),
         Axis("gain of the projection", holds=(0.0,)),
         tuple(lines),
@@ -253,7 +291,8 @@ def main():
     for name, of_recipe in tables().items():
         (RESULTS / f"{name}.json").write_text(as_json(of_recipe), encoding="utf-8")
     held = tables()
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), held), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(page(path.read_text(encoding="utf-8"), held), encoding="utf-8")
     PICTURES.mkdir(parents=True, exist_ok=True)
     for name, text in figures(held).items():
         (PICTURES / name).write_text(text, encoding="utf-8")
