@@ -128,7 +128,7 @@ class DecayMoments(Problem):
         device: where to compute.
     """
 
-    divisible: ClassVar[bool] = False
+    divisible = False
     model: nn.Sequential
 
     def __init__(self, options: DecayMomentsOptions, root: Path, device: torch.device) -> None:

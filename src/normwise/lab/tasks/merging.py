@@ -71,7 +71,7 @@ class Merging(Problem):
         device: where to compute.
     """
 
-    divisible: ClassVar[bool] = False
+    divisible = False
 
     def __init__(self, options: MergingOptions, root: Path, device: torch.device) -> None:
         from sklearn.datasets import load_digits

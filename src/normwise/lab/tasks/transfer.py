@@ -136,7 +136,7 @@ class LRTransfer(Problem):
         device: where to compute.
     """
 
-    divisible: ClassVar[bool] = False
+    divisible = False
     model: _CharacterModel
 
     def __init__(self, options: LRTransferOptions, root: Path, device: torch.device) -> None:
