@@ -27,6 +27,7 @@ def images(size=16):
 # heads. Everything else of two dimensions is hidden; vectors are gains and biases.
 ANSWERS = {
     "Llama": ("CausalLM", SIZES, tokens, ENDS, GROUPED),
+    "Qwen2": ("CausalLM", SIZES, tokens, ENDS, GROUPED),  # biases turn with queries and keys
     "Olmo2": ("CausalLM", SIZES, tokens, ENDS, GROUPED),  # heads behind a norm over all of them
     "Cohere": ("CausalLM", SIZES, tokens, {"embed_tokens": "tied"}, GROUPED),  # interleaved pairs
     "Gemma2": ("CausalLM", SIZES | {"head_dim": 8}, tokens, {"embed_tokens": "tied"}, GROUPED),
@@ -178,6 +179,31 @@ def test_a_last_product_that_is_normalized_away_is_no_readout():
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5, bias=False), nn.BatchNorm1d(5))
     report = analyze(net, torch.randn(9, 6))
     assert report["2.weight"].role.kind == "hidden"
+
+
+def test_a_gain_or_bias_of_three_dimensions_makes_no_router_of_a_matrix_with_as_many_rows():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.position = nn.Parameter(torch.randn(8, 4, 4))
+            self.first, self.scale = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 1, 1))
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = (self.norm(self.conv(x)) + self.position).relu().mean((2, 3))
+            return self.head((self.first(x)[..., None, None] * self.scale).flatten(1).relu())
+
+    torch.manual_seed(0)
+    report = analyze(Net(), torch.randn(9, 3, 6, 6))
+    kinds = {row.name: row.role.kind for row in report if not row.name.endswith("bias")}
+    assert kinds.pop("conv.weight") == kinds.pop("first.weight") == "hidden"
+    assert kinds == {
+        "norm.weight": "gain",
+        "position": "bias",
+        "scale": "gain",
+        "head.weight": "readout",
+    }
 
 
 def test_all_of_falcons_matrices_go_to_muon():

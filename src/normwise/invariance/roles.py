@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,15 +94,19 @@ def find_roles(
         uses[name].append((op, at))
     heads = _heads(replica, symmetries, gradients)
     heads |= _heads_of_gains(replica, heads, absorbers)
-    routers = _routers(symmetries)
+    matrices = {name for name, p in replica.params.items() if sum(size > 1 for size in p.shape) > 1}
+    told = {
+        name: _told(uses[name], matrix=name in matrices, last=name in readouts)
+        for name in replica.params
+    }
+    multiplied = {name for name, (kind, _) in told.items() if kind in ("hidden", "readout")}
+    routers = _routers(symmetries, matrices & multiplied)
     roles = {}
-    for name, p in replica.params.items():
-        matrix = sum(size > 1 for size in p.shape) > 1
-        kind: RoleKind
-        kind, evidence = _told(uses[name], matrix=matrix, last=name in readouts)
+    for name, (kind, evidence) in told.items():
+        matrix = name in matrices
         if not matrix and kind in ("hidden", "other") and replica.combined(name):
             kind, evidence = "gain", "it goes into a weight together with others"
-        if kind in ("hidden", "readout") and name in routers:
+        if name in routers:
             kind, evidence = "router", routers[name]
         mine = heads.get(name) if matrix else None
         roles[name] = Role(kind, evidence, mine, _parts(name, symmetries))
@@ -213,10 +217,11 @@ def _heads(
 def _turns(replica: Replica, symmetry: Symmetry, gradients: Mapping[str, Tensor]) -> bool:
     """Whether the two indices of a pair can be turned in a plane, on all sides by one angle.
 
-    To first order turning takes up w₁ in slice 0 and gives up w₀ in slice 1. Of vectors, which
-    are gains behind a norm, only the scale of a pair is free, and nothing is asked.
+    To first order turning takes up w₁ in slice 0 and gives up w₀ in slice 1. Biases turn with
+    their matrices. Of vectors alone, which are gains behind a norm, only the scale of a pair is
+    free, and nothing is asked.
     """
-    terms = [term for term in symmetry.terms if len(term.shape) > 1]
+    terms = symmetry.terms if any(len(term.shape) > 1 for term in symmetry.terms) else ()
     total, size = torch.zeros(symmetry.units), torch.zeros(symmetry.units)
     for term in terms:
         g, w = gradients.get(term.parameter), replica.params[term.parameter].detach()
@@ -266,12 +271,16 @@ def _blocks(together: Tensor) -> int | None:
     return units // length if torch.equal(together, block.unsqueeze(1) == block) else None
 
 
-def _routers(symmetries: Sequence[Symmetry]) -> dict[str, str]:
-    """Matrices that read what a stack of as many matrices reads as they have rows."""
+def _routers(symmetries: Sequence[Symmetry], matrices: Collection[str]) -> dict[str, str]:
+    """Matrices that read what a stack of as many matrices reads as they have rows.
+
+    Gains and biases of three dimensions (one number for each channel of an image) are no stacks.
+    """
     found = {}
     for symmetry in symmetries:
-        stacks = {term.shape[0] for term in symmetry.terms if len(term.shape) == 3}
-        for term in symmetry.terms:
+        terms = [term for term in symmetry.terms if term.parameter in matrices]
+        stacks = {term.shape[0] for term in terms if len(term.shape) == 3}
+        for term in terms:
             if len(term.shape) == 2 and term.shape[0] in stacks:
                 found[term.parameter] = (
                     f"reads what a stack of {term.shape[0]} matrices reads, and has as many rows"

@@ -168,7 +168,9 @@ class NormwiseOptimizer(Optimizer):
         Returns:
             Where there are DTensors, what ends their step.
         """
-        if any(is_sharded(p) for part in parts for p in part.params):
+        # Types are compared faster than they are asked for a base.
+        plain = all(_PLAIN.issuperset(map(type, part.params)) for part in parts)
+        if not plain and any(is_sharded(p) for part in parts for p in part.params):
             return self._step_sharded(parts)
         self._step_parts(parts, 0)
         return None
@@ -351,7 +353,7 @@ class NormwiseOptimizer(Optimizer):
 
     def _along_families(self, rule: UpdateRule, p: Tensor | None) -> UpdateRule:
         """The rule of a weight whose steps lose their part along symmetries of several weights."""
-        if p is None or not any(p in family.params for family in self._families):
+        if p is None or not any(p is q for family in self._families for q in family.params):
             return rule
         return replace(
             rule,
@@ -377,6 +379,9 @@ class NormwiseOptimizer(Optimizer):
                 if "step" in p_state and not isinstance(p_state["step"], Tensor):
                     step = float(p_state["step"])
                     p_state["step"] = new_step(p, group["capturable"]).fill_(step)
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def new_step(p: Tensor, capturable: bool) -> Tensor:

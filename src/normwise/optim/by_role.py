@@ -370,7 +370,12 @@ def groups(
     if not isinstance(matrices, Mapping):
         return ByRole(given, params, routes)
     found = _plain_groups(params, routes)
-    return [group | dict(given[group["optimizer"]]) for group in found]
+    # A group that brings a decay of its own is of vectors, which are not decayed.
+    undecayed = {"weight_decay": 0.0}
+    return [
+        group | dict(given[group["optimizer"]]) | (undecayed if "weight_decay" in group else {})
+        for group in found
+    ]
 
 
 def destination_of(row: ReportRow, given: Collection[str]) -> Destination:

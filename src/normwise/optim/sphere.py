@@ -139,9 +139,9 @@ class Sphere(Wrapper):
         """
         return self._motion.update == "relative" or computing_dtype(p.dtype) != p.dtype
 
-    def _row(self, item: Item) -> KernelStep:
+    def _row(self, group: Mapping[str, Any]) -> KernelStep:
         relative = self._motion.update == "relative"
-        lr = float(item.of.group["lr"]) if relative else 0.0
+        lr = group["lr"] if relative else 0.0
         return KernelStep(self._motion.path, lr=lr, floor=self._motion.floor, is_relative=relative)
 
     def _coefficients(self, b: Batch) -> tuple[Tensor, Tensor]:

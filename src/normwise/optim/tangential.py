@@ -91,8 +91,8 @@ class Tangential(Wrapper):
     def _coefficients(self, b: Batch) -> tuple[Tensor, Tensor]:
         return projected(b.sums, self._keep(b.group), self._norm)
 
-    def _row(self, item: Item) -> KernelStep:
-        return KernelStep(self._norm, keep=float(self._keep(item.of.group)))
+    def _row(self, group: Mapping[str, Any]) -> KernelStep:
+        return KernelStep(self._norm, keep=self._keep(group))
 
     def _together(self, taking: Sequence[int], stepped: Mapping[Tensor, Displaced]) -> Others:
         """What is to be done to some families."""

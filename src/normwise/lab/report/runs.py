@@ -287,6 +287,8 @@ def _numbers(tables: Sequence[ResultTable], drawn: Marks) -> Table:
         Column("row", words=True),
         Column("recipe", words=True),
         Column("seeds"),
+        Column("claimed"),
+        Column("seeds to see it"),
         Column("baseline"),
         Column("paper"),
     )
@@ -319,6 +321,10 @@ def _row(table: ResultTable, entry: Entry, colour: str, dash: tuple[float, ...])
         Cell(
             str(len(entry.values)),
             ", ".join(f"{len(seeds)} {word}" for seeds, word in notes if seeds),
+        ),
+        give(entry.claimed, None, number(entry.claimed, "+")),
+        give(
+            entry.seeds_needed, None, "–" if entry.seeds_needed is None else str(entry.seeds_needed)
         ),
         give(entry.baseline, None, number(entry.baseline)),
         give(entry.paper, None, "not known" if entry.paper is None else f"{entry.paper:g}"),

@@ -13,8 +13,8 @@ from typing import Any
 
 from normwise.lab.errors import Damaged
 from normwise.lab.recipes import Recipe, find
-from normwise.lab.recipes.grids import point_name
-from normwise.lab.running.results import Done, Entry, ResultTable
+from normwise.lab.recipes.grids import Point, point_name
+from normwise.lab.running.results import Done, Entry, ResultTable, spread_of_differences
 from normwise.lab.running.sweeps import Sweep, point_text, sweeps
 from normwise.lab.summary import Spread
 from normwise.lab.tasks.kinds import kind
@@ -31,7 +31,16 @@ __all__ = [
     "sweep_head",
 ]
 
-_HEAD = ("method", "mean ± sd", "seeds", "difference (95%)", "verdict", "paper")
+_HEAD = (
+    "method",
+    "mean ± sd",
+    "seeds",
+    "difference (95%)",
+    "verdict",
+    "claimed",
+    "seeds to see it",
+    "paper",
+)
 _SWEEP_HEAD = ("method", "row", "seeds", "best at", "mean ± sd", "over the first row's", "regret")
 
 
@@ -54,7 +63,14 @@ def _cells(entry: Entry, metric: Metric) -> tuple[str, ...]:
             f"{_number(entry.difference, metric, sign=True)}{width} to {entry.compared_with}"
         )
     paper = "not known" if entry.paper is None else f"{entry.paper:g}"
-    return entry.label, shown, seeds, difference, entry.verdict(metric), paper
+    claimed = needed = ""
+    if entry.difference is not None:
+        claimed = (
+            "not known" if entry.claimed is None else _number(entry.claimed, metric, sign=True)
+        )
+        if entry.sd_of_differences is not None and entry.claimed:
+            needed = "over 10,000" if entry.seeds_needed is None else f"{entry.seeds_needed:,}"
+    return entry.label, shown, seeds, difference, entry.verdict(metric), claimed, needed, paper
 
 
 def _spread(spread: Spread | None, metric: Metric) -> str:
@@ -209,6 +225,9 @@ def as_data(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
                     "compared_with": entry.compared_with,
                     "difference": entry.difference,
                     "half_width_95": entry.half_width,
+                    "sd_of_differences": entry.sd_of_differences,
+                    "claimed": entry.claimed,
+                    "seeds_needed": entry.seeds_needed,
                     "verdict": entry.verdict(table.metric),
                     "baseline": entry.baseline,
                     "paper": entry.paper,
@@ -242,13 +261,15 @@ def as_json(tables: Sequence[ResultTable]) -> str:
         if place in shown or entry.point:
             continue
         shown.add(place)
-        row["records"] = {
+        records = {
             str(cell.config["seed"]): [
                 {k: _short(v) for k, v in record.items()} for record in cell.records
             ]
             for cell in table.cells
             if cell.config["method"] == entry.method
         }
+        if any(records.values()):
+            row["records"] = records
     lines = ",\n".join(json.dumps(row, allow_nan=False, ensure_ascii=False) for row in rows)
     return f"[\n{lines}\n]\n"
 
@@ -289,15 +310,38 @@ def _table(
         for seed, records in r.get("records", {}).items()
     )
     found = next(m for m in kind(recipe.task).metrics if m.name == metric)
-    return ResultTable(recipe, scale, row, found, tuple(_entry(recipe, r) for r in rows), cells)
+    values = {(r["method"], _point(r)): _values(r) for r in rows}
+    entries = tuple(_entry(recipe, r, values) for r in rows)
+    return ResultTable(recipe, scale, row, found, entries, cells)
 
 
-def _entry(recipe: Recipe, row: dict[str, Any]) -> Entry:
-    values = {int(seed): float(value) for seed, value in row["values"].items()}
+def _values(row: dict[str, Any]) -> dict[int, float]:
+    return {int(seed): float(value) for seed, value in row["values"].items()}
+
+
+def _point(row: dict[str, Any]) -> Point:
+    return tuple(row.get("point", {}).items())
+
+
+def _entry(
+    recipe: Recipe, row: dict[str, Any], held: dict[tuple[str, Point], dict[int, float]]
+) -> Entry:
+    """What the file holds; the claim is the recipe's, which may have learnt of it since.
+
+    Args:
+        recipe: whose row it is.
+        row: of the file.
+        held: the values of all methods in the same table, by method and point.
+    """
+    method, point = recipe.methods[row["method"]], _point(row)
+    values = held[row["method"], point]
+    baseline = method.baseline or ""
+    theirs = held.get((baseline, point), held.get((baseline, ()), {}))
+    judges = row["metric"] == kind(recipe.task).metrics[0].name
     others = [s for s in range(len(values) + row["failed"] + row["unfinished"]) if s not in values]
     return Entry(
         method=row["method"],
-        label=recipe.methods[row["method"]].label,
+        label=method.label,
         values=values,
         failed=tuple(others[: row["failed"]]),
         unfinished=tuple(others[row["failed"] :]),
@@ -305,6 +349,8 @@ def _entry(recipe: Recipe, row: dict[str, Any]) -> Entry:
         compared_with=row["compared_with"],
         difference=row["difference"],
         half_width=row["half_width_95"],
+        sd_of_differences=spread_of_differences(values, theirs),
+        claimed=recipe.claimed(row["row"], row["method"]) if judges else None,
         baseline=row["baseline"],
-        point=tuple(row.get("point", {}).items()),
+        point=point,
     )

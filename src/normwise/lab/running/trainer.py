@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.geometry import View, norms
+from normwise.lab.correction import correct_for_norms
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import Processes, whole
 from normwise.lab.recipes.schema import RecipeCell
@@ -33,7 +34,9 @@ from normwise.lab.running.prepare import (
     decayed_lrs,
     make_optimizer,
     normalize_weights,
+    scale_invariant_weights,
 )
+from normwise.lab.running.pretrained import load_pretrained
 from normwise.lab.store import METRICS, append, named, read_sealed, seal, write_atomically
 from normwise.lab.tasks.kinds import kind
 from normwise.monitor import Measurement, Monitor, Trigger
@@ -118,8 +121,10 @@ class Trainer:
         if processes.kind is not None and not self.problem.divisible:
             raise UsageError(
                 f"task {cell.task!r} is not allowed with --parallel: its loss is not the mean of "
-                "those of a batch's parts; train it in one process"
+                "those of a batch's parts, or it remembers batches; train it in one process"
             )
+        if start is None:
+            load_pretrained(self.problem.model, self.training, root)
         normalize_weights(self.problem.model, self.training)
         if start is not None:
             self.problem.start_from(start)
@@ -133,6 +138,8 @@ class Trainer:
             analyzed = invariant_views(self.problem, self.training.batch_size)
         self.views, self.not_analyzed, _ = analyzed
         model = self.problem.model
+        if self.training.initial_scale != 1:
+            scale_invariant_weights(model, self.views, self.training.initial_scale, start is None)
         self.problem.model = processes.distribute(model)
         params = dict(model.named_parameters())
         self._invariant = [(params[name], view) for name, view in self.views.items()]
@@ -143,6 +150,8 @@ class Trainer:
         groups = self.optimizer.param_groups
         self._lrs = [self.training.lr if own is None else float(g["lr"]) for g in groups]
         decay_within_window(self.optimizer, self.training, self.total_steps)
+        if self.training.norm_correction != "none":
+            correct_for_norms(self.optimizer, dict(self._invariant), self.training.norm_correction)
         self._awp = self._perturbation()
         self._decayed_lrs = decayed_lrs(self.training, self.total_steps)
         self.exponent = describe(self.optimizer)[0].update.exponent
