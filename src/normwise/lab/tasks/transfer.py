@@ -19,10 +19,9 @@ import normwise
 from normwise.decay import Decoupled
 from normwise.geometry import View
 from normwise.lab.checks import within
-from normwise.lab.data.texts import EncodedText, tinyshakespeare
+from normwise.lab.data.texts import EncodedText, tinyshakespeare, unigram_perplexity
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.optimizers import parse
-from normwise.lab.tasks.language import unigram_perplexity
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 from normwise.optim.by_role import ByRole, Factory, Route
 
