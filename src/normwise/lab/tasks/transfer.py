@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -136,7 +136,7 @@ class LRTransfer(Problem):
         device: where to compute.
     """
 
-    divisible: ClassVar[bool] = False
+    divisible = False
     model: _CharacterModel
 
     def __init__(self, options: LRTransferOptions, root: Path, device: torch.device) -> None:
