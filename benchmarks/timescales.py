@@ -167,9 +167,8 @@ def pairs(place: Place, path: Path) -> list[tuple[float, float]]:
     if found := losses(read(path), place):
         middle.append(best(found))
     beside = [pair for pair in GRID if distance(pair, middle) <= REACH]
-    return list(
-        dict.fromkeys([*said, *sorted(beside, key=lambda pair: distance(pair, said or middle))])
-    )
+    near = sorted(beside, key=lambda pair: (distance(pair, said or middle), -pair[0], -pair[1]))
+    return list(dict.fromkeys([*said, *near]))
 
 
 def distance(pair: tuple[float, float], middle: list[tuple[float, float]]) -> float:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ import yaml
 from normwise import cli
 from normwise.lab.recipes import ids
 from normwise.lab.running.export import as_json, read_json
+from normwise.lab.running.sweeps import sweeps
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -273,6 +275,49 @@ def test_the_page_of_the_shift_shows_the_accuracies_of_depthwise_filters():
     for variant, values in found.items():
         (row,) = (r for r in page.splitlines() if r.startswith(f"| {variant} "))
         assert f"| {mean(values):.1f} ± {stdev(values):.1f} |" in row
+
+
+def swept(recipe):
+    """The sweeps of a recipe, by the label of the method and the row."""
+    return {(s.label, s.row): s for s in sweeps(read_json(RESULTS / f"{recipe}.json"))}
+
+
+def test_the_page_of_spheres_shows_which_learning_rates_carry_over():
+    page = (ROOT / "docs" / "sphere.md").read_text(encoding="utf-8")
+    found, method, shown = swept("lr-transfer"), "", 0
+    superscripts = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+    for name, depth, rates, losses, regrets in re.findall(
+        r"^\| ([^|]*?) ?\| ([24]) \| (2⁻[^|]*) \| ([^|]*) \| ([^|]*) \|$", page, re.M
+    ):
+        method = name or method
+        own = [found[method, f"depth-{depth}-width-{width}"] for width in (32, 64, 128)]
+        exponents = [int(r[1:].translate(superscripts)) for r in rates.split(", ")]
+        assert [2.0**e for e in exponents] == [dict(s.best.point)["lr"] for s in own]
+        assert losses == ", ".join(f"{s.best.spread.mean:.3f}" for s in own)
+        costs = [f"{s.regret.mean:.3f}".replace("0.000", "0") for s in own]
+        assert regrets.replace("–", "0") == ", ".join(costs)
+        shown += 1
+    assert shown == 11
+
+
+def test_the_page_of_decay_shows_the_best_of_each_place_in_adam():
+    page = (ROOT / "docs" / "weight-decay.md").read_text(encoding="utf-8")
+    found = swept("decay-moments")
+    assert len(found) == 5
+    for (label, _), sweep in found.items():
+        values = sweep.best.values.values()
+        lr, decay = (f"{v:g}".replace("e-0", "e-") for _, v in sweep.best.point)
+        best = f"{sweep.best.spread.mean:.2f} ({min(values):.2f}–{max(values):.2f}) | {lr}, {decay}"
+        assert re.search(rf"^\| {label} \|.*\| {re.escape(best)} \|$", page, re.M), best
+    first, second = (
+        np.array([mean(e.values.values()) for e in found[label, "mnist"].entries])
+        for label in ("L2", "second moment only")
+    )
+    good = (first + second) / 2 >= 80
+    differences = (first - second)[good]
+    said = f"over the {good.sum()} cells above 80% the mean difference is {differences.mean():.2f}"
+    assert said.replace("-", "−") in page
+    assert f"(the largest, {abs(differences).max():.2f}," in page
 
 
 def pairs():

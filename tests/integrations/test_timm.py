@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import normwise as nw
+import normwise.integrations
 
 
 class Net(nn.Module):
@@ -91,8 +92,16 @@ def param_groups_layer_decay(model, weight_decay, layer_decay, min_scale=0.0, no
     return list(groups.values())
 
 
+@pytest.fixture
+def module_anew(monkeypatch):
+    """Import normwise's module again, with what stands for timm now."""
+    name = "normwise.integrations.timm"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr(normwise.integrations, "timm", raising=False)
+
+
 @pytest.fixture(params=["stand-in", "timm"])
-def timm(request, monkeypatch):
+def timm(request, monkeypatch, module_anew):
     """The factory ``create_optimizer_v2``, of timm where it is installed, and of a stand-in."""
     if request.param == "timm":
         reason = "the factory that is tested; it needs a torchvision for this torch"
@@ -107,7 +116,6 @@ def timm(request, monkeypatch):
     package = types.ModuleType("timm")
     for module in (package, optim, factory):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, "normwise.integrations.timm", raising=False)
     return optim
 
 
@@ -197,8 +205,8 @@ def test_timms_muon_takes_hidden_matrices_only(timm, model):
     assert taken == {"stem.weight", "hidden.weight"}
 
 
-def test_without_timm_it_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "normwise.integrations.timm", raising=False)
-    monkeypatch.setitem(sys.modules, "timm", None)
+def test_without_timm_it_says_what_to_install(module_anew, monkeypatch):
+    for name in ("timm", "timm.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"normwise\[vision\]"):
         __import__("normwise.integrations.timm")

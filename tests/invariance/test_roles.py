@@ -27,6 +27,7 @@ def images(size=16):
 # heads. Everything else of two dimensions is hidden; vectors are gains and biases.
 ANSWERS = {
     "Llama": ("CausalLM", SIZES, tokens, ENDS, GROUPED),
+    "Qwen2": ("CausalLM", SIZES, tokens, ENDS, GROUPED),  # biases turn with queries and keys
     "Olmo2": ("CausalLM", SIZES, tokens, ENDS, GROUPED),  # heads behind a norm over all of them
     "Cohere": ("CausalLM", SIZES, tokens, {"embed_tokens": "tied"}, GROUPED),  # interleaved pairs
     "Gemma2": ("CausalLM", SIZES | {"head_dim": 8}, tokens, {"embed_tokens": "tied"}, GROUPED),

@@ -132,8 +132,8 @@ def wrapped(name, view, params, **options):
 def by_the_kernels():
     """An error for weights that the kernels around another optimizer leave to the plain way."""
     find, taken = displaced.Displacements._fused, []
-    displaced.Displacements._fused = lambda self, items: (
-        taken.append(len(members := find(self, items)) == len(items)) or members
+    displaced.Displacements._fused = lambda self, items, known: (
+        taken.append(len(members := find(self, items, known)) == len(items)) or members
     )
     try:
         yield

@@ -2,10 +2,13 @@
 
 import copy
 import functools
+import importlib.util
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from torch import nn
 
 import normwise as nw
@@ -16,6 +19,7 @@ transformers = pytest.importorskip("transformers", reason="its networks are what
 if not hasattr(torch.optim, "Muon"):
     pytest.skip("Muon came with torch 2.9", allow_module_level=True)
 MUON = functools.partial(torch.optim.Muon, lr=0.02, weight_decay=0.1)
+ROOT = Path(__file__).parent.parent.parent
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
 
 
@@ -327,60 +331,44 @@ def test_what_nothing_is_known_of_is_named_and_can_be_assigned():
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64}
-SIZES |= {"num_hidden_layers": 1, "max_position_embeddings": 32}
-SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-GPT = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "n_layer": 1, "n_head": 4}
-QUERIES = SIZES | {"num_key_value_heads": 2}
-ATTENTION = {"q_proj": 4, "k_proj": 2, "v_proj": 2, "o_proj": 4}
-GATED = {"gate_proj": 1, "up_proj": 1, "down_proj": 1}
-
-# By hand, from each network's source: the hidden matrices, and how many each is with heads split.
-ANSWERS = {
-    "Mixtral": (
-        QUERIES | {"num_local_experts": 4, "num_experts_per_tok": 4},
-        ATTENTION | {"gate_up_proj": 4, "down_proj": 4},
-    ),
-    "Phi": (  # a rotary embedding of half of each head
-        QUERIES,
-        {"q_proj": 4, "k_proj": 2, "v_proj": 2, "dense": 4, "fc1": 1, "fc2": 1},
-    ),
-    "GPTNeoX": (  # q, k and v of a head lie side by side
-        SIZES,
-        {"query_key_value": 12, "dense": 4, "dense_h_to_4h": 1, "dense_4h_to_h": 1},
-    ),
-    "Llama": (QUERIES, ATTENTION | GATED),
-    "Qwen3": (QUERIES | {"head_dim": 8}, ATTENTION | GATED),
-    "Gemma2": (QUERIES | {"head_dim": 8}, ATTENTION | GATED),
-    "Glm": (QUERIES | {"head_dim": 8}, ATTENTION | {"gate_up_proj": 2, "down_proj": 1}),
-    "StableLm": (QUERIES, ATTENTION | GATED),
-    "Nemotron": (QUERIES, ATTENTION | {"up_proj": 1, "down_proj": 1}),
-    "Bloom": (
-        GPT | {"hidden_size": 32},
-        {"query_key_value": 12, "dense": 4, "dense_h_to_4h": 1, "dense_4h_to_h": 1},
-    ),
-    "GPTJ": (
-        GPT | {"n_embd": 32, "n_positions": 32, "rotary_dim": 4},
-        {"q_proj": 4, "k_proj": 4, "v_proj": 4, "out_proj": 4, "fc_in": 1, "fc_out": 1},
-    ),
-    "OPT": (
-        SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32},
-        {"q_proj": 4, "k_proj": 4, "v_proj": 4, "out_proj": 4, "fc1": 1, "fc2": 1},
-    ),
-}
+QUICK = ("Mixtral", "Phi", "GPTNeoX", "Qwen2", "Glm", "Bloom", "OPT", "Roberta")
 
 
-@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in ARCHITECTURES],
+)
 def test_no_parameter_of_known_architectures_is_misrouted(name):
-    torch.manual_seed(0)
-    sizes, answer = ANSWERS[name]
-    config = getattr(transformers, f"{name}Config")(**sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    report = nw.analyze(model, {"input_ids": torch.randint(3, 64, (2, 8))})
+    architecture = ARCHITECTURES[name]
+    model, batch = architecture.made(name)
+    report = nw.analyze(model, batch)
     optimizer = nw.groups(report, matrices=MUON, others=ADAMW, heads="split")
-    found = {
-        next(part for part in reversed(r.name.split(".")) if part != "weight"): len(r.blocks) or 1
-        for r in optimizer.routes
-        if r.destination == "matrices"
-    }
-    assert found == answer
+    assert {r.name for r in optimizer.routes} == {n for n, _ in model.named_parameters()}
+    ends = set()
+    for route in optimizer.routes:
+        is_hidden, matrices = architecture.answer(route.name)
+        assert (route.name, route.destination == "matrices") == (route.name, is_hidden)
+        if matrices is not None:
+            assert (route.name, len(route.blocks) or 1) == (route.name, matrices)
+        module = f".{route.name.removesuffix('.weight')}"
+        ends |= {end for end in architecture.matrices if is_hidden and module.endswith(f".{end}")}
+    assert ends == set(architecture.matrices)  # no answer is of a matrix that is not there
+
+
+def test_the_rules_by_name_that_the_benchmark_has_beside_ours_are_those_of_the_peers():
+    """As their files say it: two dimensions or more, and what a name must not have in it."""
+    spec = importlib.util.spec_from_file_location("roles", ROOT / "benchmarks" / "roles.py")
+    roles = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(roles)
+    matrix, vector = torch.zeros(2, 2), torch.zeros(2)
+    for name, by_deepspeed, by_moonlight in (
+        ("model.layers.0.mlp.up_proj.weight", True, True),
+        ("model.embed_tokens.weight", False, False),
+        ("lm_head.weight", False, False),
+        ("bert.Embeddings.word.weight", False, True),
+        ("transformer.wte.weight", True, True),
+    ):
+        assert roles.deepspeed(name, matrix) is by_deepspeed
+        assert roles.moonlight(name, matrix) is by_moonlight
+        assert not roles.deepspeed(name, vector)
+        assert not roles.moonlight(name, vector)

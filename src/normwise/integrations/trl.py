@@ -5,7 +5,8 @@ Importing this module needs transformers; TRL is what its trainers come from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normwise.integrations.transformers import MonitorCallback, OptimizerFactory
-from normwise.invariance import Report
+from normwise.invariance import Report, analyze
 
 __all__ = ["MonitorCallback", "set_optimizer", "tokens_for"]
 
@@ -28,9 +29,9 @@ def set_optimizer(
     """Let a trainer that has been made train with an optimizer of or with normwise.
 
     Not all of TRL's trainers take ``optimizer_cls_and_kwargs`` (those for DPO, GRPO, KTO and RLOO
-    do not), and all of them wrap the model that they are given, as with adapters. So this comes
-    after a trainer is made and before it trains; the model that is analyzed is the one that is
-    trained.
+    do not), and all of them change the model that they are given, adding adapters for one. So this
+    comes after a trainer is made and before it trains; the model is analyzed here, with the
+    forwards of its classes, over which TRL puts its own.
 
     Args:
         trainer: any of TRL's, or another ``Trainer`` of transformers.
@@ -40,19 +41,32 @@ def set_optimizer(
         report: of this network, from an earlier analysis, instead of ``batch``.
 
     Raises:
-        ValueError: if the trainer has an optimizer already, or the model no vocabulary.
+        ValueError: if the trainer has an optimizer already, or the model no vocabulary; as
+            :func:`normwise.analyze`.
     """
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise ValueError(
             f"this {type(trainer).__name__} has an optimizer already; leave out optimizers= and "
             "optimizer_cls_and_kwargs="
         )
-    if batch is None and report is None:
-        batch = tokens_for(trainer.model)
-    trainer.optimizer_cls_and_kwargs = (
-        OptimizerFactory,
-        {"make": make, "batch": batch, "report": report},
-    )
+    if report is None:
+        with _own_forwards(trainer.model):
+            report = analyze(trainer.model, tokens_for(trainer.model) if batch is None else batch)
+    trainer.optimizer_cls_and_kwargs = (OptimizerFactory, {"make": make, "report": report})
+
+
+@contextlib.contextmanager
+def _own_forwards(model: nn.Module) -> Iterator[None]:
+    """Inside, modules have the forwards of their classes.
+
+    TRL puts others over them, which hold on to the model: a copy's would run the original.
+    """
+    put_over = [(m, m.__dict__.pop("forward")) for m in model.modules() if "forward" in m.__dict__]
+    try:
+        yield
+    finally:
+        for module, forward in put_over:
+            module.forward = forward
 
 
 def tokens_for(model: nn.Module, *, rows: int = 2, length: int = 16) -> dict[str, Tensor]:

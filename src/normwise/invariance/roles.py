@@ -217,10 +217,11 @@ def _heads(
 def _turns(replica: Replica, symmetry: Symmetry, gradients: Mapping[str, Tensor]) -> bool:
     """Whether the two indices of a pair can be turned in a plane, on all sides by one angle.
 
-    To first order turning takes up w₁ in slice 0 and gives up w₀ in slice 1. Of vectors, which
-    are gains behind a norm, only the scale of a pair is free, and nothing is asked.
+    To first order turning takes up w₁ in slice 0 and gives up w₀ in slice 1. Biases turn with
+    their matrices. Of vectors alone, which are gains behind a norm, only the scale of a pair is
+    free, and nothing is asked.
     """
-    terms = [term for term in symmetry.terms if len(term.shape) > 1]
+    terms = symmetry.terms if any(len(term.shape) > 1 for term in symmetry.terms) else ()
     total, size = torch.zeros(symmetry.units), torch.zeros(symmetry.units)
     for term in terms:
         g, w = gradients.get(term.parameter), replica.params[term.parameter].detach()

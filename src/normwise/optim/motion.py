@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from normwise.checks import check_number
 from normwise.geometry import View
-from normwise.optim.groups import check_number
 from normwise.optim.projection import retraction
 from normwise.optim.sums import divisor
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from normwise.checks import check_optimizer
+from normwise.checks import check_number, check_optimizer
 from normwise.geometry import View, computing_dtype
 from normwise.optim.displaced import Batch, Displaced, Displacements, Item
-from normwise.optim.groups import check_number, names_of
+from normwise.optim.groups import names_of
 from normwise.optim.joint import Family, Moves, Symmetries, check_fixable
 from normwise.optim.motion import (
     WG,

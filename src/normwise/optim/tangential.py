@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from normwise.checks import check_number
 from normwise.geometry import View
 from normwise.optim.displaced import Batch, Displaced, Displacements, Item, Others
-from normwise.optim.groups import check_norm_option, check_number
+from normwise.optim.groups import check_norm_option
 from normwise.optim.joint import Family, Moves, Removal, Symmetries, check_fixable
 from normwise.optim.motion import KernelStep, projected
 from normwise.optim.step import for_computing, is_nonzero

@@ -211,14 +211,15 @@ def _change(args: argparse.Namespace, model: nn.Module | None) -> Change:
     """From the run of --batch-from and its kin to this one."""
     batch = args.tokens_per_step
     batches = None if batch is None else (args.batch_from or batch, batch)
-    ratio = 1.0 if batches is None else batches[1] / batches[0]
+    before, after = batches or (1.0, 1.0)
+    tokens = after * args.steps
     parameters = None
     if args.parameters_from is not None and model is not None:
         parameters = args.parameters_from, float(sum(p.numel() for p in model.parameters()))
     elif args.width_from is None:
         parameters = 1.0, 1.0  # as many in both, however many
     return Change(
-        (args.horizon_from or args.steps * ratio, args.steps),
+        (tokens if args.horizon_from is None else before * args.horizon_from, tokens),
         batches,
         None if args.width_from is None else (args.width_from, args.width),
         parameters,

@@ -29,29 +29,32 @@ class Change:
     """From which run settings come, and to which they go.
 
     Args:
-        steps: of the old run and of the new.
-        batch: tokens, or samples, of a step, likewise (default: the same in both, not known).
+        tokens: of the old run and of the new; or samples, or steps.
+        batch: of them in a step, likewise (default: one, and not told).
         width: of the network, likewise (default: not known).
         parameters: of the network, likewise (default: not known).
     """
 
-    steps: tuple[float, float]
+    tokens: tuple[float, float]
     batch: tuple[float, float] | None = None
     width: tuple[int, int] | None = None
     parameters: tuple[float, float] | None = None
 
     @property
     def _pairs(self) -> dict[str, tuple[float, float] | None]:
-        batch = self.batch or (1.0, 1.0)
         return {
-            "batch": batch,
-            "tokens": (batch[0] * self.steps[0], batch[1] * self.steps[1]),
+            "batch": self.batch or (1.0, 1.0),
+            "tokens": self.tokens,
             "width": self.width,
             "parameters": self.parameters,
         }
 
     def run(self, settings: Settings) -> Run:
-        """The old run, of whose weights the settings are."""
+        """The old run.
+
+        Args:
+            settings: by which it was trained.
+        """
         old: Any = {name: None if pair is None else pair[0] for name, pair in self._pairs.items()}
         return Run(settings.lr, settings.weight_decay, **old)
 

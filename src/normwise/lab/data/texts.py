@@ -11,10 +11,20 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from normwise.lab.data.files import DataError, locate
 
-__all__ = ["READERS", "EncodedText", "brown", "encode", "tinyshakespeare", "wikitext"]
+__all__ = [
+    "READERS",
+    "EncodedText",
+    "brown",
+    "encode",
+    "tinyshakespeare",
+    "unigram_perplexity",
+    "wikitext",
+]
 
 UNKNOWN = "<unk>"
 END = "<eos>"
@@ -134,3 +144,9 @@ READERS: dict[str, Callable[[Path, int], EncodedText]] = {
     "wikitext-2": lambda root, _: wikitext(root, "2"),
     "wikitext-103": lambda root, _: wikitext(root, "103"),
 }
+
+
+def unigram_perplexity(train: Tensor, test: Tensor, vocabulary: int) -> float:
+    """The perplexity of guessing each token by how often it is in ``train``, plus one."""
+    counts = torch.bincount(train, minlength=vocabulary).double() + 1
+    return float((-(counts / counts.sum()).log()[test].mean()).exp())

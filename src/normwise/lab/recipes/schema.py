@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import types
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from normwise.lab.checks import within
+from normwise.lab.checks import later, within
 from normwise.lab.correction import REFERENCES
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.optimizers import parse as parse_optimizer
@@ -84,6 +85,12 @@ class Training:
             ``slices``, the scale-invariant ones slice by slice (default: layer).
         evaluate_every: epochs between tests; the last is always tested (default: 1).
         autocast: ``none`` or ``bfloat16`` (default: none).
+        pretrained: a file of weights to begin with, below the folder of the data sets: safetensors,
+            or of ``torch.save`` (default: none; weights are drawn). A method with a ``start`` takes
+            that instead.
+        pretrained_into: the module of the network that it is for (default: the whole network).
+        pretrained_skip: tensors or modules, by name or pattern, that stay as they were drawn and
+            that the file may lack or hold (default: none).
         initial_scale: the factor on all scale-invariant weights before the first step: the network
             computes the same, and its norms grow as in a run of another length (default: 1).
         norm_correction: whether steps of scale-invariant slices are multiplied by what undoes the
@@ -122,8 +129,11 @@ class Training:
     awp_view: str = "layer"
     evaluate_every: int = 1
     autocast: str = "none"
-    initial_scale: float = 1.0
-    norm_correction: str = "none"
+    pretrained: str | None = later(None)
+    pretrained_into: str = later("")
+    pretrained_skip: tuple[str, ...] = later(())
+    initial_scale: float = later(1.0)
+    norm_correction: str = later("none")
 
     def __post_init__(self) -> None:
         parse_optimizer(self.optimizer)
@@ -172,6 +182,10 @@ class Training:
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise UsageError("nesterov is set, but momentum is 0")
         self._check_decay()
+        if self.pretrained is None:
+            for name in ("pretrained_into", "pretrained_skip"):
+                if getattr(self, name):
+                    raise UsageError(f"{name} is set, but pretrained is not")
         if self.norm_correction != "none" and self.weight_decay > 0:
             raise UsageError(
                 f"norm_correction {self.norm_correction} goes with no weight_decay: it would be "
@@ -620,12 +634,15 @@ def _any_choice(recipe: Recipe, scale: str) -> Tuned | None:
     return dict.fromkeys(recipe.scales[on].rows, first)
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 def _checked(cls: type[Any], content: Any, where: str) -> Any:
     """An instance of a dataclass from a mapping; keys and types are checked."""
     if not isinstance(content, dict):
         raise UsageError(f"{where} must be a mapping of keys, not {content!r}")
     known = {f.name: f for f in fields(cls)}
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for key in content:
         if key not in known:
             raise UsageError(f"{where}: unknown key {key!r}: {nearest(str(key), known)}")

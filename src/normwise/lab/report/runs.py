@@ -113,8 +113,9 @@ def _swept_picture(tables: Sequence[ResultTable]) -> Figure:
     note = "means over seeds, bands from the lowest to the highest; what is far off is left out"
     if isinstance(charts[0], Heat):
         note = "means over seeds; the best is framed"
-    title = f"{found[0].recipe.title}: {found[0].metric.title}"
-    return Figure(title, charts, min(len(charts), 2 if len(charts) in (2, 4) else 3), note)
+    note = f"{_with_unit(found[0].metric)}; {note}"
+    columns = min(len(charts), 2 if len(charts) in (2, 4) else 3)
+    return Figure(found[0].recipe.title, charts, columns, note)
 
 
 def _sweeps(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:

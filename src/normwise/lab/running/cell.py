@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normwise.lab.checks import said
 from normwise.lab.data.own import fingerprint
 from normwise.lab.environment import environment
 from normwise.lab.errors import Damaged, UsageError
@@ -32,6 +33,7 @@ from normwise.lab.optimizers import parse as parse_optimizer
 from normwise.lab.parallel import ALONE, Processes
 from normwise.lab.recipes.schema import RecipeCell
 from normwise.lab.running.events import Measured, Observer, Progress, Started, ignore
+from normwise.lab.running.pretrained import weights_hash
 from normwise.lab.running.trainer import CHECKPOINT, Diverged, Trainer, digest
 from normwise.lab.store import (
     locked,
@@ -82,15 +84,11 @@ def config_of(cell: RecipeCell, device: str, processes: Processes = ALONE) -> di
     """
     config = {"schema": SCHEMA, **asdict(cell), "point": dict(cell.point), "device": device}
     # What has no say is not there, so that a cell without it stays the same.
+    config |= {"training": said(cell.training), "options": said(cell.options)}
     if cell.start is None:
         del config["start"]
     if not cell.point:
         del config["point"]
-    if not is_own(cell.task) and not config["options"].get("held_out", True):
-        del config["options"]["held_out"]
-    for name, silent in (("initial_scale", 1.0), ("norm_correction", "none")):
-        if config["training"][name] == silent:
-            del config["training"][name]
     if processes.kind is not None:
         config["parallel"] = {"kind": processes.kind, "processes": processes.size}
     names = (
@@ -167,6 +165,8 @@ def run_cell(
         held.enter_context(one_thread())
         held.enter_context(_room_in(folder))
         config = config_of(cell, device, processes)
+        if cell.start is None and (weights := weights_hash(cell.training, root)):
+            config["pretrained_sha256"] = weights
 
         def begin() -> dict[str, Any] | None:
             """Take the folder; the result, if there is one already."""

@@ -21,7 +21,6 @@ from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.problem import Metric
 
 __all__ = [
-    "SWEEP_HEAD",
     "as_csv",
     "as_data",
     "as_json",
@@ -29,6 +28,7 @@ __all__ = [
     "as_markdown",
     "read_json",
     "sweep_cells",
+    "sweep_head",
 ]
 
 _HEAD = (
@@ -41,7 +41,7 @@ _HEAD = (
     "seeds to see it",
     "paper",
 )
-SWEEP_HEAD = ("method", "row", "seeds", "best at", "mean ± sd", "over the first row's", "regret")
+_SWEEP_HEAD = ("method", "row", "seeds", "best at", "mean ± sd", "over the first row's", "regret")
 
 
 def _number(value: float, metric: Metric, sign: bool = False) -> str:
@@ -80,8 +80,13 @@ def _spread(spread: Spread | None, metric: Metric) -> str:
     return _number(spread.mean, metric) + sd
 
 
+def sweep_head(found: Sequence[Sweep]) -> tuple[str, ...]:
+    """The headings of a table of sweeps; where there is one row, nothing is carried to others."""
+    return _SWEEP_HEAD if len({sweep.row for sweep in found}) > 1 else _SWEEP_HEAD[:-2]
+
+
 def sweep_cells(sweep: Sweep) -> tuple[str, ...]:
-    """The texts under :data:`SWEEP_HEAD`."""
+    """The texts under :func:`sweep_head`, of several rows."""
     best, regret = sweep.best, sweep.regret
     edge = f" (edge: {', '.join(sweep.edges)})" if sweep.edges else ""
     ratios = ", ".join("–" if r is None else f"×{r:.3g}" for r in sweep.ratios.values())
@@ -97,11 +102,19 @@ def sweep_cells(sweep: Sweep) -> tuple[str, ...]:
     )
 
 
-def _swept_title(sweep: Sweep) -> str:
-    return (
-        f"{sweep.recipe.title} ({sweep.scale} scale): best of each sweep by {sweep.metric.title}, "
-        "and the regret of carrying the first row's best to the others"
+def _swept_rows(found: Sequence[Sweep]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    head = sweep_head(found)
+    return head, [sweep_cells(sweep)[: len(head)] for sweep in found]
+
+
+def _swept_title(found: Sequence[Sweep]) -> str:
+    first = found[0]
+    title = (
+        f"{first.recipe.title} ({first.scale} scale): best of each sweep by {first.metric.title}"
     )
+    if len(sweep_head(found)) < len(_SWEEP_HEAD):
+        return title
+    return f"{title}, and the regret of carrying the first row's best to the others"
 
 
 def _title(table: ResultTable) -> str:
@@ -124,7 +137,7 @@ def as_markdown(tables: Sequence[ResultTable]) -> str:
                 rows = [_cells(e, table.metric) for e in fixed]
                 parts += [f"**{_title(table)}**", _pipes(_HEAD, rows), _baseline(table)]
         if swept := sweeps(held):
-            parts += [f"**{_swept_title(swept[0])}**", _pipes(SWEEP_HEAD, map(sweep_cells, swept))]
+            parts += [f"**{_swept_title(swept)}**", _pipes(*_swept_rows(swept))]
         paper = f"Paper: {recipe.paper.source}."
         parts.append(" ".join(filter(None, [recipe.scales[scale].note, paper, recipe.paper.note])))
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -169,7 +182,7 @@ def as_latex(tables: Sequence[ResultTable]) -> str:
     ]
     for _, group in itertools.groupby(sweeps(tables), lambda s: (s.recipe.id, s.scale)):
         held = list(group)
-        parts.append(_latex_table(_swept_title(held[0]), SWEEP_HEAD, list(map(sweep_cells, held))))
+        parts.append(_latex_table(_swept_title(held), *_swept_rows(held)))
     return "\n".join(parts)
 
 
@@ -280,15 +293,18 @@ def read_json(path: Path) -> list[ResultTable]:
             tables.setdefault(place, []).append(row)
         if not tables:
             raise ValueError("it holds no tables")
-        return [_table(path, *place, group) for place, group in tables.items()]
+        recipes = {name: find(name) for name in {place[0] for place in tables}}
+        return [
+            _table(path, recipes[name], scale, row, metric, group)
+            for (name, scale, row, metric), group in tables.items()
+        ]
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise Damaged(path, f"{type(error).__name__}: {error}") from None
 
 
 def _table(
-    path: Path, name: str, scale: str, row: str, metric: str, rows: Sequence[dict[str, Any]]
+    path: Path, recipe: Recipe, scale: str, row: str, metric: str, rows: Sequence[dict[str, Any]]
 ) -> ResultTable:
-    recipe = find(name)
     cells = tuple(
         Done(path / r["method"] / seed, {**r, "seed": int(seed)}, None, records)
         for r in rows

@@ -36,6 +36,7 @@ from normwise.lab.running.prepare import (
     normalize_weights,
     scale_invariant_weights,
 )
+from normwise.lab.running.pretrained import load_pretrained
 from normwise.lab.store import METRICS, append, named, read_sealed, seal, write_atomically
 from normwise.lab.tasks.kinds import kind
 from normwise.monitor import Measurement, Monitor, Trigger
@@ -120,8 +121,10 @@ class Trainer:
         if processes.kind is not None and not self.problem.divisible:
             raise UsageError(
                 f"task {cell.task!r} is not allowed with --parallel: its loss is not the mean of "
-                "those of a batch's parts; train it in one process"
+                "those of a batch's parts, or it remembers batches; train it in one process"
             )
+        if start is None:
+            load_pretrained(self.problem.model, self.training, root)
         normalize_weights(self.problem.model, self.training)
         if start is not None:
             self.problem.start_from(start)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -128,7 +128,7 @@ class DecayMoments(Problem):
         device: where to compute.
     """
 
-    divisible: ClassVar[bool] = False
+    divisible = False
     model: nn.Sequential
 
     def __init__(self, options: DecayMomentsOptions, root: Path, device: torch.device) -> None:

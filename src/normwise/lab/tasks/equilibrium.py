@@ -91,7 +91,7 @@ class Equilibrium(Classification):
     is watched is scale-invariant.
     """
 
-    divisible: ClassVar[bool] = False
+    divisible = False
     measured: ClassVar[int] = 400
     options: EquilibriumOptions
     model: _WithSums

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -71,7 +70,7 @@ class Merging(Problem):
         device: where to compute.
     """
 
-    divisible: ClassVar[bool] = False
+    divisible = False
 
     def __init__(self, options: MergingOptions, root: Path, device: torch.device) -> None:
         from sklearn.datasets import load_digits

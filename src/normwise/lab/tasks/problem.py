@@ -58,8 +58,8 @@ class Problem(ABC):
     training is that of the model, of the optimizer, and the number of the step.
 
     Attributes:
-        divisible: whether processes can share a batch: the loss is the mean over its examples, and
-            ``model`` is called as a whole (default: yes).
+        divisible: whether processes can share a batch: the loss is the mean over its examples,
+            ``model`` is called as a whole and remembers nothing of a batch (default: yes).
         measured: at about how many steps of a training angles are measured (default: 100).
         model: all that is trained; its weights are drawn from torch's global generator.
         examples: how many there are to train on.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -19,10 +19,9 @@ import normwise
 from normwise.decay import Decoupled
 from normwise.geometry import View
 from normwise.lab.checks import within
-from normwise.lab.data.texts import EncodedText, tinyshakespeare
+from normwise.lab.data.texts import EncodedText, tinyshakespeare, unigram_perplexity
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.optimizers import parse
-from normwise.lab.tasks.language import unigram_perplexity
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 from normwise.optim.by_role import ByRole, Factory, Route
 
@@ -137,7 +136,7 @@ class LRTransfer(Problem):
         device: where to compute.
     """
 
-    divisible: ClassVar[bool] = False
+    divisible = False
     model: _CharacterModel
 
     def __init__(self, options: LRTransferOptions, root: Path, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from normwise.optim.kernels._layout import Mode, memory_layout, mode, slicing
 from normwise.optim.step import AT_ONCE, AdamRule, Ending, SGDRule, Step
@@ -26,14 +27,14 @@ from normwise.optim.sums import GG, WG, WW, cosine, retraction_from_sums
 # Entries of a piece: few enough that what is read twice is still in a core's own cache, many enough
 # that the dozen calls a piece do not count.
 PIECE = 1 << 18
-# Entries of weights whose gates are decided together: few enough to be in a shared cache
-# when their step is taken.
-GATED = 1 << 20
 # Pieces of so many entries together are taken as one array in float64: it is the calls that count.
 FLAT = 1 << 14
+# Slices of so many entries may be summed one after another in float32, in a dozen lanes.
+SHORT = 1 << 13
 # Squares in float32 add up well between these; beyond, sums are made in float64.
 _LEAST, _MOST = 1e-20, 1e30
 _TINY = torch.finfo(torch.float64).tiny
+_tangential = torch.ops.aten._weight_norm_interface_backward
 # Decisions of the gate.
 _SHUT, _BY_CHANNEL, _BY_LAYER = range(3)
 
@@ -44,8 +45,10 @@ class _Weight:
     It is taken in pieces: runs of memory of whole slices, of about ``PIECE`` entries.
     """
 
-    def __init__(self, index: int, outer: int, slices: int, inner: int) -> None:
+    def __init__(self, index: int, w: Tensor, outer: int, slices: int, inner: int) -> None:
         self.index, self.slices, self.length = index, slices, outer * inner
+        # Its own shape, if that is the order in memory.
+        self.size = w.shape if w.is_contiguous() else None
         # A weight in memory order: slices that are not scattered are its rows.
         self.is_rows = outer == 1
         self._shape = (slices, inner) if self.is_rows else (outer, slices, inner)
@@ -82,10 +85,22 @@ class _Tensors:
     def __init__(self, lists: Sequence[Sequence[Tensor]]) -> None:
         self.lists = lists
         self._cut: list[dict[int, Sequence[Tensor]]] = [{} for _ in lists]
+        self._flat: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+
+    def flat(self, kind: int, b: _Batch) -> Tensor:
+        """Of one kind the pieces of a batch as one array in float64."""
+        if not b.are_whole:
+            return _flatten_dense_tensors(self.of(kind, b)).double()
+        key = (kind, b.indices)
+        if key not in self._flat:
+            self._flat[key] = _flatten_dense_tensors(self.of(kind, b)).double()
+        return self._flat[key]
 
     def of(self, kind: int, b: _Batch) -> list[Tensor]:
         """Of one kind the runs of memory of a batch's pieces."""
         tensors, cut = self.lists[kind], self._cut[kind]
+        if b.are_whole:
+            return [tensors[i] for i in b.indices]
         runs = []
         for piece in b.pieces:
             weight = piece.weight
@@ -110,16 +125,23 @@ class _Batch:
 
     def __init__(self, pieces: list[_Piece], first: int) -> None:
         self.pieces, self.first = pieces, first
-        self.indices = [p.weight.index for p in pieces]
+        self.indices = tuple(p.weight.index for p in pieces)
         self.counts = [p.count for p in pieces]
         self.sizes = [p.entries for p in pieces]
         self.count, self.entries = sum(self.counts), sum(self.sizes)
         self.are_rows = all(p.weight.is_rows for p in pieces)
+        self.are_short = self.are_rows and all(p.weight.length <= SHORT for p in pieces)
         # Of short slices the lengths, if their pieces are to be taken as one array.
         self.lengths: Tensor | None = None
         if self.entries <= FLAT and self.are_rows:
             lengths = torch.tensor([p.weight.length for p in pieces])
             self.lengths = lengths.repeat_interleave(torch.tensor(self.counts))
+        # The memory of a plan in the shapes of the pieces.
+        self.layout: tuple[list[Tensor], list[Tensor]] | None = None
+        # If they are whole weights in the order of memory, these need not be cut.
+        self.are_whole = self.lengths is not None and all(
+            p.count == p.weight.slices and p.weight.size is not None for p in pieces
+        )
 
     def slices(self, runs: list[Tensor]) -> list[Tensor]:
         """Runs as aliases (slices, entries), or (slices, outer, inner) if they are scattered."""
@@ -133,7 +155,8 @@ class _Batch:
     def laid_out(self, room: Tensor) -> list[Tensor]:
         """Some memory in the shapes of the runs of all pieces."""
         runs = torch.split(room[: self.entries], self.sizes)
-        return [run.view(p.shape) for run, p in zip(runs, self.pieces, strict=True)]
+        shapes = [p.weight.size if self.are_whole else p.shape for p in self.pieces]
+        return [run.view(shape) for run, shape in zip(runs, shapes, strict=True)]
 
 
 def _batches(weights: Iterable[_Weight]) -> list[_Batch]:
@@ -154,21 +177,8 @@ def _batches(weights: Iterable[_Weight]) -> list[_Batch]:
     return found
 
 
-def _rounds(weights: Iterable[_Weight]) -> list[list[_Weight]]:
-    """Weights of about ``GATED`` entries together."""
-    rounds: list[list[_Weight]] = []
-    entries = GATED
-    for weight in weights:
-        if entries >= GATED:
-            rounds.append([])
-            entries = 0
-        rounds[-1].append(weight)
-        entries += weight.whole.entries
-    return rounds
-
-
 class _Gate:
-    """Some gated weights of a group: the sums of their channels, and what is decided by them."""
+    """The gated weights of a group: the sums of their channels, and what is decided by them."""
 
     def __init__(self, weights: list[_Weight], dtype: torch.dtype) -> None:
         self.weights = weights
@@ -177,8 +187,10 @@ class _Gate:
         lengths = torch.tensor([float(w.length) for w in weights], dtype=torch.float64)
         self.counts = counts
         self._first = (counts.cumsum(0) - counts).tolist()
-        self._by_channel = lengths.rsqrt().repeat_interleave(counts)
-        self._by_layer = (lengths * counts).rsqrt()
+        of_channels, of_layers = lengths.repeat_interleave(counts), lengths * counts
+        self._bounds = torch.cat([of_channels, of_layers]).rsqrt()
+        self._gate = 1.0, self._bounds  # for the delta of the last step
+        self.are_flat = all(b.lengths is not None for b in self.batches)
         # ‖w‖, ‖g‖, ⟨w, g⟩ of all channels, as they are summed.
         self.found = torch.ones(3, int(counts.sum()), dtype=dtype)
         self.places = [
@@ -189,15 +201,19 @@ class _Gate:
 
     def decide(self, sums: Tensor, dtype: torch.dtype, delta: float, eps: float) -> list[int]:
         """What projection.gated_radial decides for each weight, from sums of its channels."""
-        opens = cosine(sums, dtype, eps) < delta * self._by_channel
         totals = _by_slice(sums, self.counts)
-        by_channel = _by_slice(opens.double(), self.counts) == self.counts
-        by_layer = cosine(totals, dtype, eps) < delta * self._by_layer
-        found = torch.stack([totals[:, GG] > 0, by_channel, by_layer], 1).tolist()
-        return [
-            _SHUT if not has_gradient or not (channel or layer) else _decided(channel)
-            for has_gradient, channel, layer in found
-        ]
+        if self._gate[0] != delta:
+            self._gate = delta, delta * self._bounds
+        opens = (cosine(torch.cat([sums, totals]), dtype, eps) < self._gate[1]).tolist()
+        by_layer, decisions = opens[len(sums) :], []
+        for i, (a, w, gg) in enumerate(
+            zip(self._first, self.weights, totals[:, GG].tolist(), strict=True)
+        ):
+            by_channel = gg > 0 and all(opens[a : a + w.slices])
+            decisions.append(
+                _BY_CHANNEL if by_channel else _BY_LAYER if gg > 0 and by_layer[i] else _SHUT
+            )
+        return decisions
 
     def ends(self, decisions: list[int]) -> _Ends:
         """What is taken together of the weights whose gate is open."""
@@ -216,10 +232,6 @@ class _Gate:
             [(i, _Batch([w.whole], 0)) for i, (w, d, _) in enumerate(chosen) if d == _BY_LAYER],
             [w.index for w, d, _ in chosen if d == _SHUT],
         )
-
-
-def _decided(by_channel: bool) -> int:
-    return _BY_CHANNEL if by_channel else _BY_LAYER
 
 
 @dataclass(frozen=True)
@@ -264,22 +276,20 @@ class StockPlan:
             layout = memory_layout(p, slicing(p, steps[group].view))
             assert layout is not None
             kind = mode(p, steps[group].view, steps[group].norm)
-            members[group].setdefault(kind, []).append(_Weight(i, *layout))
+            members[group].setdefault(kind, []).append(_Weight(i, p, *layout))
         self.free = [[w.index for w in of_group.get("free", [])] for of_group in members]
         self.explicit = [
             _batches([*of_group.get("explicit", []), *of_group.get("fixed", [])])
             for of_group in members
         ]
         self.gates = [
-            [_Gate(weights, self.dtype) for weights in _rounds(of_group.get("auto", []))]
+            _Gate(of_group["auto"], self.dtype) if "auto" in of_group else None
             for of_group in members
         ]
         batches = [b for of_group in self.explicit for b in of_group]
-        batches += [b for gates in self.gates for gate in gates for b in gate.batches]
+        batches += [b for gate in self.gates if gate for b in gate.batches]
         largest = max((b.entries for b in batches), default=0)
         self.room, self.product = params[0].new_empty(2, min(largest, PIECE)).unbind()
-        # The room and the product in the shapes of a batch's pieces.
-        self._laid_out: dict[_Batch, tuple[list[Tensor], list[Tensor]]] = {}
 
     def step_(
         self,
@@ -296,7 +306,7 @@ class StockPlan:
         if state_steps is not None:
             torch._foreach_add_(list(state_steps), 1)
         moments = [t for t in (exp_avgs, exp_avg_sqs) if t is not None]
-        for step, free, explicit, gates in zip(
+        for step, free, explicit, gate in zip(
             steps, self.free, self.explicit, self.gates, strict=True
         ):
             move = _Move(step, state_steps)
@@ -305,7 +315,7 @@ class StockPlan:
             free = list(free)
             for b in explicit:
                 self._end(b, tensors, move)
-            for gate in gates:
+            if gate is not None:
                 free += self._end_gated(gate, tensors, move)
             if free:
                 move.whole_(free, *tensors.lists)
@@ -319,14 +329,16 @@ class StockPlan:
         if ends.slots is not None:
             squares = sums[:, WW] if len(ends.slots) == len(sums) else sums[ends.slots, WW]
             inverse = _inverse(squares, step.eps)
-            for b in ends.batches:
-                known = _Known(inverse[b.first : b.first + b.count], exact)
-                self._end(b, tensors, move, known)
+            # Batches that are flat have no use for norms.
+            norms = inverse if gate.are_flat else inverse.rsqrt().to(self.dtype)
+            counts = [b.count for b in ends.batches]
+            of_batches = zip(_parts(inverse, counts), _parts(norms, counts), strict=True)
+            for b, (own_inverse, own_norms) in zip(ends.batches, of_batches, strict=True):
+                self._end(b, tensors, move, _Known(own_inverse, exact, own_norms))
         if ends.layers:
             totals = _by_slice(sums[:, WW], gate.counts)
             for i, b in ends.layers:
-                known = _Known(_inverse(totals[i], step.eps), exact, by_layer=True)
-                self._end(b, tensors, move, known)
+                self._end(b, tensors, move, _Known(_inverse(totals[i], step.eps), exact))
         return ends.shut
 
     def _gate_sums(self, gate: _Gate, tensors: _Tensors) -> tuple[Tensor, bool]:
@@ -336,17 +348,21 @@ class StockPlan:
         """
         flat: list[tuple[_Batch, Tensor]] = []
         for b, (norms, lengths, products) in zip(gate.batches, gate.places, strict=True):
-            ws, gs = (b.slices(tensors.of(kind, b)) for kind in (0, 1))
             if b.lengths is not None:
-                w, g = _flat(ws), _flat(gs)
-                flat.append((b, _by_slice(torch.stack([w * w, w * w, w * g, g * g], 1), b.lengths)))
+                w, g = tensors.flat(0, b), tensors.flat(1, b)
+                square = w * w
+                products_ = torch.stack([square, square, w * g, g * g], 1)
+                flat.append((b, _by_slice(products_, b.lengths)))
                 continue
+            ws, gs = (b.slices(tensors.of(kind, b)) for kind in (0, 1))
             rooms = b.slices(self._layout(b)[1]) if b.entries <= len(self.product) else None
             for i, (w, g) in enumerate(zip(ws, gs, strict=True)):
                 # What asks memory first had better not write.
                 _norms(w, norms[i])
                 _norms(g, lengths[i])
                 self._products(w, g, None if rooms is None else rooms[i], products[i])
+        if gate.are_flat:
+            return _joined([own for _, own in flat]), True
         found = gate.found.double()
         found[:2].square_()
         sums = torch.stack([found[0], found[0], found[2], found[1]], 1)
@@ -373,11 +389,9 @@ class StockPlan:
 
     def _layout(self, b: _Batch) -> tuple[list[Tensor], list[Tensor]]:
         """The room and the product in the shapes of a batch's pieces."""
-        found = self._laid_out.get(b)
-        if found is None:
-            found = b.laid_out(self.room), b.laid_out(self.product)
-            self._laid_out[b] = found
-        return found
+        if b.layout is None:
+            b.layout = b.laid_out(self.room), b.laid_out(self.product)
+        return b.layout
 
     def _end(self, b: _Batch, tensors: _Tensors, move: _Move, known: _Known | None = None) -> None:
         """Take a batch's moments on, and project, decay, descend and retract its slices.
@@ -398,16 +412,22 @@ class StockPlan:
             moved = b.laid_out(run)
         others = (tensors.of(kind, b) for kind in range(1, len(tensors.lists)))
         move.zeros_(moved, *others, indices=b.indices)
-        ws, ss = b.slices(tensors.of(0, b)), b.slices(moved)
         decay = 1 - float(step.lr) * step.decay_scale * float(step.weight_decay) * step.wd_ratio
         if b.lengths is not None:
-            self._end_flat(b, ws, run, step, decay, known)
+            self._end_flat(b, tensors, run, step, decay, known)
             return
+        ws, ss = b.slices(tensors.of(0, b)), b.slices(moved)
 
-        rooms = [None] * len(ws) if products is None else b.slices(products)
         fixed = step.norm == "fixed"
         # What asks memory first had better not write: norms, then products.
         squares = _joined([_norms(w) for w in ws]) if known is None else None
+        if (
+            b.are_short
+            and not fixed
+            and self._end_short(ws, moved, b.counts, decay, known, squares)
+        ):
+            return
+        rooms = [None] * len(ws) if products is None else b.slices(products)
         found = [self._products(w, s, x) for w, s, x in zip(ws, ss, rooms, strict=True)]
         sums = _joined(found).double()
         exact = known is not None and known.exact
@@ -433,15 +453,46 @@ class StockPlan:
             back = _back(sums, ww, uu)
             keep = keep * back
             _scale_(ss, back, b.counts)
-        keep = keep.to(self.dtype)
-        keeps = (keep,) if len(ws) == 1 else torch.split(keep, b.counts)
+        keeps = _parts(keep.to(self.dtype), b.counts)
         for w, s, factor in zip(ws, ss, keeps, strict=True):
             torch.addcmul(s, w, _beside(factor, w), out=w)
+
+    def _end_short(
+        self,
+        ws: list[Tensor],
+        ss: list[Tensor],
+        counts: list[int],
+        decay: float,
+        known: _Known | None,
+        norms: Tensor | None,
+    ) -> bool:
+        """The same for rows of some thousand entries; returns whether it could be done.
+
+        What weight normalization lets through of a gradient is its tangential part, and torch has a
+        kernel for that: s − w⟨w, s⟩/‖w‖², and ⟨w, s⟩/‖w‖.
+        """
+        if norms is None:
+            assert known is not None
+            norms = known.norms
+            if norms is None or not known.exact:
+                return False
+        else:
+            least, most = torch.aminmax(norms)
+            if not (least.item() > _LEAST**0.5 and most.item() < _MOST**0.5):
+                return False
+        norms = norms.unsqueeze(1)
+        of_each = _parts(norms, counts)
+        parts = [_tangential(s, w, n, n, 0) for s, w, n in zip(ss, ws, of_each, strict=True)]
+        if not math.isfinite(_joined([radial for _, radial in parts]).sum().item()):
+            return False
+        for (tangential, _), w in zip(parts, ws, strict=True):
+            torch.add(tangential, w, alpha=decay, out=w)
+        return True
 
     def _end_flat(
         self,
         b: _Batch,
-        ws: list[Tensor],
+        tensors: _Tensors,
         run: Tensor,
         step: Step,
         decay: float,
@@ -449,7 +500,7 @@ class StockPlan:
     ) -> None:
         """The same for short pieces, of which ``run`` has s, all as one array in float64."""
         assert b.lengths is not None
-        w, s = _flat(ws), run.double()
+        w, s = tensors.flat(0, b), run.double()
         sums = _by_slice(w * s, b.lengths)
         if known is None:
             ww = _by_slice(w * w, b.lengths)
@@ -464,7 +515,8 @@ class StockPlan:
             s = s * back.repeat_interleave(b.lengths)
         factors = keep if keep.ndim == 0 else keep.repeat_interleave(b.lengths)
         moved = torch.addcmul(s, w, factors).to(self.dtype)
-        torch._foreach_copy_(ws, b.laid_out(moved))
+        ws = tensors.of(0, b)
+        torch._foreach_copy_(ws, list(_unflatten_dense_tensors(moved, ws)))
 
     def _end_wide(
         self, ws: list[Tensor], ss: list[Tensor], step: Step, decay: float, known: _Known | None
@@ -524,14 +576,19 @@ class _Known:
     """What the gate has found of some slices.
 
     Attributes:
-        inverse: 1/(‖w‖ + eps)² of each, or of all together.
+        inverse: 1/(‖w‖ + eps)² of each, or of all together if they are projected as one.
         exact: whether sums in float32 are as good as in float64.
-        by_layer: whether they are projected as one.
+        norms: ‖w‖ + eps of each; None if they are projected as one.
     """
 
     inverse: Tensor
     exact: bool
-    by_layer: bool = False
+    norms: Tensor | None = None
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether they are projected as one."""
+        return self.norms is None
 
 
 @dataclass(frozen=True)
@@ -549,7 +606,7 @@ class _Move:
             torch._foreach_mul_(chosen[0], 1 - float(self.step.lr) * decay)
         self._take(*chosen, indices=indices, weight_decay=decay)
 
-    def zeros_(self, zeros: list[Tensor], *tensors: list[Tensor], indices: list[int]) -> None:
+    def zeros_(self, zeros: list[Tensor], *tensors: list[Tensor], indices: Sequence[int]) -> None:
         """Moments taken on, and zeros made −σu."""
         self._take(zeros, *tensors, indices=indices, weight_decay=0.0)
 
@@ -558,7 +615,7 @@ class _Move:
         targets: list[Tensor],
         grads: list[Tensor],
         *moments: list[Tensor],
-        indices: list[int],
+        indices: Sequence[int],
         weight_decay: float,
     ) -> None:
         rule, lr = self.step.rule, float(self.step.lr)  # no wait: on the CPU
@@ -605,12 +662,12 @@ def _scale_(slices: list[Tensor], factors: Tensor, counts: list[int]) -> None:
         x.mul_(_beside(factor.to(x.dtype), x))
 
 
-def _flat(runs: list[Tensor]) -> Tensor:
-    return torch.cat([run.view(-1) for run in runs]).double()
-
-
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _parts(x: Tensor, counts: list[int]) -> Sequence[Tensor]:
+    return (x,) if len(counts) == 1 else torch.split(x, counts)
 
 
 def _inverse(squares: Tensor, eps: float = 0.0) -> Tensor:
