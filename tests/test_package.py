@@ -41,6 +41,12 @@ def test_a_release_sets_the_version_wherever_it_stands():
         release.in_changelog("# Changelog\n", "7.8.9", "2030-01-01")
 
 
+def test_after_a_release_the_next_minor_version_is_in_development():
+    release = tool("release")
+    assert release.after("0.2.0") == release.after("0.2.7") == "0.3.0.dev0"
+    assert release.after("1.0.0rc1") == "1.0.0rc2.dev0"
+
+
 def test_the_version_that_is_cited_is_the_one_released():
     (cited,) = re.findall(r"(?m)^version: (.*)$", read("CITATION.cff"))
     assert ".dev" in normwise.__version__ or cited == normwise.__version__

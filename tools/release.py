@@ -1,4 +1,4 @@
-"""Make a release: set the version everywhere, build, try the packages, commit and tag.
+"""Make a release: set the version everywhere, build, try the packages, commit and tag; go on.
 
     python tools/release.py 0.2.0
     python tools/release.py          only build and try
@@ -73,8 +73,25 @@ def main() -> int:
     if version is not None:
         run("git", "commit", "--all", "--message", f"Release {version}")
         run("git", "tag", "--annotate", f"v{version}", "--message", f"normwise {version}")
+        begin(after(version))
         print(f"committed and tagged; to publish: git push origin HEAD v{version}")
     return 0
+
+
+def after(version: str) -> str:
+    """The version in development once this one is out."""
+    major, minor, patch = version.split(".")
+    if patch.isdigit():
+        return f"{major}.{int(minor) + 1}.0.dev0"
+    kind, number = re.split(r"(?<=\D)(?=\d+$)", version)
+    return f"{kind}{int(number) + 1}.dev0"
+
+
+def begin(version: str) -> None:
+    """From here on the code is of a version in development."""
+    file = ROOT / "src/normwise/__init__.py"
+    file.write_text(in_package(file.read_text("utf-8"), version), "utf-8")
+    run("git", "commit", "--all", "--message", f"Begin {version}")
 
 
 def set_version(version: str, refuse: Callable[[str], object]) -> None:

@@ -21,6 +21,8 @@ __all__ = [
 def check_number(name: str, value: Any, *, positive: bool = False, below: float = math.inf) -> None:
     """Refuse what is no number, not finite, negative or too large.
 
+    Intentionally no look at the value of a tensor: that would wait for its device.
+
     Args:
         name: of the argument, for the error.
         value: a number, or a tensor of one.
@@ -30,11 +32,17 @@ def check_number(name: str, value: Any, *, positive: bool = False, below: float 
     Raises:
         ValueError: for such a value.
     """
-    is_number = isinstance(value, Real | Tensor) and not isinstance(value, bool)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"Invalid {name}: a tensor of shape {tuple(value.shape)}; must have one element"
+            )
+        return
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not (is_number and (value > 0 if positive else value >= 0) and value < below):
         least = "above 0" if positive else "0 or more"
-        most = "finite and " if below == math.inf else f"below {below:g} and "
-        raise ValueError(f"Invalid {name}: {value!r}; must be {most}{least}")
+        limit = f"{least} and below {below:g}" if below < math.inf else f"finite and {least}"
+        raise ValueError(f"Invalid {name}: {value!r}; must be a number, {limit}")
 
 
 def check_at_least_one(name: str, value: Any) -> int:

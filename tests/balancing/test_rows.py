@@ -94,6 +94,16 @@ def test_aligned_rows_have_the_mean_norm_of_the_old_ones(weight):
     torch.testing.assert_close(once, weight)  # idempotent
 
 
+def test_aligning_keeps_the_order_of_logits_within_old_and_within_new_classes(weight):
+    x = torch.randn(20, 9, dtype=torch.float64)
+    before = x @ weight.T
+    after = x @ align_rows(weight, [4, 5]).T
+    for classes in (slice(4), slice(4, None)):
+        assert torch.equal(after[:, classes].argsort(1), before[:, classes].argsort(1))
+    equal = torch.nn.functional.normalize(weight, dim=1)
+    torch.testing.assert_close(align_rows(equal.clone(), [4, 5]), equal, rtol=1e-15, atol=0)
+
+
 def test_adjusted_weights_give_adjusted_logits(weight):
     bias, x = torch.randn(6, dtype=torch.float64), torch.randn(7, 9, dtype=torch.float64)
     priors = torch.softmax(torch.randn(6, dtype=torch.float64), 0)

@@ -36,11 +36,17 @@ def optimizer():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: L2("0.1"), "Invalid weight_decay value: '0.1'; must be finite and 0 or more"),
+        (
+            lambda: L2("0.1"),
+            "Invalid weight_decay value: '0.1'; must be a number, finite and 0 or more",
+        ),
         (lambda: L2(True), "Invalid weight_decay value: True"),
         (lambda: Decoupled([0.1]), "Invalid weight_decay value: [0.1]"),
         (lambda: Decoupled(0.1, per=3), "Invalid per: 3"),
-        (lambda: Corrected(max_lr="1"), "Invalid max_lr: '1'; must be finite and above 0"),
+        (
+            lambda: Corrected(max_lr="1"),
+            "Invalid max_lr: '1'; must be a number, finite and above 0",
+        ),
         (lambda: early("3"), "Invalid number of steps: '3'; must be a whole number"),
         (lambda: early(2.5), "Invalid number of steps: 2.5"),
         (lambda: late("3"), "Invalid window: from '3' to inf"),
@@ -52,7 +58,10 @@ def optimizer():
         (lambda: Rule(0.0, max_ndim="1"), "Invalid max_ndim: '1'; must be a whole number"),
         (lambda: by_rules(nn.Linear(2, 2), 0.1, ["bias"]), "Invalid rule: 'bias'; must be a"),
         (lambda: normalized("0.1", 1, 1, 1), "Invalid norm_weight_decay: '0.1'"),
-        (lambda: normalized(0.1, "1", 1, 1), "Invalid batch_size: '1'; must be finite and above 0"),
+        (
+            lambda: normalized(0.1, "1", 1, 1),
+            "Invalid batch_size: '1'; must be a number, finite and above 0",
+        ),
         (lambda: DecayScheduler(optimizer(), 3), "Invalid schedule: 3; must be a function"),
         (lambda: DecayScheduler(optimizer(), [3]), "Invalid schedule: [3]; must be a function"),
         (
@@ -73,7 +82,7 @@ def optimizer():
         ),
         (
             lambda: EpsilonShiftedL2(normalized_network(), weight_decay=0.1, eps="0.1"),
-            "Invalid eps: '0.1'; must be finite and above 0",
+            "Invalid eps: '0.1'; must be a number, finite and above 0",
         ),
     ],
 )

@@ -1,9 +1,13 @@
 """The definition, for networks of today: rescaled along what a report says, they are the same."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from small_transformers import SIZES, pairs, tokens
 
+from normwise.balancing import balance, equalize
 from normwise.invariance import Report, analyze
 from normwise.invariance.exact import Exact
 
@@ -89,8 +93,9 @@ def rank(report):
     return int(torch.linalg.matrix_rank(matrix @ matrix.T)), len(rows)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_random_rescaling_keeps_the_outputs_and_one_beside_it_does_not(name):
+@functools.cache
+def analyzed(name):
+    """A network without dropout, in float64 and away from its start; its batch and its report."""
     task, sizes, batch = NETWORKS[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**sizes)
@@ -103,18 +108,38 @@ def test_a_random_rescaling_keeps_the_outputs_and_one_beside_it_does_not(name):
     for p in model.parameters():  # biases that start at 0 hide what they do
         p.data.add_(0.02 * torch.randn_like(p))
     batch = batch()
-    report = analyze(model, batch)
+    return model, batch, analyze(model, batch)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_random_rescaling_keeps_the_outputs_and_one_beside_it_does_not(name):
+    original, batch, report = analyzed(name)
+    model = copy.deepcopy(original)
     before = outputs(model, batch)
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    report.rescale_(seed=3)
+    report.rescale_(model, seed=3)
     assert difference(outputs(model, batch), before) < 1e-9
     in_families = {n for f in (*report.symmetries, *report.shifted) for n in f.parameters}
     for n in in_families:
-        assert difference(model.get_parameter(n), weights[n]) > 0.01
+        assert difference(model.get_parameter(n), original.get_parameter(n)) > 0.01
     with torch.no_grad():
         for k, p in enumerate(model.parameters()):  # each by a factor of its own
             p.mul_(1.1 + 0.1 * k)
     assert difference(outputs(model, batch), before) > 1e-3
+
+
+@pytest.mark.parametrize("choose", [balance, equalize])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_least_mass_and_equal_ranges_keep_the_outputs(name, choose):
+    original, batch, report = analyzed(name)
+    model = copy.deepcopy(original)
+    before = outputs(model, batch)
+    report.rescale_(model, seed=4)
+    choose(model, report)
+    assert difference(outputs(model, batch), before) < 1e-9
+    for family in report.symmetries:
+        if not family.is_scale:  # balance and equalize move what trades scale
+            name = family.terms[0].parameter
+            assert not torch.equal(model.get_parameter(name), original.get_parameter(name))
 
 
 @pytest.mark.parametrize("name", ["Olmo2", "Gemma2", "Falcon", "Qwen3Moe"])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normwise import View
+from normwise.balancing import balance, equalize
 from normwise.invariance import Report, Slices, Symmetry, Term, analyze
 
 
@@ -297,6 +298,21 @@ def test_families_follow_from_the_structure_and_keep_the_function(build):
         for k, p in enumerate(model.parameters()):
             p.mul_(1.1 + 0.1 * k)
     assert difference(model(x), before) > 1e-4
+
+
+@pytest.mark.parametrize("choose", [balance, equalize])
+@pytest.mark.parametrize("build", NETWORKS)
+def test_least_mass_and_equal_ranges_keep_the_function(build, choose):
+    torch.manual_seed(0)
+    model, x, _ = build()
+    model = without_epsilons(model)
+    x = x.double() if x.is_floating_point() else x
+    report = analyze(model, x)
+    before = model(x).detach()
+    report.rescale_(model, seed=4)
+    done = choose(model, report)
+    assert done.factors
+    assert difference(model(x), before) < 1e-9
 
 
 def test_units_without_a_gradient_are_counted_and_taken_for_the_others():

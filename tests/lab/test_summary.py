@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from statistics import fmean
 
 import pytest
@@ -14,8 +15,10 @@ from normwise.lab.summary import (
     example_half_width,
     findings,
     headline,
+    power,
     rows,
     seed_half_width,
+    seeds_needed,
     summarize,
 )
 
@@ -38,6 +41,53 @@ def test_the_interval_over_seeds_is_students(n):
 
 def test_one_seed_has_no_interval():
     assert seed_half_width([0.5]) is None
+
+
+@pytest.mark.parametrize(
+    ("effect", "seeds"),
+    # Published for two-sided paired t tests at 5% and power 80% (Cohen, 1988, and G*Power).
+    [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)],
+)
+def test_the_seeds_that_see_an_effect_are_those_of_the_published_tables(effect, seeds):
+    assert seeds_needed(effect, 1.0) == seeds_needed(-3 * effect, 3.0) == seeds
+    assert power(effect, seeds - 1) < 0.8 <= power(effect, seeds)
+
+
+def test_power_is_the_share_of_experiments_that_see_the_difference():
+    draw = random.Random(0)
+    seen = [
+        abs(fmean(values)) > seed_half_width(values)
+        for values in ([draw.gauss(1.2, 1.0) for _ in range(5)] for _ in range(1000))
+    ]
+    assert power(1.2, 5) == pytest.approx(fmean(seen), abs=4 * math.sqrt(0.25 / 1000))
+    assert power(0.0, 5) == pytest.approx(0.05)
+
+
+def test_no_number_of_seeds_sees_nothing_and_two_see_what_never_varies():
+    assert seeds_needed(0.0, 1.0) is None
+    assert seeds_needed(1e-6, 1.0) is None
+    assert seeds_needed(1e-6, 0.0) == 2
+
+
+@pytest.mark.parametrize(
+    ("difference", "half_width", "claimed", "verdict"),
+    [
+        (0.1, 0.3, 0.5, Verdict.NO_DIFFERENCE),
+        (-0.1, 0.3, 0.5, Verdict.NO_DIFFERENCE),
+        (0.1, 0.3, -0.5, Verdict.NO_DIFFERENCE),
+        (0.25, 0.3, 0.5, Verdict.CANNOT_TELL),
+        (0.0, 0.6, 0.5, Verdict.CANNOT_TELL),
+        (0.1, 0.3, None, Verdict.WITHIN_CHANCE),
+        (0.1, 0.3, 0.0, Verdict.WITHIN_CHANCE),
+        (0.4, 0.3, 0.5, Verdict.BETTER),
+        (-0.4, 0.3, 0.5, Verdict.WORSE),
+        (0.1, None, 0.5, Verdict.ONE_SEED),
+    ],
+)
+def test_no_difference_is_said_only_where_the_claimed_one_is_out_of_reach(
+    difference, half_width, claimed, verdict
+):
+    assert Verdict.of(difference, half_width, claimed=claimed) is verdict
 
 
 def test_the_interval_over_examples_is_that_of_paired_differences():

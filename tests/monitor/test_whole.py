@@ -16,6 +16,7 @@ from normwise.monitor import (
     OfEach,
     OscillationRate,
     UtilizedRank,
+    cosines,
     every,
     spectral,
 )
@@ -52,6 +53,18 @@ def test_spectral_quantities_are_those_of_the_weights_after_the_step(training):
             float(s.log().var(correction=0)), rel=1e-4
         )
         assert 1 <= monitor.history[0]["stable_rank"][name] <= len(s)
+
+
+def test_cosines_are_those_of_all_pairs_of_slices(training):
+    with Monitor(training.model, training.optimizer, of_weights=cosines()) as monitor:
+        training.step()
+    for name, value in monitor.history[0]["mean_cosine"].items():
+        rows = torch.nn.functional.normalize(training.model.get_parameter(name).flatten(1), dim=1)
+        pairs = torch.tril_indices(len(rows), len(rows), -1)
+        all_of_them = (rows @ rows.T)[pairs[0], pairs[1]].detach()
+        assert value == pytest.approx(float(all_of_them.mean()), abs=1e-5)
+        absolute = monitor.history[0]["mean_absolute_cosine"][name]
+        assert absolute == pytest.approx(float(all_of_them.abs().mean()), abs=1e-5)
 
 
 def test_of_a_parametrized_weight_it_is_the_one_that_acts():

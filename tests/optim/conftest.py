@@ -19,12 +19,13 @@ def use_triton_on_the_cpu(monkeypatch, log_block):
     from triton import knobs
     from triton.runtime import interpreter
 
-    from normwise.optim.kernels import cuda
+    from normwise.optim.kernels import cuda, displaced_cuda
 
     if not knobs.runtime.interpret:
         pytest.skip("Triton was imported without TRITON_INTERPRET=1")
     monkeypatch.setitem(kernels._BACKENDS, "cpu", kernels._BACKENDS["cuda"])
-    monkeypatch.setattr(cuda.CUDAPlan.__init__, "__defaults__", (log_block,))
+    for plan in (cuda.CUDAPlan, displaced_cuda.DisplacedCUDAPlan):
+        monkeypatch.setattr(plan.__init__, "__defaults__", (log_block,))
 
     # It cuts float32 off to bfloat16, where devices round to nearest even.
     convert = interpreter._convert_float
@@ -69,6 +70,15 @@ def compiler(request, monkeypatch):
         # So that weights of a test have several pieces, and slices longer than one.
         monkeypatch.setattr(stock, "PIECE", 1 << 12)
         monkeypatch.setattr(stock, "FLAT", 1 << 9)
+    if request.param == "triton":
+        use_triton_on_the_cpu(monkeypatch, log_block=8)
+    return request.param
+
+
+@pytest.fixture(params=["numba", "triton"])
+def kernel(request, monkeypatch):
+    """Whose kernels change on CPU tensors what a wrapped optimizer did."""
+    require(request.param)
     if request.param == "triton":
         use_triton_on_the_cpu(monkeypatch, log_block=8)
     return request.param

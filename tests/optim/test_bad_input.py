@@ -121,7 +121,7 @@ def test_betas_are_two_numbers(betas):
 def test_each_beta_is_a_number(betas):
     with pytest.raises(ValueError, match="beta parameter at index") as error:
         normwise.AdamP([torch.ones(2, 2, requires_grad=True)], betas=betas)
-    one_line(error, "must be a number, at least 0 and below 1")
+    one_line(error, "must be a number, 0 or more and below 1")
 
 
 @pytest.mark.parametrize("value", [["channel"], 3, True, b"auto"])

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import normwise
 from normwise import View
+from normwise.optim import displaced
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -111,16 +112,147 @@ def test_no_step_waits_for_the_device(name, options, dtype, tensor_lr, how):
             optimizer.step()
 
 
+WRAPPERS = {
+    "tangential": lambda o, view: normwise.tangential(o, view, wd_ratio=0.3),
+    "tangential, norm fixed": lambda o, view: normwise.tangential(o, view, norm="fixed"),
+    "hyperball": normwise.sphere,
+    "great circle": lambda o, view: normwise.sphere(o, view, path="geodesic"),
+    "raw": lambda o, view: normwise.sphere(o, view, update="raw"),
+    "raw with a floor": lambda o, view: normwise.sphere(o, view, update="raw", floor=1e-2),
+    "exponential map": lambda o, view: normwise.sphere(o, view, update="raw", path="geodesic"),
+}
+
+
+def wrapped(name, view, params, **options):
+    options = {"lr": 1e-2, "weight_decay": 0.1 if "tangential" in name else 0.0, **options}
+    return WRAPPERS[name](torch.optim.AdamW(params, **options), view)
+
+
+@contextmanager
+def by_the_kernels():
+    """An error for weights that the kernels around another optimizer leave to the plain way."""
+    find, taken = displaced.Displacements._fused, []
+    displaced.Displacements._fused = lambda self, items, known: (
+        taken.append(len(members := find(self, items, known)) == len(items)) or members
+    )
+    try:
+        yield
+    finally:
+        displaced.Displacements._fused = find
+    assert taken
+    assert all(taken)
+
+
+@pytest.mark.parametrize("view", ["channel", "channel(1)", "layer"])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapped_step_is_the_plain_way_in_float64(name, view):
+    """On the device by the kernels, on the host without."""
+    ours = weights(torch.float64)
+    theirs = [p.detach().cpu().requires_grad_() for p in ours]
+    optimizer, plain = (wrapped(name, view, params) for params in (ours, theirs))
+    for step in range(3):
+        set_gradients(ours, step)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = p.grad.cpu()
+        with by_the_kernels():
+            optimizer.step()
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(displaced.Displacements, "_fused", lambda *_: [])
+            plain.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.cpu(), q, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("view", ["channel", "channel(1)", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapped_step_is_so_up_to_the_rounding_of_a_dtype(name, dtype, view):
+    """What the wrapped optimizer did is the same on both ways, which start from one state."""
+    ours = weights(dtype)
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    optimizer, plain = (wrapped(name, view, params) for params in (ours, theirs))
+    for step in range(2):
+        for params in (ours, theirs):
+            set_gradients(params, step)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = p.grad.clone()
+        with by_the_kernels():
+            optimizer.step()
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(displaced.Displacements, "_fused", lambda *_: [])
+            plain.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=8 * torch.finfo(dtype).eps, atol=1e-6)
+            p.data.copy_(q)
+
+
 @pytest.mark.parametrize("view", ["channel", "layer"])
-def test_tangential_does_not_wait_for_the_device(view):
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("name", ["tangential", "hyperball", "great circle"])
+def test_no_wrapped_step_waits_for_the_device(name, tensor_lr, view):
     params = weights()
-    options = {"lr": 1e-2, "weight_decay": 0.1}
-    optimizer = normwise.tangential(torch.optim.AdamW(params, fused=True, **options), view)
+    options = {"lr": torch.tensor(1e-2, device="cuda")} if tensor_lr else {}
+    optimizer = wrapped(name, view, params, fused=True, **options)
     for step in range(3):
         set_gradients(params, step)
         torch.cuda.synchronize()
+        if step == 0:  # compiles, and makes its plan
+            optimizer.step()
+            continue
         with no_waiting():
             optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["tangential", "hyperball", "great circle", "raw"])
+def test_a_replayed_graph_takes_wrapped_steps(name):
+    """With a learning rate on the device that changes between replays."""
+    ours, theirs = weights(torch.float64), weights(torch.float64)
+    lr = torch.tensor(1e-2, device="cuda", dtype=torch.float64)
+    captured = wrapped(name, "channel", ours, lr=lr, capturable=True)
+    plain = wrapped(name, "channel", theirs)
+    set_gradients(ours, 0)
+    set_gradients(theirs, 0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    plain.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for step in range(1, 5):
+        lr.fill_(1e-2 / step)
+        plain.param_groups[0]["lr"] = 1e-2 / step
+        held = [p.grad for p in ours]
+        set_gradients(theirs, step)
+        for grad, q in zip(held, theirs, strict=True):
+            grad.copy_(q.grad)
+        graph.replay()
+        plain.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("stochastic_rounding", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("view", [View.channel(), View.layer()])
+def test_no_norm_drifts_on_the_device(view, dtype, stochastic_rounding):
+    """Within one spacing of numbers of the stored radius, after 500 steps."""
+    w = torch.randn(64, 5000, device="cuda").to(dtype).requires_grad_()
+    optimizer = normwise.sphere(
+        torch.optim.AdamW([w], lr=0.02, weight_decay=0.0),
+        view,
+        stochastic_rounding=stochastic_rounding,
+    )
+    radius = optimizer.radii[w].clone()
+    for step in range(500):
+        generator = torch.Generator("cuda").manual_seed(step)
+        w.grad = torch.randn(w.shape, device="cuda", generator=generator).to(dtype)
+        optimizer.step()
+    spacing = torch.finfo(dtype).eps * radius.log2().floor().exp2()
+    assert ((normwise.geometry.norms(w.detach(), view) - radius).abs() <= spacing).all()
+    assert torch.equal(optimizer.radii[w], radius)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)

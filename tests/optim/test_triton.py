@@ -155,5 +155,40 @@ for kernel, constants in (
     source = ASTSource(fn=kernel, signature=signature, constexprs=indexed)
     assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
 """
+    run_without_interpreter(code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["FREE", "FIXED", "RETRACT", "GEODESIC"])
+def test_the_kernels_around_another_optimizer_compile_for_a_gpu(path):
+    code = f"""
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from normwise.optim.kernels import displaced_cuda
+
+k, kernels = displaced_cuda.k, displaced_cuda.kernels
+kind = dict(noise=1e-7, path=k.{path})
+dtypes = dict(dtype=tl.bfloat16, compute=tl.float32)
+short = dict(rows=16, columns=256, looped=False, strided=False, aligned=True)
+long = dict(rows=16, columns=64, looped=True, strided=True, aligned=False)
+for kernel, constants in (
+    (kernels.move, dict(**short, **kind, how=k.RELATIVE | k.STOCHASTIC, **dtypes)),
+    (kernels.move, dict(**long, **kind, how=k.FLOORED, **dtypes)),
+    (kernels.gather, dict(**kind, how=0, compute=tl.float32, block=1024)),
+    (kernels.finish, dict(aligned=True, how=0, **dtypes, block=4096)),
+):
+    signature = {{
+        name: "constexpr" if name in constants else "i32" if name == "seed" else "*i64"
+        for name in kernel.arg_names
+    }}
+    indexed = {{(kernel.arg_names.index(name),): x for name, x in constants.items()}}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=indexed)
+    assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+"""
+    run_without_interpreter(code)
+
+
+def run_without_interpreter(code):
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

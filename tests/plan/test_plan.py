@@ -221,29 +221,3 @@ def test_of_a_sphere_the_angle_is_the_learning_rates_and_norms_stay():
     assert "Norms are fixed" in str(found)
     with pytest.raises(ValueError, match="norms on spheres do not decay, but weight_decay is"):
         plan(Settings("sphere", 0.1, 0.1, 100), [row.weights])
-
-
-def test_a_network_without_invariant_weights_is_told_what_to_do(tmp_path, monkeypatch, capsys):
-    (tmp_path / "plain.py").write_text(
-        "import torch\ndef build():\n    return torch.nn.Linear(3, 2), torch.randn(4, 3)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    assert (
-        cli.main(
-            [
-                "plan",
-                "--optimizer",
-                "sgd",
-                "--lr",
-                "1",
-                "--weight-decay",
-                "0",
-                "--model",
-                "plain:build",
-            ]
-        )
-        == 2
-    )
-    error = capsys.readouterr().err
-    assert "has no scale-invariant weight" in error
-    assert "normwise inspect" in error

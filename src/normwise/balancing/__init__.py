@@ -4,6 +4,7 @@ The room is ``normwise.balancing`` and its main function ``normwise.balance``, s
 hides the other.
 """
 
+from normwise.balancing.biases import correct_biases
 from normwise.balancing.equalizing import equalize
 from normwise.balancing.factors import balance_factors, balance_lora
 from normwise.balancing.least_mass import Balanced, balance
@@ -32,6 +33,7 @@ __all__ = [
     "balance_factors",
     "balance_lora",
     "class_balanced_weights",
+    "correct_biases",
     "equalize",
     "expected_shrink",
     "learn_gamma",

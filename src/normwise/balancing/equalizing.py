@@ -18,7 +18,7 @@ from normwise.balancing.apply import (
 )
 from normwise.balancing.least_mass import Balanced, converge, mass
 from normwise.balancing.rounding import round_weight
-from normwise.balancing.sweep import Sizes, Sweep, largest, least
+from normwise.balancing.sweep import CoordinateDescent, Sizes, largest, least
 from normwise.invariance import Report, Symmetry, Term
 from normwise.invariance.replica import Replica
 from normwise.invariance.scale_maps import sides
@@ -119,7 +119,7 @@ def equalize(
     return Balanced(before, mass(model), sweeps, left, difference, factors)
 
 
-class _Ranges(Sweep):
+class _Ranges(CoordinateDescent):
     """Sweeps in which slices that nothing weighs against take their geometric mean."""
 
     def _best(self, index: int) -> Tensor:

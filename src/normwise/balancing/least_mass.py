@@ -16,7 +16,7 @@ from normwise.balancing.apply import (
     tracks_statistics,
     verified,
 )
-from normwise.balancing.sweep import Sweep
+from normwise.balancing.sweep import CoordinateDescent
 from normwise.invariance import Report, Symmetry
 from normwise.invariance.scale_maps import is_vector
 
@@ -120,36 +120,36 @@ def balance(
     if invariant == "unit":
         families = list(dict.fromkeys((*report.invariances(), *report.symmetries)))
     before = mass(model)
-    sweep = Sweep(
+    descent = CoordinateDescent(
         families,
         params,
         uncounted=uncounted,
         pulls=[_pull(s) for s in families],
     )
-    sweeps = converge(sweep, tolerance, max_sweeps)
-    factors = sweep.factors()
+    sweeps = converge(descent, tolerance, max_sweeps)
+    factors = descent.factors()
     difference = None
     if batch is not None:
         difference, statistics = verified(model, report, batch, factors, accept)
         set_statistics_(model, statistics)
     apply_(params, factors)
-    return Balanced(before, mass(model), sweeps, sweep.without_minimum(), difference, factors)
+    return Balanced(before, mass(model), sweeps, descent.without_minimum(), difference, factors)
 
 
-def converge(sweep: Sweep, tolerance: float, max_sweeps: int) -> int:
+def converge(descent: CoordinateDescent, tolerance: float, max_sweeps: int) -> int:
     """Sweep until no factor changes by more than ``tolerance``; the number of sweeps.
 
     Raises:
         RuntimeError: if ``max_sweeps`` are not enough.
     """
-    if not sweep.symmetries:
+    if not descent.symmetries:
         return 0
     moved = torch.tensor(torch.inf)
     for count in range(1, max_sweeps + 1):
-        moved = sweep.run()
+        moved = descent.run()
         if not moved > tolerance:
             return count
-        if any(bool((logs.abs() > _BOUNDLESS).any()) for logs in sweep.logs):
+        if any(bool((logs.abs() > _BOUNDLESS).any()) for logs in descent.logs):
             raise RuntimeError(
                 "factors grow without bound: along these families together the mass has no "
                 "minimum; with invariant='unit' some scale-invariant weights trade scale with one "

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from normwise.balancing.apply import after_every, apply_, parameters_of
-from normwise.balancing.sweep import Sweep
+from normwise.balancing.sweep import CoordinateDescent
 from normwise.checks import check_at_least_one, check_model, check_report
 from normwise.invariance import Report
 
@@ -119,10 +119,10 @@ class Balance:
         ]
         if not self._families:
             return {}
-        sweep = Sweep(self._families, self._params)
+        descent = CoordinateDescent(self._families, self._params)
         for _ in range(self._sweeps):
-            sweep.run()
-        factors = sweep.factors()
+            descent.run()
+        factors = descent.factors()
         apply_(self._params, factors)
         for _, name, value, power in moves:
             if name in factors:

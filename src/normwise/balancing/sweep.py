@@ -26,7 +26,7 @@ from torch import Tensor
 from normwise.invariance import Symmetry, Term
 from normwise.invariance.scale_maps import is_vector
 
-__all__ = ["Sizes", "Sweep", "largest", "least"]
+__all__ = ["CoordinateDescent", "Sizes", "largest", "least"]
 
 Weighing = Literal["sum", "largest"]
 
@@ -106,7 +106,7 @@ def _root(a: Tensor, rising: Tensor, b: Tensor, sinking: Tensor) -> Tensor:
     return theta
 
 
-class Sweep:
+class CoordinateDescent:
     """Weights under the factors found so far, as squares, and one coordinate step after another.
 
     Args:

@@ -1,13 +1,36 @@
-"""Ranges of settings, whose errors show the value and what is allowed."""
+"""Settings: ranges, whose errors show the value and what is allowed, and what a config says."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import field, fields
 from typing import Any
 
 from normwise.lab.errors import UsageError
 
-__all__ = ["within"]
+__all__ = ["later", "said", "within"]
+
+_LATER = "later"
+
+
+def later(default: Any) -> Any:
+    """A field of settings that came after results had been written.
+
+    At its default it stays out of a cell's config, so that those results stay valid.
+
+    Args:
+        default: its default, which cannot be changed in place.
+    """
+    return field(default=default, metadata={_LATER: True})
+
+
+def said(settings: Any) -> dict[str, Any]:
+    """The fields of settings by name, but for those of :func:`later` at their defaults."""
+    return {
+        f.name: value
+        for f in fields(settings)
+        if (value := getattr(settings, f.name)) != f.default or _LATER not in f.metadata
+    }
 
 
 def within(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normwise.lab.arguments import seconds, seeds, whole
+from normwise.lab.arguments import duration, seconds, seeds, whole
 from normwise.lab.errors import UsageError, require_lab
 
 if TYPE_CHECKING:
@@ -19,9 +21,12 @@ if TYPE_CHECKING:
     from normwise.lab.recipes import Recipe, RecipeCell
     from normwise.lab.running.events import Event
     from normwise.lab.running.results import ResultTable
+    from normwise.monitor import Monitor
 
 __all__ = ["ProgressLines", "add_lab_parsers"]
 
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again.
+_LEFT = 75
 _FORMATS = (".html", ".md", ".tex", ".csv", ".json", ".png", ".svg")
 
 
@@ -68,7 +73,15 @@ def _add_paper(subparsers: Any) -> None:
         ),
     )
     option = run.add_argument
-    option("--scale", default="small", metavar="NAME", help="small or paper (default: small)")
+    option(
+        "--scale", default="small", metavar="NAME", help="small, medium or paper (default: small)"
+    )
+    option(
+        "--monitor",
+        type=Path,
+        metavar="FILE",
+        help="draw what a Monitor sees of the weights, layer by layer, of the only cell",
+    )
     _add_training(run)
     run.set_defaults(run=_paper_run)
     tune = verbs.add_parser(
@@ -114,6 +127,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         metavar="SECONDS",
         help="the most that is lost when it is killed (default: 60)",
+    )
+    option(
+        "--budget",
+        type=duration,
+        metavar="TIME",
+        help=f"30m, 8h: stop cleanly after this; exit code {_LEFT} while something is left",
     )
     option("--quiet", action="store_true", help="show no progress")
     option("--device", default="cpu", metavar="NAME", help="(default: cpu)")
@@ -192,7 +211,23 @@ def _paper_run(arguments: argparse.Namespace) -> int:
     )
     if path is not None and not arguments.quiet:
         print(f"normwise: tuned settings from {path}", file=sys.stderr, flush=True)
-    return _trained(arguments, recipe, cells)
+    if arguments.monitor is None:
+        return _trained(arguments, recipe, cells)
+    if len(cells) > 1 or arguments.jobs > 1 or arguments.executor != "local":
+        raise UsageError(
+            f"--monitor draws one cell that is trained here, and these are {len(cells)}: choose "
+            "one by --rows, --methods and --seeds 1, with --jobs 1"
+        )
+    seen: list[Monitor] = []
+    ended = _trained(arguments, recipe, cells, seen.append)
+    if not seen or not seen[0].history:
+        raise UsageError(
+            "--monitor has nothing to draw: the cell was finished before, or no weight of it is "
+            "scale-invariant"
+        )
+    arguments.monitor.parent.mkdir(parents=True, exist_ok=True)
+    seen[0].plot(arguments.monitor)
+    return ended
 
 
 def _paper_tune(arguments: argparse.Namespace) -> int:
@@ -210,7 +245,7 @@ def _paper_tune(arguments: argparse.Namespace) -> int:
         tuned[scale], arguments.seeds, _names(arguments.methods), _names(arguments.rows)
     )
     ended = _trained(arguments, recipe, cells)
-    if ended == 130 or int(os.environ.get("RANK", "0")) > 0:
+    if ended in (130, _LEFT) or int(os.environ.get("RANK", "0")) > 0:
         return ended
     return _write_tuned(arguments, recipe, tuned[scale])
 
@@ -233,8 +268,16 @@ def _write_tuned(arguments: argparse.Namespace, recipe: Recipe, scale: str) -> i
     return 1 if unfinished else 0
 
 
-def _trained(arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCell]) -> int:
-    """Train cells as the command says, and show what came of them; the exit code."""
+def _trained(
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    cells: list[RecipeCell],
+    watched: Callable[[Monitor], object] = lambda monitor: None,
+) -> int:
+    """Train cells as the command says, and show what came of them; the exit code.
+
+    ``watched`` is called with the monitor of each that is trained in this process.
+    """
     from normwise.lab.data.files import data_root
     from normwise.lab.errors import nearest
     from normwise.lab.parallel import processes
@@ -246,6 +289,8 @@ def _trained(arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCe
             f"unknown executor {arguments.executor!r}: {nearest(arguments.executor, EXECUTORS)}"
         )
     check_parallel(arguments.parallel, arguments.jobs, arguments.executor)
+    if arguments.parallel is not None and arguments.budget is not None:
+        raise UsageError("--budget goes with one process for a training: leave out --parallel")
     with processes(
         arguments.parallel,
         f"paper run {arguments.recipe}",
@@ -265,7 +310,7 @@ def _trained(arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCe
                 trust=arguments.trust,
             )
             return 0
-        return _run_and_show(arguments, recipe, cells, together)
+        return _run_and_show(arguments, recipe, cells, together, watched)
 
 
 @dataclass
@@ -275,14 +320,17 @@ class ProgressLines:
     Args:
         total: how many cells there are.
         quiet: whether nothing is shown.
+        watched: called with the monitor of each cell that is trained here.
     """
 
     total: int
     quiet: bool
+    watched: Callable[[Monitor], object] = lambda monitor: None
     done: int = 0
     begin: float = field(default_factory=time.monotonic)
-    # Of each cell that was trained here, the share that is done.
+    # Of each cell that was trained here, the share that is done, and what of it was done here.
     _shares: dict[str, float] = field(default_factory=dict)
+    _fresh: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, event: Event) -> None:
         from normwise.lab.recipes.grids import point_name
@@ -299,17 +347,24 @@ class ProgressLines:
         who = f"{event.cell.row} {event.cell.method}{at} seed {event.cell.seed}"
         if isinstance(event, Measured | Started):
             self._shares.setdefault(event.cell.folder, 0.0)
+            if isinstance(event, Started) and event.monitor is not None:
+                self.watched(event.monitor)
         elif isinstance(event, Finished):
+            if event.result["status"] == "unfinished":
+                return
             self.done += 1
             if event.result["status"] == "skipped":
                 print(f"normwise: skipped: {event.result['error']}", file=sys.stderr)
                 return
             if event.cell.folder in self._shares:
+                before = self._shares[event.cell.folder] - self._fresh.get(event.cell.folder, 0.0)
+                self._fresh[event.cell.folder] = 1.0 - before
                 self._shares[event.cell.folder] = 1.0
             shown = event.result.get("metrics") or event.result.get("error")
             self._show(f"{self.done}/{self.total} {who}: {_spelled(shown)}{self._left()}")
         elif isinstance(event, Progress):
             self._shares[event.cell.folder] = event.share
+            self._fresh[event.cell.folder] = event.fresh
             norm = "" if event.growth is None else f"norm ×{event.growth:.2f}, "
             self._show(
                 f"{who}: {100 * event.share:.0f}%, loss {event.loss:.4g}, {norm}"
@@ -320,12 +375,18 @@ class ProgressLines:
         """How long all will take, at the pace of what has been trained since the start."""
         from normwise.lab.running.pace import spelled
 
-        trained = sum(self._shares.values())
+        seconds = self.seconds_left
+        return "" if seconds is None else f"; {spelled(seconds)} in all"
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long all will take; None where all is done, or nothing is known of the pace."""
+        trained, fresh = sum(self._shares.values()), sum(self._fresh.values())
         known = self.done - sum(share == 1.0 for share in self._shares.values())
         left = self.total - known - trained
-        if left < 1e-9 or trained < 1e-9:
-            return ""
-        return f"; {spelled((time.monotonic() - self.begin) / trained * left)} in all"
+        if left < 1e-9 or fresh < 1e-9:
+            return None
+        return (time.monotonic() - self.begin) / fresh * left
 
     def _show(self, line: str) -> None:
         if not self.quiet:
@@ -340,13 +401,19 @@ def _spelled(shown: object) -> str:
 
 
 def _run_and_show(
-    arguments: argparse.Namespace, recipe: Recipe, cells: list[RecipeCell], together: Processes
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    cells: list[RecipeCell],
+    together: Processes,
+    watched: Callable[[Monitor], object],
 ) -> int:
     """What the first process, or the only one, does."""
     from normwise.lab.data.files import data_root
     from normwise.lab.recipes import text
+    from normwise.lab.running.cell import CONFIG
     from normwise.lab.running.executors import check_trust, run_cells
     from normwise.lab.running.export import as_data, as_markdown
+    from normwise.lab.running.pace import spelled
     from normwise.lab.running.results import RECIPE, read_cells, tables
     from normwise.lab.store import write_atomically
 
@@ -354,6 +421,7 @@ def _run_and_show(
     folder = arguments.out / f"{recipe.id}-{cells[0].scale}"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RECIPE, text(arguments.recipe).encode())
+    lines = ProgressLines(len(cells), arguments.quiet, watched)
     try:
         results = run_cells(
             cells,
@@ -363,9 +431,10 @@ def _run_and_show(
             executor=arguments.executor,
             device=arguments.device,
             checkpoint_seconds=arguments.checkpoint_every,
-            observe=ProgressLines(len(cells), arguments.quiet),
+            observe=lines,
             processes=together,
             trust=arguments.trust,
+            until=math.inf if arguments.budget is None else time.time() + arguments.budget,
         )
     except KeyboardInterrupt:
         print("normwise: interrupted; run the same command again to go on", file=sys.stderr)
@@ -373,7 +442,7 @@ def _run_and_show(
     whole = [
         arguments.out / cell.folder
         for cell, result in zip(cells, results, strict=True)
-        if result["status"] != "skipped"
+        if result["status"] != "skipped" and (arguments.out / cell.folder / CONFIG).exists()
     ]
     made = tables(read_cells(whole)) if whole else []
     if arguments.json:
@@ -381,6 +450,15 @@ def _run_and_show(
     else:
         print(as_markdown(made))
         print(f"normwise report {folder} --out report.html")
+    unfinished = sum(result["status"] == "unfinished" for result in results)
+    if unfinished:
+        left = "" if lines.seconds_left is None else f", about {spelled(lines.seconds_left)}"
+        print(
+            f"normwise: out of time: {unfinished} of {len(cells)} trainings are left{left}; run "
+            "the same command again to go on",
+            file=sys.stderr,
+        )
+        return _LEFT
     # That a point of a sweep diverges is what some are there to find.
     fine = (
         result["status"] in (("ok", "failed") if cell.point else ("ok",))

@@ -10,6 +10,7 @@ from enum import Enum
 from statistics import fmean, median, stdev
 from typing import Any
 
+from scipy.special import nctdtr
 from scipy.stats import t as student_t
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "findings",
     "headline",
     "listed",
+    "power",
     "rows",
     "seed_half_width",
+    "seeds_needed",
     "summarize",
 ]
 
@@ -139,18 +142,31 @@ class Verdict(Enum):
     BETTER = "better"
     WORSE = "worse"
     WITHIN_CHANCE = "within chance"
+    NO_DIFFERENCE = "no difference"
+    CANNOT_TELL = "cannot tell at this size"
     ONE_SEED = "one seed"
 
     @classmethod
     def of(
-        cls, difference: float, half_width: float | None, higher_is_better: bool = True
+        cls,
+        difference: float,
+        half_width: float | None,
+        higher_is_better: bool = True,
+        claimed: float | None = None,
     ) -> Verdict:
-        """Better or worse only where the 95% interval of the difference leaves out zero."""
+        """Better or worse only where the 95% interval of the difference leaves out zero.
+
+        Where it does not, and it is known which difference is claimed: no difference if the whole
+        interval lies nearer to zero than that, and otherwise there is no telling.
+        """
         if half_width is None:
             return cls.ONE_SEED
-        if abs(difference) <= half_width or difference == 0:
+        if abs(difference) > half_width and difference != 0:
+            return cls.BETTER if (difference > 0) == higher_is_better else cls.WORSE
+        if not claimed:
             return cls.WITHIN_CHANCE
-        return cls.BETTER if (difference > 0) == higher_is_better else cls.WORSE
+        nearer = abs(difference) + half_width < abs(claimed)
+        return cls.NO_DIFFERENCE if nearer else cls.CANNOT_TELL
 
 
 def seed_half_width(differences: Sequence[float]) -> float | None:
@@ -159,6 +175,43 @@ def seed_half_width(differences: Sequence[float]) -> float | None:
     if n < 2:
         return None
     return float(student_t.ppf(0.975, n - 1)) * stdev(differences) / math.sqrt(n)
+
+
+# What is asked of an experiment: the chance of seeing a difference that is there.
+_POWER, _LEVEL = 0.8, 0.05
+_MOST_SEEDS = 10_000
+
+
+def power(effect: float, seeds: int) -> float:
+    """The chance that a two-sided paired t test at 5% sees a difference.
+
+    Args:
+        effect: the difference over the standard deviation of its values, one a seed.
+        seeds: 2 or more.
+    """
+    df, shift = seeds - 1, abs(effect) * math.sqrt(seeds)
+    critical = float(student_t.ppf(1 - _LEVEL / 2, df))
+    return float(1 - nctdtr(df, shift, critical) + nctdtr(df, shift, -critical))
+
+
+def seeds_needed(difference: float, sd: float) -> int | None:
+    """How many seeds see ``difference`` with a chance of 80%; none if 10,000 do not suffice.
+
+    Chance in the test examples, which seeds share, is left out.
+
+    Args:
+        difference: that is looked for.
+        sd: the standard deviation of paired differences, one a seed.
+    """
+    if difference == 0:
+        return None
+    if sd == 0:
+        return 2
+    # The normal distribution's answer, which is below Student's, and far from it only for a few.
+    seeds = max(2, math.floor(((1.96 + 0.8416) * sd / difference) ** 2))
+    while seeds <= _MOST_SEEDS and power(difference / sd, seeds) < _POWER:
+        seeds += 1
+    return seeds if seeds <= _MOST_SEEDS else None
 
 
 def example_half_width(

@@ -44,6 +44,7 @@ from normwise.monitor.whole import (
     OscillationRate,
     UtilizedRank,
     WeightQuantity,
+    cosines,
     spectral,
 )
 from normwise.monitor.writers import JsonLines, MLflow, Parquet, TensorBoard, WandB
@@ -92,6 +93,7 @@ __all__ = [
     "UtilizedRank",
     "WandB",
     "WeightQuantity",
+    "cosines",
     "every",
     "first",
     "log_spaced",

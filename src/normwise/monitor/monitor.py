@@ -239,7 +239,8 @@ class Monitor:
         """Draw norms, angular updates, effective learning rates, and measured against predicted.
 
         Args:
-            path: a file whose suffix says the format; without it nothing is written.
+            path: a file whose suffix says the format; without it nothing is written. ``.svg``
+                follows the reader's light or dark system.
 
         Returns:
             The matplotlib figure.
@@ -248,12 +249,13 @@ class Monitor:
             ImportError: without matplotlib.
             ValueError: if nothing has been measured yet.
         """
-        from normwise.monitor.plots import draw
+        from normwise.figures import matplotlib_figure, save
+        from normwise.monitor.plots import picture
 
-        figure = draw(self._data())
+        drawn = picture(self._data())
         if path is not None:
-            figure.savefig(path)
-        return figure
+            save(drawn, path)
+        return matplotlib_figure(drawn)
 
     def panels(self) -> dict[str, str]:
         """The pictures of :meth:`plot` one by one, as ``<svg>`` elements to put into a page.

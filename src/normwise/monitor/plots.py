@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +17,6 @@ from normwise.figures import (
     Lines,
     Series,
     Spacing,
-    matplotlib_figure,
     nth_of,
     piece,
     short_names,
@@ -27,7 +25,7 @@ from normwise.figures.layout import natural_height
 from normwise.monitor.history import History
 from normwise.updates import Update
 
-__all__ = ["charts", "draw", "panels"]
+__all__ = ["charts", "panels", "picture"]
 
 _STEP = Axis("step", Spacing.TIGHT)
 # More columns of a heat map than these would be finer than a screen's pixels.
@@ -56,14 +54,13 @@ def charts(history: History) -> dict[str, Chart]:
     }
 
 
-def draw(history: History) -> Any:
-    """All charts as one matplotlib figure.
+def picture(history: History) -> Figure:
+    """All charts together.
 
     Raises:
-        ImportError: without matplotlib.
         ValueError: if nothing has been measured yet.
     """
-    return matplotlib_figure(Figure("", tuple(charts(history).values()), columns=2, width=1280))
+    return Figure("", tuple(charts(history).values()), columns=2, width=1040)
 
 
 def panels(history: History) -> dict[str, str]:

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normwise.geometry import View
 from normwise.monitor.triggers import Trigger, every
 from normwise.reparam import Oscillation, StatsQ
 from normwise.theory import (
     condition_number,
     effective_rank,
     log_spread,
+    mean_absolute_cosine,
+    mean_cosine,
     stable_rank,
     utilized_ranks,
 )
@@ -32,6 +35,7 @@ __all__ = [
     "UtilizedRank",
     "WeightQuantity",
     "acting_weight",
+    "cosines",
     "spectral",
 ]
 
@@ -126,6 +130,23 @@ def spectral(when: Trigger | None = None) -> tuple[OfEach, ...]:
         A quantity for each.
     """
     return tuple(OfEach(name, function, when) for name, function in SPECTRAL.items())
+
+
+def cosines(view: View | str = "channel", when: Trigger | None = None) -> tuple[OfEach, ...]:
+    """How alike a weight's slices are: the mean cosine of all pairs, and the mean absolute one.
+
+    Args:
+        view: the slices, of every watched weight (default: ``"channel"``, the output channels).
+        when: see :class:`WeightQuantity`.
+
+    Returns:
+        A quantity for each.
+    """
+    view = View.parse(view) if isinstance(view, str) else view
+    return (
+        OfEach("mean_cosine", lambda w: mean_cosine(w, view), when),
+        OfEach("mean_absolute_cosine", lambda w: mean_absolute_cosine(w, view), when),
+    )
 
 
 class UtilizedRank(WeightQuantity):

@@ -168,7 +168,9 @@ class NormwiseOptimizer(Optimizer):
         Returns:
             Where there are DTensors, what ends their step.
         """
-        if any(is_sharded(p) for part in parts for p in part.params):
+        # Types are compared faster than they are asked for a base.
+        plain = all(_PLAIN.issuperset(map(type, part.params)) for part in parts)
+        if not plain and any(is_sharded(p) for part in parts for p in part.params):
             return self._step_sharded(parts)
         self._step_parts(parts, 0)
         return None
@@ -377,6 +379,9 @@ class NormwiseOptimizer(Optimizer):
                 if "step" in p_state and not isinstance(p_state["step"], Tensor):
                     step = float(p_state["step"])
                     p_state["step"] = new_step(p, group["capturable"]).fill_(step)
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def new_step(p: Tensor, capturable: bool) -> Tensor:

@@ -370,9 +370,10 @@ def groups(
     if not isinstance(matrices, Mapping):
         return ByRole(given, params, routes)
     found = _plain_groups(params, routes)
-    of_vectors = {"weight_decay": 0.0}
+    # A group that brings a decay of its own is of vectors, which are not decayed.
+    undecayed = {"weight_decay": 0.0}
     return [
-        group | dict(given[group["optimizer"]]) | (of_vectors if "weight_decay" in group else {})
+        group | dict(given[group["optimizer"]]) | (undecayed if "weight_decay" in group else {})
         for group in found
     ]
 

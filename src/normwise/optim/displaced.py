@@ -3,15 +3,14 @@
 For the step of the wrapped optimizer a weight w either stays where it is, and a copy is made, so
 that it holds w + d afterwards; or the optimizer is handed a buffer of zeros in its place, which
 then holds d. Sums over slices give a and b of a·w + b·d (:mod:`normwise.optim.motion`); of slices
-that are split over ranks they are exchanged, those of all weights together. Dense weights on the
-CPU whose norms are fixed, or whose steps only lose their radial part, go through one fused kernel;
-all others, and all where norms change, rounding is stochastic or slices are split, take the plain
-way here, which is the ground truth.
+that are split over ranks they are exchanged, those of all weights together. Dense weights whose
+norms are fixed, or whose steps only lose their radial part, go through fused kernels where there
+are some; all others, and all where norms change or slices are split, take the plain way here, which
+is the ground truth.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from normwise.geometry import View
-from normwise.optim.kernels import use_fused
+from normwise.optim.kernels import displaced_plan, moves_displaced, use_fused
 from normwise.optim.kernels._layout import memory_layout
 from normwise.optim.motion import Form, KernelStep, Outcome
 from normwise.optim.projection import BATCHED_ENTRIES, batch, is_alias, unbatch_
@@ -100,6 +99,23 @@ class Item:
     view: View
 
 
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What was found of a weight, and holds while its form and its place are the same.
+
+    Attributes:
+        form: shape, strides and where it is.
+        view: its slices.
+        place: where these live; None if this rank has no part in the weight.
+        whole: the view for kernels; None if there are none for such a weight.
+    """
+
+    form: Any
+    view: View
+    place: Place | None
+    whole: View | None
+
+
 @dataclass
 class Batch:
     """Weights of one place, dtype and group, moved together.
@@ -152,6 +168,7 @@ class Displacements:
         self._places: dict[Any, Place | None] = {}
         self._kept: dict[Tensor, Tensor] = {}
         self._zero: set[Tensor] = set()  # the parameters whose buffer is zero
+        self._kept_forms: dict[Tensor, _Known] = {}
         self._plans: dict[Any, Any] = {}
 
     @contextmanager
@@ -170,10 +187,10 @@ class Displacements:
             A dictionary that is empty until the step is done.
         """
         zero = [p for p, _ in params if from_zero(p)]
-        swapped = {p: p.data for p in zero if self._may_be_swapped(p)}
+        buffers = {p: self._buffer(p) for p, _ in params}
+        swapped = {p: p.data for p in zero if _may_be_swapped(p, buffers[p])}
         copied = [p for p, _ in params if p not in swapped]
         shards = {p: local(p) for p in copied}
-        buffers = {p: self._buffer(p) for p, _ in params}
         if copied:
             torch._foreach_copy_([buffers[p] for p in copied], [shards[p] for p in copied])
             self._zero.difference_update(copied)
@@ -202,15 +219,6 @@ class Displacements:
                 result = Outcome.FROM_ZERO if p in known else Outcome.MOVED
                 stepped[p] = Displaced(p, group, buffers[p], local(p), result)
 
-    def _may_be_swapped(self, p: Tensor) -> bool:
-        """Whether a buffer can take the place of a parameter: of a plain tensor, with its strides.
-
-        Of what is compiled together with the step it cannot: nothing tells it of the other memory.
-        """
-        if is_sharded(p) or torch.compiler.is_compiling() or p.is_neg() or p.is_conj():
-            return False
-        return self._buffer(p).stride() == p.stride()
-
     def _buffer(self, p: Tensor) -> Tensor:
         """Memory of the form of a parameter on this rank, the same in every step."""
         shard, kept = local(p), self._kept.get(p)
@@ -224,7 +232,7 @@ class Displacements:
         self,
         items: Sequence[Item],
         coefficients: Callable[[Batch], tuple[Tensor, Tensor]],
-        row: Callable[[Item], KernelStep] | None,
+        row: Callable[[Mapping[str, Any]], KernelStep] | None,
         radius: Callable[[Tensor], Tensor] | None = None,
         others: Others | None = None,
     ) -> None:
@@ -234,18 +242,19 @@ class Displacements:
             items: weights that were stepped.
             coefficients: gives a and b of a·w + b·d, of the shape of sums without their last
                 dimension.
-            row: the same in numbers, for kernels; None where they do not know how.
+            row: the same of a group in numbers, for kernels; None where they do not know how.
             radius: gives the radii of all slices of a weight, for kernels.
             others: whose sums are exchanged with these.
         """
-        fused = self._fused(items) if row is not None else []
+        known = [self._known(item) for item in items]
+        fused = self._fused(items, known) if row is not None else []
         if fused:
             assert row is not None
-            self._end_fused_([items[i] for i in fused], row, radius)
+            self._end_fused_([items[i] for i in fused], [known[i] for i in fused], row, radius)
         taken = set(fused)
         buckets: dict[Any, tuple[Place, list[int]]] = {}
         for i, item in enumerate(items):
-            place, of = self._place(item.of.p, item.view), item.of
+            place, of = known[i].place, item.of
             if place is None or i in taken:
                 continue
             alone = i if of.before.numel() > BATCHED_ENTRIES else -1
@@ -297,17 +306,28 @@ class Displacements:
             if new is not local(of.p):
                 of.write_(new, self._stochastic_rounding)
 
-    def _fused(self, items: Sequence[Item]) -> list[int]:
+    def _known(self, item: Item) -> _Known:
+        """What is known of a weight; the same object as long as its form and its place are."""
+        p, w, view = item.of.p, item.of.after, item.view
+        where = (p.placements, p.device_mesh) if is_sharded(p) else p.device
+        form = (w.shape, w.stride(), where)
+        known = self._kept_forms.get(p)
+        if known is None or known.view is not view or known.form != form:
+            place = self._place(p, view)
+            whole = None if place is None else place.layout.whole
+            fits = whole is not None and w.numel() > 0 and memory_layout(w, whole) is not None
+            known = _Known(form, view, place, whole if fits else None)
+            self._kept_forms[p] = known
+        return known
+
+    def _fused(self, items: Sequence[Item], known: Sequence[_Known]) -> list[int]:
         """Which of the weights a kernel takes."""
-        by_dtype: dict[torch.dtype, list[int]] = {}
-        for i, item in enumerate(items):
-            w, place = item.of.after, self._place(item.of.p, item.view)
-            if place is None or place.layout.whole is None or w.device.type != "cpu":
+        by_kind: dict[Any, list[int]] = {}
+        for i, (item, of_weight) in enumerate(zip(items, known, strict=True)):
+            w = item.of.after
+            if of_weight.whole is None or w.is_neg() or w.stride() != item.of.before.stride():
                 continue
-            if w.numel() == 0 or w.is_neg() or w.stride() != item.of.before.stride():
-                continue
-            if memory_layout(w, place.layout.whole) is not None:
-                by_dtype.setdefault(w.dtype, []).append(i)
+            by_kind.setdefault((w.dtype, w.device), []).append(i)
         options = {
             "fused": None,
             "foreach": None,
@@ -316,41 +336,52 @@ class Displacements:
         }
         return [
             i
-            for members in by_dtype.values()
-            if use_fused(options, [items[i].of.after for i in members])
+            for (_, device), members in by_kind.items()
+            if moves_displaced(device.type)
+            and use_fused(options, [items[i].of.after for i in members])
             for i in members
         ]
 
     def _end_fused_(
         self,
         items: Sequence[Item],
-        row: Callable[[Item], KernelStep],
+        known: Sequence[_Known],
+        row: Callable[[Mapping[str, Any]], KernelStep],
         radius: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        by_dtype: dict[torch.dtype, list[tuple[Item, Place]]] = {}
-        for item in items:
-            place = self._place(item.of.p, item.view)
-            assert place is not None
-            by_dtype.setdefault(item.of.p.dtype, []).append((item, place))
-        for dtype, members in by_dtype.items():
-            stepped = [item.of for item, _ in members]
-            rows = [row(item) for item, _ in members]
-            forms = [
-                Form(of.after.shape, of.after.stride(), place.layout.whole, r.path, of.outcome)
-                for of, (_, place), r in zip(stepped, members, rows, strict=True)
-                if place.layout.whole is not None
-            ]
-            key = (dtype, *forms)
+        by_kind: dict[Any, list[int]] = {}
+        for i, item in enumerate(items):
+            by_kind.setdefault((item.of.after.dtype, item.of.after.device), []).append(i)
+        for kind, members in by_kind.items():
+            stepped, of_weights = [items[i].of for i in members], [known[i] for i in members]
+            groups = list({id(of.group): of.group for of in stepped}.values())
+            numbers = {id(group): number for number, group in enumerate(groups)}
+            of_groups = [numbers[id(of.group)] for of in stepped]
+            rows = [row(group) for group in groups]
+            path = rows[0].path
             after, before = [of.after for of in stepped], [of.before for of in stepped]
+            outcomes = [of.outcome.value for of in stepped]
+            key = (*kind, path, *of_weights, *outcomes, *of_groups)
             if key not in self._plans:
                 if len(self._plans) >= _KEPT_PLANS:
                     del self._plans[next(iter(self._plans))]
-                module: Any = importlib.import_module("normwise.optim.kernels.displaced")
-                self._plans[key] = module.DisplacedPlan(after, forms)
+                parts = zip(stepped, of_weights, of_groups, strict=True)
+                forms = [
+                    Form(of.after.shape, of.after.stride(), about.whole, path, of.outcome, group)
+                    for of, about, group in parts
+                    if about.whole is not None
+                ]
+                self._plans[key] = displaced_plan(after, forms)
             radii = None
             if radius is not None:
-                radii = [place.of_these(radius(item.of.p)) for item, place in members]
-            self._plans[key].step_(after, before, rows, radii)
+                radii = [
+                    about.place.of_these(radius(of.p))
+                    for of, about in zip(stepped, of_weights, strict=True)
+                    if about.place is not None
+                ]
+            self._plans[key].step_(
+                after, before, rows, radii, stochastic_rounding=self._stochastic_rounding
+            )
             self._zero.update(of.p for of in stepped if of.outcome is Outcome.IN_PLACE)
             torch.autograd.graph.increment_version([local(of.p) for of in stepped])
 
@@ -406,6 +437,16 @@ def _slice_numbers(channels: Tensor, p: Tensor, view: View) -> Tensor:
 def count(p: Tensor, view: View) -> int:
     """The number of slices of the whole of a weight."""
     return p.shape[view.dim] if view.kind == "channel" else view.count
+
+
+def _may_be_swapped(p: Tensor, buffer: Tensor) -> bool:
+    """Whether a buffer can take the place of a parameter: of a plain tensor, with its strides.
+
+    Of what is compiled together with the step it cannot: nothing tells it of the other memory.
+    """
+    if is_sharded(p) or torch.compiler.is_compiling() or p.is_neg() or p.is_conj():
+        return False
+    return buffer.stride() == p.stride()
 
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:

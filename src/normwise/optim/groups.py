@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Collection, Mapping
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from normwise.checks import check_number
 from normwise.geometry import View
 from normwise.optim.projection import ViewOption
 
@@ -69,24 +69,6 @@ def _meant(key: str, options: Collection[str]) -> str | None:
     return next((o for o in options if "_" in o and key.lower() in o.split("_")), None)
 
 
-def check_number(name: str, value: object, below: float = math.inf) -> None:
-    """Raise ValueError unless ``value`` is a number with 0 <= value < below.
-
-    Intentionally no look at the value of a tensor: that would wait for its device.
-    """
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(
-                f"Invalid {name}: a tensor of shape {tuple(value.shape)}; must have one element"
-            )
-        return
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < below:  # type: ignore[operator]  # of Real
-        limit = "finite and 0 or more" if below == math.inf else f"at least 0 and below {below:g}"
-        shown = value if is_number else repr(value)
-        raise ValueError(f"Invalid {name}: {shown}; must be a number, {limit}")
-
-
 def as_view_option(value: object) -> ViewOption:
     """A ``view`` option as users write it: ``"auto"``, a :class:`View` or its spelling, None."""
     if value is None or isinstance(value, View):
@@ -115,7 +97,7 @@ def check_not_flattened(p: Tensor, view: object) -> None:
 
 
 def _number(name: str, below: float = math.inf) -> Callable[[object], None]:
-    return lambda value: check_number(name, value, below)
+    return lambda value: check_number(name, value, below=below)
 
 
 def _flag(name: str, *others: object) -> Callable[[object], None]:

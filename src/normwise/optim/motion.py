@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from normwise.checks import check_number
 from normwise.geometry import View
-from normwise.optim.groups import check_number
 from normwise.optim.projection import retraction
 from normwise.optim.sums import divisor
 
@@ -130,6 +130,7 @@ class Form:
         view: its slices.
         path: of its :class:`KernelStep`.
         outcome: what the wrapped optimizer left.
+        group: which of the steps that a plan is given is its.
     """
 
     shape: torch.Size
@@ -137,24 +138,26 @@ class Form:
     view: View
     path: str
     outcome: Outcome
+    group: int
 
 
 @dataclass(frozen=True)
 class KernelStep:
-    """What the step of one weight is made of, in the numbers that kernels take.
+    """What the step of one group is made of, in the numbers that kernels take.
 
     Attributes:
         path: ``"free"`` and ``"fixed"`` as of :func:`projected`, the others as of
-            :func:`coefficients` where norms are fixed.
-        keep: 1 − ηλρ, for ``"free"``.
-        lr: θ, for relative updates.
+            :func:`coefficients` where norms are fixed. All groups of an optimizer have one, and one
+            kind of update.
+        keep: 1 − ηλρ, for ``"free"``; a tensor if only the device knows it.
+        lr: θ, for relative updates; likewise.
         floor: the least length of a raw update, in radii.
         is_relative: whether updates are θR long.
     """
 
     path: Literal["free", "fixed", "retract", "geodesic"]
-    keep: float = 1.0
-    lr: float = 0.0
+    keep: float | Tensor = 1.0
+    lr: float | Tensor = 0.0
     floor: float = 0.0
     is_relative: bool = False
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from normwise.checks import check_optimizer
+from normwise.checks import check_number, check_optimizer
 from normwise.geometry import View, computing_dtype
 from normwise.optim.displaced import Batch, Displaced, Displacements, Item
-from normwise.optim.groups import check_number, names_of
+from normwise.optim.groups import names_of
 from normwise.optim.joint import Family, Moves, Symmetries, check_fixable
 from normwise.optim.motion import (
     WG,
@@ -139,9 +139,9 @@ class Sphere(Wrapper):
         """
         return self._motion.update == "relative" or computing_dtype(p.dtype) != p.dtype
 
-    def _row(self, item: Item) -> KernelStep:
+    def _row(self, group: Mapping[str, Any]) -> KernelStep:
         relative = self._motion.update == "relative"
-        lr = float(item.of.group["lr"]) if relative else 0.0
+        lr = group["lr"] if relative else 0.0
         return KernelStep(self._motion.path, lr=lr, floor=self._motion.floor, is_relative=relative)
 
     def _coefficients(self, b: Batch) -> tuple[Tensor, Tensor]:

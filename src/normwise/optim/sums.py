@@ -60,8 +60,8 @@ def divisor(t: Tensor) -> Tensor:
 def cosine(sums: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
     """|⟨g, w⟩| / (max(‖w‖, eps)·max(‖g‖, eps))."""
     guard = max(eps, torch.finfo(dtype).tiny)
-    norms = [sums[..., square].sqrt().clamp_min(guard) for square in (WW, GG)]
-    return sums[..., WG].abs() / norms[0] / norms[1]
+    norms = sums[..., WW : GG + 1 : GG - WW].sqrt().clamp_min(guard)
+    return sums[..., WG].abs() / norms[..., 0] / norms[..., 1]
 
 
 def shrunk(sums: Tensor, eps: float) -> Tensor:

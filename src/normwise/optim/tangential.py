@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from normwise.checks import check_number
 from normwise.geometry import View
 from normwise.optim.displaced import Batch, Displaced, Displacements, Item, Others
-from normwise.optim.groups import check_norm_option, check_number
+from normwise.optim.groups import check_norm_option
 from normwise.optim.joint import Family, Moves, Removal, Symmetries, check_fixable
 from normwise.optim.motion import KernelStep, projected
 from normwise.optim.step import for_computing, is_nonzero
@@ -90,8 +91,8 @@ class Tangential(Wrapper):
     def _coefficients(self, b: Batch) -> tuple[Tensor, Tensor]:
         return projected(b.sums, self._keep(b.group), self._norm)
 
-    def _row(self, item: Item) -> KernelStep:
-        return KernelStep(self._norm, keep=float(self._keep(item.of.group)))
+    def _row(self, group: Mapping[str, Any]) -> KernelStep:
+        return KernelStep(self._norm, keep=self._keep(group))
 
     def _together(self, taking: Sequence[int], stepped: Mapping[Tensor, Displaced]) -> Others:
         """What is to be done to some families."""

@@ -49,7 +49,7 @@ def forecast(s: Settings, w: Weights) -> PlanRow:
         w: the weight.
     """
     known = w.known(s)
-    rule = s.rule(known["shape"])
+    rule = w.rule(s)
     settled = equilibrium_of(rule, **known)
     if rule.update.is_relative:
         return PlanRow(w, w.norm, settled.angle, 0.0, w.norm, (s.lr, s.lr), 1.0)
@@ -83,7 +83,7 @@ def trajectory(s: Settings, w: Weights) -> tuple[list[float], list[float]]:
         w: the weight.
     """
     lrs, known = s.lrs(), w.known(s)
-    rule = s.rule(known["shape"])
+    rule = w.rule(s)
     found = norm_trajectory(rule, lrs, w.norm, **known)
     if math.isnan(found[-1]):
         return [], []

@@ -13,7 +13,7 @@ from normwise.plan.forecast import PlanRow, forecast, trajectory
 from normwise.plan.printing import notes_of, table_of
 from normwise.plan.settings import Settings, Weights
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "finite", "plan"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Plan:
             "rows": [asdict(row) for row in self.rows],
             "notes": self.notes,
         }
-        return dict(_finite(content))
+        return dict(finite(content))
 
     def plot(self, path: str | Path) -> None:
         """Draw the norms and the angles over the run.
@@ -83,8 +83,6 @@ def plan(settings: Settings, weights: Sequence[Weights]) -> Plan:
             no weight to plan for.
     """
     s = settings
-    if s.steps < 1:
-        raise ValueError(f"Invalid steps: {s.steps}; must be 1 or more")
     takes = [w for w in weights if s.optimizer != "muon" or len(w.shape) in (0, 2)]
     if not takes:
         raise ValueError(f"there is no weight to plan for that {s.optimizer} can train")
@@ -95,9 +93,14 @@ def plan(settings: Settings, weights: Sequence[Weights]) -> Plan:
     return Plan(s, rows, tuple(notes))
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """JSON data with null for numbers that are not finite.
+
+    Args:
+        content: dictionaries, lists and tuples of values.
+    """
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -58,7 +58,7 @@ def notes_of(s: Settings, rows: Sequence[PlanRow]) -> list[str]:
         s: how the run will be trained.
         rows: what to expect of its weights, at least one.
     """
-    rule = s.rule(rows[0].weights.known(s)["shape"])
+    rule = rows[0].weights.rule(s)
     notes = []
     if rule.update.is_relative:
         return [

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from normwise.geometry import View, norms
 from normwise.optim import SGDP, SGDW, AdamP, sphere
+from normwise.plan.timescales import Timescale, timescale
 from normwise.updates import UpdateRule, rule_of
 
-__all__ = ["OPTIMIZERS", "Settings", "Weights", "weights_of"]
+__all__ = ["OF_MATRICES", "OPTIMIZERS", "Settings", "Weights", "weights_of"]
 
 
 class Lion(Optimizer):
@@ -25,39 +26,55 @@ class Lion(Optimizer):
         super().__init__(params, options)
 
 
-def _of_sgd(kind: Callable[..., Optimizer]) -> Callable[[Tensor, Settings], Optimizer]:
-    return lambda p, s: kind([p], lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+Params = Any
+"""As the first argument of an optimizer: parameters, or groups of them."""
 
 
-def _of_adam(kind: Callable[..., Optimizer]) -> Callable[[Tensor, Settings], Optimizer]:
-    return lambda p, s: kind([p], lr=s.lr, betas=s.betas, weight_decay=s.weight_decay)
+def _of_sgd(kind: Callable[..., Optimizer]) -> Callable[[Params, Settings], Optimizer]:
+    return lambda params, s: kind(
+        params, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay, **_ratio(kind, s)
+    )
+
+
+def _of_adam(kind: Callable[..., Optimizer]) -> Callable[[Params, Settings], Optimizer]:
+    return lambda params, s: kind(
+        params, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, **_ratio(kind, s)
+    )
+
+
+def _ratio(kind: Callable[..., Optimizer], s: Settings) -> dict[str, float]:
+    return {"wd_ratio": s.wd_ratio} if kind in (SGDP, AdamP) else {}
 
 
 # How a run's settings make each optimizer; what it does then, describe() knows.
-OPTIMIZERS: dict[str, Callable[[Tensor, Settings], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Params, Settings], Optimizer]] = {
     "sgd": _of_sgd(torch.optim.SGD),
     "sgdw": _of_sgd(SGDW),
     "sgdp": _of_sgd(SGDP),
     "adamw": _of_adam(torch.optim.AdamW),
     "adamp": _of_adam(AdamP),
     "lion": _of_adam(Lion),
-    "muon": lambda p, s: _muon([p], lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay),
-    "sphere": lambda _, s: _sphere(s),
+    "muon": lambda params, s: _muon(
+        params, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay
+    ),
+    "sphere": lambda params, s: _sphere(params, s),
 }
 
+# Those that are for matrices alone.
+OF_MATRICES = frozenset({"muon", "sphere"})
 
-def _muon(params: Any, **options: Any) -> Optimizer:
+
+def _muon(params: Params, **options: Any) -> Optimizer:
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"torch {torch.__version__} has no Muon; it came with torch 2.9")
     made: Optimizer = torch.optim.Muon(params, **options)
     return made
 
 
-def _sphere(s: Settings) -> Optimizer:
+def _sphere(params: Params, s: Settings) -> Optimizer:
     if s.weight_decay:
         raise ValueError(f"norms on spheres do not decay, but weight_decay is {s.weight_decay}")
-    # Any weight will do: what a relative step does depends on none.
-    return sphere(torch.optim.SGD([torch.ones(1, 1)], lr=s.lr), View.layer())
+    return sphere(torch.optim.SGD(params, lr=s.lr), View.layer())
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,8 @@ class Settings:
             raise ValueError(
                 f"Invalid optimizer: {self.optimizer!r}; must be one of {', '.join(OPTIMIZERS)}"
             )
+        if self.steps < 1:
+            raise ValueError(f"Invalid steps: {self.steps}; must be 1 or more")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"Invalid schedule: {self.schedule!r}; must be 'constant' or 'cosine'")
 
@@ -105,18 +124,34 @@ class Settings:
         return [self.lr * (1 + math.cos(math.pi * t / self.steps)) / 2 for t in range(self.steps)]
 
     def rule(self, shape: Sequence[int]) -> UpdateRule:
-        """What a step at the highest learning rate does to a scale-invariant weight.
+        """What a step at the highest learning rate does to a weight.
 
         Args:
             shape: of the weight.
         """
-        p = torch.empty(tuple(shape), device="meta")
-        optimizer = OPTIMIZERS[self.optimizer](p, self)
+        # What a step on a sphere does depends on no shape, but the weight must have a norm.
+        of_any = self.optimizer == "sphere"
+        p = torch.ones(1, 1) if of_any else torch.empty(tuple(shape), device="meta")
+        optimizer = self.make([p])
         (group,) = optimizer.param_groups
-        if "wd_ratio" in group:
-            group["wd_ratio"] = self.wd_ratio
-        (member,) = group["params"]
-        return rule_of(optimizer, group, member).with_gate(True)
+        return rule_of(optimizer, group, p)
+
+    def make(self, params: Params) -> Optimizer:
+        """The optimizer, of parameters or groups of them.
+
+        Args:
+            params: as any optimizer takes them.
+        """
+        return OPTIMIZERS[self.optimizer](params, self)
+
+    def remembers(self, batch: float | None = None) -> Timescale:
+        """How long weights remember that are not projected, at the highest learning rate.
+
+        Args:
+            batch: tokens, or samples, of a step (default: not known).
+        """
+        rule = self.rule((1, 1)).with_gate(False)
+        return timescale(rule, steps=self.steps, batch=batch)
 
 
 @dataclass(frozen=True)
@@ -136,6 +171,14 @@ class Weights:
     entries: int
     norm: float
     shape: tuple[int, ...] = ()
+
+    def rule(self, settings: Settings) -> UpdateRule:
+        """What a step does to these weights, whose gate holds as they are scale-invariant.
+
+        Args:
+            settings: how they will be trained.
+        """
+        return settings.rule(self.known(settings)["shape"]).with_gate(True)
 
     def known(self, settings: Settings) -> dict[str, Any]:
         """What the closed forms need to know of these weights.

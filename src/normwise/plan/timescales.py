@@ -2,6 +2,9 @@
 
 Decoupled decay makes a weight an exponential moving average of its updates, w ← (1 − ηλ)w + ηλ·x
 with x = −u/λ, whose timescale is 1/(ηλ) steps (Wang and Aitchison, arXiv 2405.13698, equation 3).
+On a sphere nothing decays, but a step that turns a weight by θ, which is across it, leaves cos θ of
+what was there: w ← cos θ·w + sin θ·R·t̂. So the timescale is 1/(1 − cos θ), 2/θ² to first order.
+That is ours.
 """
 
 from __future__ import annotations
@@ -13,12 +16,12 @@ from typing import Any
 from torch.optim import Optimizer
 
 from normwise.figures.tables import Column, Table
+from normwise.theory import equilibrium_of
 from normwise.updates import UpdateRule, describe
 
-__all__ = ["Timescale", "Timescales", "timescale", "timescales"]
+__all__ = ["TIMES", "Timescale", "Timescales", "timescale", "timescales"]
 
-_COLUMNS = (
-    "group",
+TIMES = (
     Column("remembers", "steps"),
     Column("half-life", "steps"),
     Column("tokens"),
@@ -32,7 +35,8 @@ class Timescale:
 
     Attributes:
         name: of the group, or of the optimizer.
-        steps: 1/(ηλ) at the present η, or 1/share where decay shortens weights by another share.
+        steps: 1/(ηλ) at the present η, or 1/share where a step leaves another share of a weight
+            than 1 − ηλ.
         half_life: steps after which half of an update is left, ln ½ / ln(1 − share).
         tokens: ``steps`` in tokens, or whatever the batch is counted in; NaN if not given.
         share: ``steps`` as a share of the run; NaN if not given. τ of arXiv 2505.13738, equation 2.
@@ -44,21 +48,22 @@ class Timescale:
     tokens: float = math.nan
     share: float = math.nan
 
+    def cells(self) -> tuple[str, ...]:
+        """What a table says of it, under :data:`TIMES`."""
+        if not math.isfinite(self.steps):
+            return "everything" if math.isinf(self.steps) else "not known", *"–––"
+        tokens = "–" if math.isnan(self.tokens) else f"{self.tokens:,.0f}"
+        share = f"{self.share:.3g}" if self.share < 100 else f"{self.share:,.0f}"
+        if math.isnan(self.share):
+            share = "–"
+        return f"{self.steps:,.0f}", f"{self.half_life:,.0f}", tokens, share
+
 
 class Timescales(tuple[Timescale, ...]):
     """One for each group of an optimizer; ``str()`` is a table."""
 
     def __str__(self) -> str:
-        def cells(t: Timescale) -> tuple[str, ...]:
-            if not math.isfinite(t.steps):
-                return t.name, "everything" if math.isinf(t.steps) else "not known", *"–––"
-            tokens = "–" if math.isnan(t.tokens) else f"{t.tokens:,.0f}"
-            share = f"{t.share:.3g}" if t.share < 100 else f"{t.share:,.0f}"
-            if math.isnan(t.share):
-                share = "–"
-            return t.name, f"{t.steps:,.0f}", f"{t.half_life:,.0f}", tokens, share
-
-        return str(Table.of(_COLUMNS, map(cells, self)))
+        return str(Table.of(("group", *TIMES), ((t.name, *t.cells()) for t in self)))
 
 
 def timescale(
@@ -79,7 +84,7 @@ def timescale(
     Returns:
         The timescale.
     """
-    shrink = float(rule.shrink)
+    shrink = _forgets(rule)
     length = math.inf if shrink == 0 else 1 / shrink
     half = math.inf if shrink == 0 else math.nan
     if 0 < shrink < 1:
@@ -91,6 +96,14 @@ def timescale(
         math.nan if batch is None else length * batch,
         math.nan if steps is None else length / steps,
     )
+
+
+def _forgets(rule: UpdateRule) -> float:
+    """The share of what was there that one step takes away."""
+    if rule.norm == "fixed":
+        angle = equilibrium_of(rule.converted(float)).angle
+        return 2 * math.sin(angle / 2) ** 2
+    return float(rule.shrink)
 
 
 def timescales(

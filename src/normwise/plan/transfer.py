@@ -7,10 +7,11 @@ rules are combined only by calling it again, and a :class:`Run` keeps the names 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-__all__ = ["TRANSFERS", "Run", "Transfer", "carry"]
+__all__ = ["TRANSFERS", "Run", "Transfer", "carry", "carry_by", "carry_by_each"]
 
 # Bergsma et al., arXiv 2505.13738: the fitted power of tokens per parameter in the best τ, for
 # GPT2-like networks of 111M to 3.3B parameters under µP and a decay of η to zero.
@@ -73,7 +74,11 @@ class Transfer:
         name: of the rule.
         source: its paper.
         words: what it does.
+        where: what its paper found it for.
         changes: the attributes of a :class:`Run` that may differ.
+        roles: of the weights whose η and λ it changes; those of all others stay.
+        needs: the attribute of both runs without which it cannot say anything; empty for none.
+        norms: whether it is for weights whose norms are ``"free"``, ``"fixed"``, or for both.
         settings: a function of the run and the run to come, with η and λ of the old, that gives
             η and λ.
     """
@@ -81,8 +86,12 @@ class Transfer:
     name: str
     source: str
     words: str
+    where: str
     changes: frozenset[str]
     settings: Callable[[Run, Run], tuple[float, float]]
+    roles: frozenset[str]
+    needs: str = ""
+    norms: Literal["free", "fixed", "any"] = "free"
 
 
 def _keep(old: Run, new: Run) -> tuple[float, float]:
@@ -94,17 +103,19 @@ def _constant_timescale(old: Run, new: Run) -> tuple[float, float]:
 
 
 def _power_lines(old: Run, new: Run) -> tuple[float, float]:
-    if old.parameters is None or new.parameters is None:
-        raise ValueError("the rule 'power lines' needs parameters= of both runs")
-    per_parameter = (new.tokens / new.parameters) / (old.tokens / old.parameters)
+    per_parameter = (new.tokens / _known(new.parameters)) / (old.tokens / _known(old.parameters))
     tau = per_parameter**POWER_LINES_EXPONENT
     return old.lr, old.weight_decay * old.steps / new.steps / tau
 
 
 def _widths(old: Run, new: Run) -> float:
-    if old.width is None or new.width is None:
-        raise ValueError("a rule for another width needs width= of both runs")
-    return new.width / old.width
+    return _known(new.width) / _known(old.width)
+
+
+def _known(value: float | None) -> float:
+    """A number that :attr:`Transfer.needs` has made sure of."""
+    assert value is not None
+    return value
 
 
 def _sqrt_decay(old: Run, new: Run) -> tuple[float, float]:
@@ -131,6 +142,8 @@ def _hypersphere(old: Run, new: Run) -> tuple[float, float]:
 
 
 _WIDTH = frozenset({"width", "parameters"})
+_HIDDEN = frozenset({"hidden"})
+_DECAYED = frozenset({"hidden", "embedding", "tied", "readout", "router", "other"})
 
 TRANSFERS: dict[str, Transfer] = {
     t.name: t
@@ -139,50 +152,74 @@ TRANSFERS: dict[str, Transfer] = {
             "keep",
             "none: what one does without a rule",
             "η and λ stay",
+            "µP too says this of another batch or horizon, where no width changes.",
             frozenset({"batch", "tokens", "width", "parameters"}),
             _keep,
+            _DECAYED,
+            norms="any",
         ),
         Transfer(
             "constant timescale",
             "Wang and Aitchison, arXiv 2405.13698",
             "η stays; λ keeps τ = B/(ηλD): λ ∝ B/D",
+            "AdamW; ResNet-18, ViT, NanoGPT. D is one pass over the data: τ is kept in passes, so "
+            "that their number does not change λ.",
             frozenset({"batch", "tokens"}),
             _constant_timescale,
+            _DECAYED,
         ),
         Transfer(
             "power lines",
             "Bergsma et al., arXiv 2505.13738",
             "η stays; λ makes τ = B/(ηλD) follow (tokens per parameter)^−0.527",
+            "AdamW; GPT2-like networks of 111M to 3.3B parameters under µP, one pass over the "
+            "data, η decayed to zero.",
             frozenset({"batch", "tokens", "parameters"}),
             _power_lines,
+            _DECAYED,
+            needs="parameters",
         ),
         Transfer(
             "muP",
             "Yang et al., arXiv 2203.03466",
             "η ∝ 1/width; λ stays, so ηλ falls with the width",
+            "Adam; hidden matrices that start with a variance ∝ 1/width. Tables, vectors and "
+            "readouts keep η, and a readout's output is divided by the width.",
             _WIDTH,
             _mup,
+            _HIDDEN,
+            needs="width",
         ),
         Transfer(
             "square-root decay",
-            "arXiv 2510.15262",
+            "Fan et al., arXiv 2510.15262",
             "η ∝ 1/width and λ ∝ √width",
+            "AdamW; hidden matrices of LLaMA-style networks. Vectors keep η and do not decay.",
             _WIDTH,
             _sqrt_decay,
+            _HIDDEN,
+            needs="width",
         ),
         Transfer(
             "independent decay",
             "Kosson et al., arXiv 2510.19093",
             "η ∝ 1/width and λ ∝ width, so ηλ stays",
+            "AdamW; hidden matrices of LLaMA-style networks and ResNets.",
             _WIDTH,
             _independent_decay,
+            _HIDDEN,
+            needs="width",
         ),
         Transfer(
             "hypersphere",
             "Ren et al., arXiv 2603.28743",
             "fixed norms: η is a relative step, the same at every width, ∝ tokens^−0.32; no decay",
+            "Muon with matrices on spheres of fixed Frobenius norm; another depth needs Depth-µP "
+            "beside it.",
             frozenset({"tokens", "width", "parameters"}),
             _hypersphere,
+            _HIDDEN,
+            norms="fixed",
         ),
     )
 }
@@ -214,22 +251,134 @@ def carry(
         ValueError: for an unknown rule, a change that the rule does not speak of, or a number that
             it needs and that is not given.
     """
-    if rule not in TRANSFERS:
-        raise ValueError(f"Invalid rule: {rule!r}; must be one of {', '.join(TRANSFERS)}")
-    given = {"batch": batch, "tokens": tokens, "width": width, "parameters": parameters}
-    changes = {
-        name: value
-        for name, value in given.items()
-        if value is not None and value != getattr(run, name)
-    }
-    transfer = TRANSFERS[rule]
+    transfer = _transfer(rule)
+    changes = _changes(run, batch=batch, tokens=tokens, width=width, parameters=parameters)
     if beyond := changes.keys() - transfer.changes:
         able = [t.name for t in TRANSFERS.values() if t.changes >= beyond and t.name != "keep"]
         others = f"; carry that over by {' or '.join(able)} in a call of its own" if able else ""
         raise ValueError(
-            f"the rule {rule!r} ({transfer.source}) says nothing of another "
-            f"{' and '.join(sorted(beyond))}{others}"
+            f"the rule {rule!r} ({transfer.source}) says nothing of another {named(beyond)}{others}"
         )
+    return _applied(run, transfer, changes)
+
+
+def carry_by(
+    run: Run,
+    rules: Sequence[str],
+    *,
+    batch: float | None = None,
+    tokens: float | None = None,
+    width: int | None = None,
+    parameters: float | None = None,
+) -> Run:
+    """The settings of another run, by several rules one after the other.
+
+    Each carries over what it speaks of and those before it have left.
+
+    Args:
+        run: whose η and λ are good.
+        rules: of :data:`TRANSFERS`, by name.
+        batch: of the other run (default: the same, as of all that follow).
+        tokens: of the other run.
+        width: of the other network.
+        parameters: of the other network.
+
+    Returns:
+        The other run, with the names of the rules.
+
+    Raises:
+        ValueError: as :func:`carry`; for a rule to which nothing is left, and for a change that
+            all have left.
+    """
+    left = _changes(run, batch=batch, tokens=tokens, width=width, parameters=parameters)
+    for rule in rules:
+        transfer = _transfer(rule)
+        mine = {name: value for name, value in left.items() if name in transfer.changes}
+        if not mine:
+            raise ValueError(
+                f"the rule {rule!r} has nothing to carry over that is left; it speaks of another "
+                f"{named(transfer.changes)}"
+            )
+        run = _applied(run, transfer, mine)
+        left = {name: value for name, value in left.items() if name not in mine}
+    if left:
+        able = [t.name for t in TRANSFERS.values() if t.changes & left.keys() and t.name != "keep"]
+        raise ValueError(
+            f"the rules {', '.join(map(repr, rules)) or '(none)'} say nothing of another "
+            f"{named(left)}; {' or '.join(map(repr, able))} beside them would"
+        )
+    return run
+
+
+def carry_by_each(
+    run: Run,
+    norms: Literal["free", "fixed"] = "free",
+    *,
+    batch: float | None = None,
+    tokens: float | None = None,
+    width: int | None = None,
+    parameters: float | None = None,
+) -> tuple[Run, ...]:
+    """What each rule by itself says of another run.
+
+    A rule that does not speak of all changes carries over those that it speaks of, and the others
+    stay undone.
+
+    Args:
+        run: whose η and λ are good.
+        norms: whether norms are ``"free"`` or ``"fixed"`` (default: ``"free"``).
+        batch: of the other run (default: the same, as of all that follow).
+        tokens: of the other run.
+        width: of the other network.
+        parameters: of the other network.
+
+    Returns:
+        One run for each rule that speaks of any change and has the numbers that it needs, in the
+        order of :data:`TRANSFERS`.
+    """
+    changes = _changes(run, batch=batch, tokens=tokens, width=width, parameters=parameters)
+    found = []
+    for transfer in TRANSFERS.values():
+        mine = {name: value for name, value in changes.items() if name in transfer.changes}
+        lacks = transfer.needs and None in _needed(run, transfer, mine)
+        if mine and not lacks and transfer.norms in (norms, "any"):
+            found.append(_applied(run, transfer, mine))
+    return tuple(found)
+
+
+def named(changes: Iterable[str]) -> str:
+    """Attributes of a :class:`Run`, in words.
+
+    Args:
+        changes: their names.
+    """
+    return " and ".join(sorted({"tokens": "horizon"}.get(name, name) for name in changes))
+
+
+def _transfer(rule: str) -> Transfer:
+    if rule not in TRANSFERS:
+        raise ValueError(f"Invalid rule: {rule!r}; must be one of {', '.join(TRANSFERS)}")
+    return TRANSFERS[rule]
+
+
+def _changes(run: Run, **given: float | None) -> dict[str, float]:
+    """What is to be other than it is."""
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and value != getattr(run, name)
+    }
+
+
+def _needed(run: Run, transfer: Transfer, changes: dict[str, float]) -> tuple[float | None, ...]:
+    """What a rule needs to know of both runs."""
+    old = getattr(run, transfer.needs)
+    return old, changes.get(transfer.needs, old)
+
+
+def _applied(run: Run, transfer: Transfer, changes: dict[str, float]) -> Run:
+    if transfer.needs and None in _needed(run, transfer, changes):
+        raise ValueError(f"the rule {transfer.name!r} needs {transfer.needs}= of both runs")
     new = replace(run, **changes)  # type: ignore[arg-type]  # names and types are those of a Run
     lr, weight_decay = transfer.settings(run, new)
-    return replace(new, lr=lr, weight_decay=weight_decay, rules=(*run.rules, rule))
+    return replace(new, lr=lr, weight_decay=weight_decay, rules=(*run.rules, transfer.name))

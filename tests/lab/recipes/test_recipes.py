@@ -112,6 +112,19 @@ def test_a_cell_takes_its_settings_from_all_levels():
         ("rows: {digits: {}}", "rows: {}", ["there are no rows"]),
         ("rows: {digits: {}}", "rows: {a/b: {}}", ["row 'a/b'", "letters, digits"]),
         ("rows: {digits: {}}", "seeds: 1000000000, rows: {digits: {}}", ["seeds", "10000 at most"]),
+        ("lr: 1e-3", "lr: 1, initial_scale: 0", ["initial_scale 0.0", "above 0"]),
+        (
+            "lr: 1e-3",
+            "lr: 1, norm_correction: some",
+            ["'some'", "none, fixed, projected, rescaled"],
+        ),
+        (
+            "lr: 1e-3",
+            "lr: 1, norm_correction: fixed, weight_decay: 0.1",
+            ["norm_correction fixed goes with no weight_decay"],
+        ),
+        ("rows: {digits: {sgd", "claims: {digits: {sgd", ["'sgd' has a claim", "no baseline"]),
+        ("rows: {digits: {sgd", "claims: {digits: {adm", ["claims of 'digits'", "'adam'"]),
         ("title: Mine", "title: !!python/object/apply:os.getcwd []", ["not YAML", "python/object"]),
     ],
 )
@@ -142,6 +155,16 @@ def test_unknown_names_get_a_suggestion(tmp_path):
         find("adamp-imagnet")
     with pytest.raises(UsageError, match="cannot read recipe"):
         find(str(tmp_path / "none.yaml"))
+
+
+def test_a_claim_is_the_difference_of_the_papers_numbers_or_stated():
+    both = GOOD.replace("{sgd: 1.5}", "{sgd: 1.5, adam: 2.0}")
+    assert read(both, "mine.yaml").claimed("digits", "adam") == 0.5
+    assert read(GOOD, "mine.yaml").claimed("digits", "adam") is None
+    stated = both.replace("rows: {digits", "claims: {wide: {adam: -0.2}}, rows: {digits", 1)
+    recipe = read(stated, "mine.yaml")
+    assert (recipe.claimed("digits", "adam"), recipe.claimed("wide", "adam")) == (0.5, -0.2)
+    assert recipe.claimed("digits", "sgd") is None
 
 
 @pytest.mark.parametrize("name", ids())
@@ -210,6 +233,24 @@ def test_a_recipe_without_methods_is_refused():
     content = yaml.safe_load(GOOD)
     content["methods"], content["paper"]["rows"] = {}, {}
     with pytest.raises(UsageError, match="there are no methods"):
+        parse(content, "mine.yaml")
+
+
+def test_what_one_method_sets_at_one_scale_overrules_what_it_sets_at_all():
+    content = yaml.safe_load(GOOD)
+    name = list(content["methods"])[-1]
+    content["methods"][name]["settings"]["weight_decay"] = 0.1
+    content["scales"]["small"]["methods"] = {name: {"weight_decay": 0.01}}
+    recipe = parse(content, "mine.yaml")
+    found = {
+        scale: {c.method: c.training.weight_decay for c in recipe.cells(scale, 1)}
+        for scale in ("paper", "small")
+    }
+    assert (found["paper"][name], found["small"][name]) == (0.1, 0.01)
+    others = [{k: v for k, v in f.items() if k != name} for f in found.values()]
+    assert others[0] == others[1]
+    content["scales"]["small"]["methods"] = {"nobody": {}}
+    with pytest.raises(UsageError, match="unknown method of scale 'small' 'nobody'"):
         parse(content, "mine.yaml")
 
 

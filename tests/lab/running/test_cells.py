@@ -28,12 +28,17 @@ from normwise.lab.running import cell as module
 from normwise.lab.running.cell import DiskFull, run_cell
 from normwise.lab.running.events import Finished, Measured
 from normwise.lab.running.executors import run_cells
-from normwise.lab.running.prepare import make_optimizer, normalize_weights
+from normwise.lab.running.prepare import (
+    make_optimizer,
+    normalize_weights,
+    scale_invariant_weights,
+)
 from normwise.lab.running.trainer import Trainer
 from normwise.lab.store import locked, read_metrics, seal
 from normwise.theory import sgd_without_decay
 
 ROOT = Path("no data is needed")
+UNDECAYED = {"epsilon_shift": None, "weight_decay": 0.0}
 FILES = ("metrics.jsonl", "result.json", "config.json")
 
 
@@ -153,6 +158,8 @@ def test_killed_at_20_random_moments_it_goes_on_to_the_same_bits(tmp_path):
             },
         ),
         ("adamw", {"normalization": "CWN", "gain": True, "decay_on": "all", "clip": 0.1}),
+        ("sgd", {**UNDECAYED, "norm_correction": "projected"}),
+        ("adamw", {**UNDECAYED, "norm_correction": "rescaled", "initial_scale": 0.3}),
     ],
 )
 def test_every_optimizer_goes_on_from_the_middle_of_an_epoch(
@@ -717,6 +724,40 @@ def test_translated_decay_takes_the_way_of_decay_at_other_norms(tmp_path):
     assert ends["translated"]["lr"] == pytest.approx(plan.lrs[-1])
     assert ends["translated"]["train_loss"] == pytest.approx(ends["decay"]["train_loss"], rel=1e-3)
     assert ends["none"]["train_loss"] != pytest.approx(ends["decay"]["train_loss"], rel=1e-3)
+
+
+def test_the_initial_scale_changes_norms_and_not_what_is_computed(tmp_path):
+    lines = {}
+    for scale in (1.0, 0.25):
+        one = tiny("sgd", **UNDECAYED, initial_scale=scale, normalization="none")
+        trainer = Trainer(one, tmp_path, tmp_path, torch.device("cpu"), ALONE)
+        lines[scale] = trainer.line({})
+        batch = next(trainer.stream())
+        lines[scale]["loss"] = trainer.problem.loss(batch).item()
+    assert lines[0.25]["norm"] == pytest.approx(0.25 * lines[1.0]["norm"], rel=1e-6)
+    assert lines[0.25]["norm_growth"] == 1.0
+    assert lines[0.25]["loss"] == pytest.approx(lines[1.0]["loss"], rel=1e-3)
+
+
+def test_an_initial_scale_needs_drawn_weights_that_are_invariant(tmp_path):
+    one = tiny("sgd", **UNDECAYED, initial_scale=0.5)
+    model = Trainer(one, tmp_path, tmp_path, torch.device("cpu"), ALONE).problem.model
+    with pytest.raises(
+        UsageError, match=r"initial_scale 0\.5 is not allowed where a method starts"
+    ):
+        Trainer(one, tmp_path, tmp_path, torch.device("cpu"), ALONE, model.state_dict())
+    with pytest.raises(UsageError, match="needs scale-invariant weights, and there are none"):
+        scale_invariant_weights(nn.Linear(2, 2), [], 0.5, drawn=True)
+
+
+def test_what_has_no_say_is_not_in_the_config():
+    """So that a cell of an older version, which did not have it, goes on."""
+    config = module.config_of(tiny("sgd", **UNDECAYED), "cpu")["training"]
+    assert "initial_scale" not in config
+    assert "norm_correction" not in config
+    scaled = tiny("sgd", **UNDECAYED, initial_scale=2.0, norm_correction="fixed")
+    config = module.config_of(scaled, "cpu")["training"]
+    assert (config["initial_scale"], config["norm_correction"]) == (2.0, "fixed")
 
 
 def test_the_smallest_norm_is_that_of_the_slice_that_shrinks(tmp_path):

@@ -1,17 +1,21 @@
 """What ``normwise paper run`` and ``compare`` show while they train, and leave when they end."""
 
 import errno
+import itertools
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from normwise import cli
 from normwise.lab import report
+from normwise.lab.cli import ProgressLines
 from normwise.lab.recipes import find
 from normwise.lab.running import cell
+from normwise.lab.running.events import Finished, Progress
 
 
 @pytest.fixture
@@ -48,6 +52,50 @@ def test_checkpoints_are_as_often_as_asked_for(quick, monkeypatch, seconds, leas
     assert cli.main([*quick, "--checkpoint-every", seconds]) == 0
     assert set(range(1, least)) <= set(saved)
     assert least or len(saved) < 6
+
+
+def test_a_budget_stops_between_steps_and_the_same_command_goes_on(
+    quick, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(cell, "_PROGRESS_SECONDS", 0.0)
+    whole = tmp_path / "whole"
+    assert cli.main([*quick[:-1], str(whole)]) == 0
+    taken, take, clock = [], cell.Trainer.take, time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 1000 * len(taken))
+    monkeypatch.setattr(
+        cell.Trainer, "take", lambda self, batches: (taken.append(0), take(self, batches))
+    )
+    capsys.readouterr()
+    # Of the six steps, at 1000 seconds each, two are allowed; where an epoch ends, one more.
+    codes = []
+    while not codes or codes[-1] == 75:
+        assert len(codes) < 6
+        codes.append(cli.main([*quick, "--budget", "25m"]))
+        said = capsys.readouterr().err
+        assert ("out of time: 1 of 1 trainings are left, about " in said) == (codes[-1] == 75)
+    assert (codes[-1], len(codes), len(taken)) == (0, 3, 6)
+    (folder,) = (p.parent for p in (tmp_path / "runs").rglob("result.json"))
+    (expected,) = (p.parent for p in whole.rglob("result.json"))
+    for name in ("metrics.jsonl", "result.json"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+    # What is finished is read, whatever the time; what is not begun leaves nothing.
+    assert cli.main([*quick, "--budget", "1s"]) == 0
+    monkeypatch.setattr(time, "time", lambda: next(later))
+    later = itertools.count(step=1000)
+    assert cli.main([*quick[:-1], str(tmp_path / "other"), "--budget", "1s"]) == 75
+    assert "left; run" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "other" / "quick-small").iterdir()] == ["recipe.yaml"]
+
+
+def test_time_left_is_by_the_pace_since_the_start(monkeypatch):
+    """A training that goes on at half, and is at three quarters after a minute, needs another."""
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    lines = ProgressLines(total=1, quiet=True, begin=40.0)
+    (one,) = find("digits").cells("small", 1, ["sgd"])
+    lines(Progress(one, share=0.75, fresh=0.25, loss=1.0, growth=None, seconds_left=60.0))
+    assert lines.seconds_left == pytest.approx(60)
+    lines(Finished(one, {"status": "ok", "metrics": {}}))
+    assert lines.seconds_left is None
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_written(quick, tmp_path):

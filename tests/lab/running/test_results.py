@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 from scipy.stats import ttest_rel
@@ -32,13 +33,15 @@ from normwise.lab.running.export import (
 )
 from normwise.lab.running.results import Done, read_cells, tables
 from normwise.lab.store import seal_json
+from normwise.lab.summary import seeds_needed
 
 VALUES = {"sgd": [0.90, 0.91, 0.95], "sgdp": [0.93, 0.95, 0.985], "adamw": [0.8, 0.9, 0.7]}
 
 
-def write(out, method, seed, accuracy, recipe="digits", **changes):
+def write(out, method, seed, accuracy, recipe="digits", row=None, **changes):
     """The folder of a cell, as if it had been trained."""
-    (one,) = find(recipe).cells("small", 1, [method], list(find(recipe).scales["small"].rows)[:1])
+    rows = [row] if row else list(find(recipe).scales["small"].rows)[:1]
+    (one,) = find(recipe).cells("small", 1, [method], rows)
     one = replace(one, seed=seed)
     folder = out / one.folder
     folder.mkdir(parents=True)
@@ -105,6 +108,41 @@ def test_chance_in_the_test_examples_widens_the_interval(tmp_path):
     assert sgdp.verdict(table.metric) == "within chance"
 
 
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ((0.10, 0.09, 0.11), "better"),
+        ((-0.001, 0.001, 0.0), "no difference"),
+        ((-0.04, 0.05, 0.0), "cannot tell at this size"),
+        # Of the claim, 2.27, the interval holds half, and zero too.
+        ((0.005, 0.0, 0.015), "cannot tell at this size"),
+    ],
+)
+def test_too_few_seeds_are_told_from_no_difference(tmp_path, gains, verdict):
+    for seed, gain in enumerate(gains):
+        for method, accuracy in (("sgd", 0.5), ("sgdp", 0.5 + gain)):
+            write(
+                tmp_path, method, seed, accuracy, recipe="adamp-imagenet", row="resnet18-no-decay"
+            )
+    (table,) = tables(read_cells([tmp_path]))
+    sgdp = table.entries[1]
+    assert sgdp.claimed == pytest.approx(70.21 - 67.94)
+    assert sgdp.verdict(table.metric) == verdict
+    sd = 100 * stdev(gains)
+    assert sgdp.sd_of_differences == pytest.approx(sd)
+    assert sgdp.seeds_needed == seeds_needed(70.21 - 67.94, sd)
+    (again,) = read_json(written(tmp_path / "results.json", table))
+    assert again.entries[1] == sgdp
+    shown = f"| {verdict} | +2.27 | {sgdp.seeds_needed} | 70.21 |"
+    assert shown in as_markdown([table])
+    assert verdict in render([table])
+
+
+def written(path, table):
+    path.write_text(as_json([table]), encoding="utf-8")
+    return path
+
+
 def test_lower_is_better_where_the_metric_says_so(tmp_path):
     for method, values in (("adamw", (30.0, 31.0, 32.0)), ("adamp", (20.0, 21.0, 22.1))):
         for seed, value in enumerate(values):
@@ -132,12 +170,12 @@ def test_exports_agree(runs):
     assert rows["sgd"]["difference"] == ""
     assert data["sgdp"]["values"] == pytest.approx({"0": 93, "1": 95, "2": 98.5})
     markdown = as_markdown(made)
-    assert "| SGD | 92.00 ± 2.65 | 3 |  |  | not known |" in markdown
+    assert "| SGD | 92.00 ± 2.65 | 3 |  |  |  |  | not known |" in markdown
     assert "Baseline: 10.00." in markdown
     widths = {line.count("|") for line in markdown.splitlines() if line.startswith("|")}
-    assert widths == {7}
+    assert widths == {9}
     latex = as_latex(made)
-    assert r"SGD & 92.00 $\pm$ 2.65 & 3 &  &  & not known \\" in latex
+    assert r"SGD & 92.00 $\pm$ 2.65 & 3 &  &  &  &  & not known \\" in latex
     assert r"accuracy, \%" in latex
     assert latex.isascii()
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 1

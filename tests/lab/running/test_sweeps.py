@@ -194,7 +194,7 @@ def test_a_point_of_which_a_seed_diverged_is_worst(made):
 def test_where_less_is_better_regret_is_what_is_more():
     def entry(lr, *losses):
         values = dict(enumerate(losses))
-        return Entry("m", "M", values, (), (), None, None, None, None, None, (("lr", lr),))
+        return Entry("m", "M", values, (), (), *[None] * 7, (("lr", lr),))
 
     first = (entry(1, 2.0, 3.0), entry(2, 4.0, 4.0))
     here = (entry(1, 5.0, 6.0), entry(2, 4.5, 4.0))

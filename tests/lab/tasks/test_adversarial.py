@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from normwise.lab.data.images import Labelled
 from normwise.lab.errors import UsageError
-from normwise.lab.tasks.adversarial import BALLS, AdversarialOptions, attack
+from normwise.lab.tasks.adversarial import (
+    BALLS,
+    Adversarial,
+    AdversarialOptions,
+    attack,
+    trades,
+)
 
 NORM = {"linf": torch.inf, "l2": 2.0}
 
@@ -115,6 +125,56 @@ def test_an_image_without_a_gradient_is_left_where_it_began(ball: str) -> None:
     assert torch.equal(worst, x)
 
 
+def test_trades_adds_the_divergence_of_attacked_from_clean_outputs() -> None:
+    """By its definition, Σ p log(p/q); nothing is added where the outputs are the same."""
+    clean, attacked = torch.randn(2, 6, 4, dtype=torch.float64)
+    y = torch.randint(4, (6,))
+    p, q = clean.softmax(1), attacked.softmax(1)
+    expected = F.cross_entropy(clean, y) + 6 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(trades(clean, attacked, y, 6.0, 0.0), expected)
+    torch.testing.assert_close(trades(clean, clean, y, 6.0, 0.0), F.cross_entropy(clean, y))
+    # Both sides learn: the gradient at clean logits is not that of the cross-entropy alone.
+    at = clean.clone().requires_grad_()
+    (g,) = torch.autograd.grad(trades(at, attacked, y, 6.0, 0.0), at)
+    (plain,) = torch.autograd.grad(F.cross_entropy(at, y), at)
+    assert (g - plain).norm() > plain.norm()
+
+
+@pytest.mark.parametrize("ball", BALLS)
+def test_trades_attacks_what_the_network_says_of_the_clean_image(
+    monkeypatch: pytest.MonkeyPatch, ball: str
+) -> None:
+    data = Labelled(
+        "made",
+        np.random.default_rng(0).integers(60, 190, (32, 3, 8, 8)).astype(np.uint8),
+        np.arange(32) % 4,
+        np.zeros((8, 3, 8, 8), np.uint8),
+        np.arange(8) % 4,
+        tuple("abcd"),
+    )
+    monkeypatch.setattr(Adversarial, "labelled", staticmethod(lambda options, root: data))
+    options = AdversarialOptions(
+        data="made", network="convnet", width=4, ball=ball, radius=8, objective="trades"
+    )
+    problem = Adversarial(options, Path(), torch.device("cpu"))
+    assert not problem.divisible  # its two passes share batch statistics
+    batch = problem.batch(torch.arange(32), torch.Generator().manual_seed(0))
+    x, y, start = batch
+    ready = problem.prepared(batch)
+    assert problem.model.training
+    assert torch.equal(ready.clean, x)
+    assert float(lengths(ready.images - x, ball).max()) <= 8 / 255 * (1 + 1e-5)
+    problem.model.eval()
+    begun = attack(problem.model, x, y, ball=ball, radius=8 / 255, steps=0, start=start)
+    with torch.no_grad():
+        clean, first, worst = (problem.model(at) for at in (x, begun, ready.images))
+        expected = trades(clean, worst, y, 6.0, 0.0)
+        assert expected > trades(clean, first, y, 6.0, 0.0)  # the divergence has grown
+        torch.testing.assert_close(problem.loss(ready), expected)
+    # Targets play no part in the attack.
+    assert torch.equal(problem.prepared((x, y.flip(0), start)).images, ready.images)
+
+
 def test_a_mistake_in_the_options_is_shown() -> None:
     def options(**given: object) -> AdversarialOptions:
         return AdversarialOptions(data="cifar10", network="resnet8", **given)
@@ -125,5 +185,9 @@ def test_a_mistake_in_the_options_is_shown() -> None:
         options(radius=-4)
     with pytest.raises(UsageError, match=r"attack_steps 0 is not allowed"):
         options(attack_steps=0)
+    with pytest.raises(UsageError, match=r"unknown objective 'trade': did you mean 'trades'"):
+        options(objective="trade")
+    with pytest.raises(UsageError, match=r"beta -1 is not allowed"):
+        options(beta=-1)
     with pytest.raises(UsageError, match=r"unknown augmentation 'flipp'"):
         options(augment=("flipp",))

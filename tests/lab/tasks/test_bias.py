@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from normwise.lab.dependence import hsic
 from normwise.lab.errors import UsageError
-from normwise.lab.tasks.bias import COLOURS, Bias, BiasOptions, coloured, colours, hsic
+from normwise.lab.tasks.bias import COLOURS, Bias, BiasOptions, coloured, colours
 
 
 def draw(seed: int = 0) -> torch.Generator:

@@ -21,7 +21,7 @@ from normwise.lab.running.cell import run_cell
 from normwise.lab.running.executors import run_cells
 from normwise.lab.running.results import read_cells, tables
 from normwise.lab.running.trainer import CHECKPOINT
-from normwise.lab.tasks.incremental import Incremental, distillation
+from normwise.lab.tasks.incremental import Incremental, distillation, herded
 from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.long_tail import long_tailed
 
@@ -175,7 +175,8 @@ def test_an_interrupted_incremental_run_ends_in_the_same_bits(
     assert_resumes: Callable[..., None],
 ) -> None:
     """Cut within the third group: the teacher, the rows and the memory come from the checkpoint."""
-    assert_resumes(incremental()["aligned"], ROOT, Incremental, 22, lambda: torch.rand(7))
+    cell = incremental(kept="herding")["aligned"]
+    assert_resumes(cell, ROOT, Incremental, 22, lambda: torch.rand(7))
 
 
 def test_only_classes_seen_and_kept_examples_are_trained_on() -> None:
@@ -192,6 +193,37 @@ def test_only_classes_seen_and_kept_examples_are_trained_on() -> None:
         for place in range(2 * group):
             members = steps.flatten()[places == place]
             assert len(members.unique()) <= 32 // (2 * group)
+
+
+def test_each_herded_example_brings_the_mean_nearest_and_none_is_taken_twice() -> None:
+    """Against every candidate of every turn; all of them together are the class."""
+    rows = torch.randn(9, 4, dtype=torch.float64)
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    order = herded(rows, 9)
+    assert sorted(order.tolist()) == list(range(9))
+    for k in range(9):
+        left = [i for i in range(9) if i not in order[:k].tolist()]
+        means = torch.stack([unit[[*order[:k].tolist(), i]].mean(0) for i in left])
+        assert order[k] == left[int((means - unit.mean(0)).norm(dim=1).argmin())]
+    assert torch.equal(herded(7 * rows, 4), order[:4])
+
+
+def test_herding_keeps_what_the_network_at_the_end_of_a_group_reads_as_typical() -> None:
+    problem = Incremental(incremental(kept="herding")["aligned"].options, ROOT, torch.device("cpu"))
+    before = problem.model.kept.clone()
+    problem.end_epoch()
+    seen: list[torch.Tensor] = []
+    problem._head().register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    problem.model.eval()
+    for place in range(2):
+        members = problem.members[place]
+        problem.model(problem.standardized(problem.data.train[members]))
+        assert torch.equal(problem.model.kept[place], members[herded(seen[-1], 16)])
+    assert not torch.equal(problem.model.kept[:2], before[:2])
+    assert torch.equal(problem.model.kept[2:], before[2:])
+    pool = problem.batches(16, torch.Generator().manual_seed(0)).flatten()
+    old = pool[problem.train_places[pool] < 2].unique()
+    assert set(old.tolist()) <= set(problem.model.kept[:2].flatten().tolist())
 
 
 def test_alignment_gives_new_rows_the_mean_norm_of_the_old(tmp_path: Path) -> None:

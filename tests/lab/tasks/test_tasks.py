@@ -12,6 +12,7 @@ from torch import nn
 
 from normwise.lab import augment
 from normwise.lab.data.images import Labelled
+from normwise.lab.data.texts import unigram_perplexity
 from normwise.lab.errors import UsageError
 from normwise.lab.networks import NETWORKS, build
 from normwise.lab.tasks import classification, language
@@ -100,7 +101,8 @@ def test_augmentation_draws_from_its_generator_alone(name):
 
 @pytest.mark.parametrize("name", sorted({*NETWORKS} - {"resnet56", "resnet110", "wide_resnet34"}))
 def test_every_network_gives_logits_and_learns_everywhere(name):
-    channels, shape = (1, (40, 24)) if name == "harmonic" else (3, (16, 16))
+    spectra = {"harmonic": (40, 24), "harmonic64": (64, 24)}
+    channels, shape = (1, spectra[name]) if name in spectra else (3, (16, 16))
     model = build(name, channels, 7, 2 if "resnext" in name else 4)
     out = model(torch.randn(3, channels, *shape))
     assert out.shape == (3, 7)
@@ -290,11 +292,11 @@ def test_windows_overlap_in_the_token_that_is_only_predicted():
 
 def test_unigram_perplexity_of_even_counts_is_the_vocabulary():
     train = torch.arange(8).repeat(50)
-    assert language.unigram_perplexity(train, train, 8) == pytest.approx(8)
+    assert unigram_perplexity(train, train, 8) == pytest.approx(8)
     # Two of three tokens are a: −⅔·log ⅗ − ⅓·log ⅖ with one added to each count.
     train = torch.tensor([0, 0, 1])
     expected = math.exp(-(2 * math.log(3 / 5) + math.log(2 / 5)) / 3)
-    assert language.unigram_perplexity(train, train, 2) == pytest.approx(expected)
+    assert unigram_perplexity(train, train, 2) == pytest.approx(expected)
 
 
 def test_perplexity_is_that_of_a_loop_over_tokens(monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class Listed:
         ignored: shape ``(n,)``: COCO's crowds and VOC's difficult objects, which are not learnt,
             and count in a test neither as found nor as missed.
         dropped: how many boxes without an area were left out.
+        outlines: of each object COCO's segmentation, polygons or a run-length code, in pixels of
+            the image as it is; none where they were not asked for.
     """
 
     path: str
@@ -63,11 +65,41 @@ class Listed:
     labels: npt.NDArray[np.int64]
     ignored: npt.NDArray[np.bool_]
     dropped: int
+    outlines: tuple[Any, ...] | None = None
 
     def fitted(self, size: int) -> Listed:
         """With boxes as they are when the longer side is scaled to ``size`` pixels."""
         factors = np.divide(fit(*self.size, size), self.size, dtype=np.float32)
         return replace(self, boxes=self.boxes * np.tile(factors, 2))
+
+    def masks(self, size: int) -> npt.NDArray[np.uint8]:
+        """Which pixels are of each object that is not ignored, shape ``(n, size, size)``, 0 or 1,
+        of the image as :meth:`fitted` into a square.
+
+        Raises:
+            DataError: if there are no outlines, or one is damaged.
+        """
+        from PIL import Image
+        from pycocotools import mask as codes
+
+        width, height = self.size
+        if self.outlines is None:
+            raise DataError(f"{self.path} has no outlines of its objects")
+        own = [o for o, ignored in zip(self.outlines, self.ignored, strict=True) if not ignored]
+        made = np.zeros((len(own), size, size), np.uint8)
+        fitted = fit(width, height, size)
+        for i, outline in enumerate(own):
+            try:
+                code = codes.frPyObjects(outline, height, width)
+                code = codes.merge(code) if isinstance(code, list) else code
+                whole = Image.fromarray(codes.decode(code))
+            except Exception as error:  # the decoder is C, and raises what it finds
+                raise DataError(
+                    f"{self.path} has an object whose segmentation is damaged: {error}"
+                ) from None
+            scaled = whole.resize(fitted, Image.Resampling.NEAREST)
+            made[i, : fitted[1], : fitted[0]] = np.asarray(scaled)
+        return made
 
 
 @dataclass(frozen=True)
@@ -228,14 +260,17 @@ def voc(folder: Path, test_part: str) -> Listing:
 
 
 def _listed(
-    path: str, size: tuple[int, int], objects: Iterable[tuple[str, Iterable[float], int, bool]]
+    path: str,
+    size: tuple[int, int],
+    objects: Iterable[tuple[str, Iterable[float], int, bool]],
+    outlines: Sequence[Any] | None = None,
 ) -> Listed:
     """An image from its objects: for each what it is called in an error, left, top, right and
-    bottom, its label, and whether it is ignored."""
+    bottom, its label, and whether it is ignored; and the outlines of all, if they are wanted."""
     if min(size) < 1:
         raise DataError(f"{path} is said to have {size} pixels; must have 1 or more a side")
-    boxes, labels, ignored, dropped = [], [], [], 0
-    for where, box, label, ignore in objects:
+    boxes, labels, ignored, kept, dropped = [], [], [], [], 0
+    for i, (where, box, label, ignore) in enumerate(objects):
         left, top, right, bottom = box
         if not all(map(math.isfinite, (left, top, right, bottom))):
             raise DataError(f"{where} has a box {[left, top, right, bottom]} that is not finite")
@@ -250,6 +285,7 @@ def _listed(
         boxes.append([left, top, right, bottom])
         labels.append(label)
         ignored.append(ignore)
+        kept.append(None if outlines is None else outlines[i])
     return Listed(
         path,
         size,
@@ -257,18 +293,23 @@ def _listed(
         np.array(labels, np.int64),
         np.array(ignored, np.bool_),
         dropped,
+        None if outlines is None else tuple(kept),
     )
 
 
-def coco(folder: Path) -> Listing:
+def coco(folder: Path, outlines: bool = False) -> Listing:
     """A folder as COCO's of 2017: annotations, train2017 and val2017, to test on; no image is
     opened.
+
+    Args:
+        folder: the one that holds these three.
+        outlines: whether the training images' segmentations are kept (default: no).
 
     Raises:
         DataError: as :func:`read_coco`, or if the two parts have different categories.
     """
     train, categories = read_coco(
-        folder / "annotations" / "instances_train2017.json", folder / "train2017"
+        folder / "annotations" / "instances_train2017.json", folder / "train2017", outlines
     )
     path = folder / "annotations" / "instances_val2017.json"
     test, others = read_coco(path, folder / "val2017")
@@ -281,11 +322,18 @@ def coco(folder: Path) -> Listing:
     return Listing(train, test, tuple(categories.values()))
 
 
-def read_coco(path: Path, images: Path) -> tuple[list[Listed], dict[int, str]]:
+def read_coco(
+    path: Path, images: Path, outlines: bool = False
+) -> tuple[list[Listed], dict[int, str]]:
     """One of COCO's files of instances, and where its images lie.
 
     Labels are from 0 in the order of the categories' ids. Crowds (``iscrowd``, 0 where it is not
-    given) are ignored. Segmentations, most of the file, are not kept.
+    given) are ignored.
+
+    Args:
+        path: the file.
+        images: the folder.
+        outlines: whether segmentations, most of the file, are kept (default: no).
 
     Returns:
         The images in the file's order, and the categories' names by id, in order.
@@ -298,7 +346,9 @@ def read_coco(path: Path, images: Path) -> tuple[list[Listed], dict[int, str]]:
     try:
         content = json.loads(
             read_bytes(path),
-            object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k != "segmentation"},
+            object_pairs_hook=lambda pairs: {
+                k: v for k, v in pairs if outlines or k != "segmentation"
+            },
         )
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
@@ -336,6 +386,7 @@ def read_coco(path: Path, images: Path) -> tuple[list[Listed], dict[int, str]]:
         raise DataError(f"{path} names no {'category' if files else 'image'}")
 
     objects: dict[int, list[tuple[str, list[float], int, bool]]] = {number: [] for number in files}
+    drawn: dict[int, list[Any]] = {number: [] for number in files}
     kinds = {"image_id": int, "category_id": int, "bbox": list}
     for where, record in records("annotations", **kinds):
         if record["image_id"] not in files:
@@ -350,7 +401,11 @@ def read_coco(path: Path, images: Path) -> tuple[list[Listed], dict[int, str]]:
         left, top, width, height = map(float, box)
         label, crowd = label_of[record["category_id"]], bool(record.get("iscrowd", 0))
         corners = [left, top, left + width, top + height]
+        if outlines and not record.get("segmentation"):
+            raise DataError(f"{where} lacks 'segmentation', which a network for masks learns from")
         objects[record["image_id"]].append((where, corners, label, crowd))
+        drawn[record["image_id"]].append(record.get("segmentation"))
     return [
-        _listed(str(images / name), size, objects[number]) for number, (name, size) in files.items()
+        _listed(str(images / name), size, objects[number], drawn[number] if outlines else None)
+        for number, (name, size) in files.items()
     ], categories

@@ -189,6 +189,14 @@ CATALOGUE: dict[str, Source] = {
             labelled="sounds:esc10",
         ),
         Source(
+            "magnatagatune",
+            "MagnaTagATune, music with tags",
+            "magnatagatune",
+            (Archive(None, "annotations_final.csv and the folders 0 to f of mp3.zip", None),),
+            ("annotations_final.csv", *"0123456789abcdef"),
+            "music CC BY-NC-SA 1.0, as on Magnatune; cite Law et al. 2009",
+        ),
+        Source(
             "bccd",
             "BCCD blood cells, Pascal VOC boxes",
             "BCCD",

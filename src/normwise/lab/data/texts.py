@@ -7,13 +7,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from normwise.lab.data.files import DataError, locate
 
-__all__ = ["READERS", "EncodedText", "brown", "encode", "tinyshakespeare", "wikitext"]
+__all__ = [
+    "READERS",
+    "EncodedText",
+    "brown",
+    "encode",
+    "tinyshakespeare",
+    "unigram_perplexity",
+    "wikitext",
+]
 
 UNKNOWN = "<unk>"
 END = "<eos>"
@@ -90,14 +101,20 @@ def brown(root: Path, vocabulary: int | None = 10_000) -> EncodedText:
     return encode("brown", (train, test), vocabulary)
 
 
-def tinyshakespeare(root: Path) -> EncodedText:
-    """Tiny Shakespeare, by characters: the first 90%, and the last 5% to test on."""
+def tinyshakespeare(root: Path, test: Literal["validation", "test"] = "test") -> EncodedText:
+    """Tiny Shakespeare, by characters: the first 90%, and the last 5% to test on.
+
+    Args:
+        root: where the data sets are.
+        test: ``"validation"`` tests on the 5% before the last instead (default: test).
+    """
     path = locate(root, "tinyshakespeare", ("tinyshakespeare", "."), "input.txt") / "input.txt"
     text = _read(path)
     if len(text) < 100:
         raise DataError(f"{path} has {len(text)} characters: it is truncated")
     first, second = len(text) * 90 // 100, len(text) * 95 // 100
-    return encode("tinyshakespeare", (text[:first], text[second:]))
+    tested = text[second:] if test == "test" else text[first:second]
+    return encode("tinyshakespeare", (text[:first], tested))
 
 
 def wikitext(root: Path, version: str = "2") -> EncodedText:
@@ -127,3 +144,9 @@ READERS: dict[str, Callable[[Path, int], EncodedText]] = {
     "wikitext-2": lambda root, _: wikitext(root, "2"),
     "wikitext-103": lambda root, _: wikitext(root, "103"),
 }
+
+
+def unigram_perplexity(train: Tensor, test: Tensor, vocabulary: int) -> float:
+    """The perplexity of guessing each token by how often it is in ``train``, plus one."""
+    counts = torch.bincount(train, minlength=vocabulary).double() + 1
+    return float((-(counts / counts.sum()).log()[test].mean()).exp())

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from normwise.lab.errors import UsageError, nearest
+from normwise.lab.networks.bagnet import bagnet18
+from normwise.lab.networks.centernet import centernet_body
 from normwise.lab.networks.convolutional import (
     convnet,
     harmonic,
@@ -28,8 +30,12 @@ NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "se_resnext29": se_resnext29,
     "mobilenet": mobilenet,
     "shufflenet": shufflenet,
-    "harmonic": harmonic,
+    # By the bands and the highest frequency of the spectra: of recordings of 8 and of 16 kHz.
+    "harmonic": harmonic(40, 4000.0),
+    "harmonic64": harmonic(64, 8000.0),
     "convnet": convnet,
+    "centernet_body": centernet_body,
+    "bagnet18": bagnet18,
 }
 
 

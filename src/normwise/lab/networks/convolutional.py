@@ -285,14 +285,23 @@ class _Harmonics(nn.Module):
         return torch.where(self.inside[:, :, None], stacked, stacked.new_zeros(()))
 
 
-def harmonic(channels: int, classes: int, width: int) -> nn.Module:
-    """A harmonic-style CNN for log-mel spectra of shape (1, 40, frames): four multiples, then
-    three convolutions with BatchNorm, ReLU and pooling."""
-    if channels != 1:
-        raise ValueError(f"Invalid channels: {channels}; a spectrum has 1")
-    layers: list[nn.Module] = [_Harmonics(40, 4000.0, 4)]
-    fan_in = 4
-    for stage in range(3):
-        layers += [*_conv(fan_in, width * 2**stage, 3), nn.ReLU(), nn.MaxPool2d(2)]
-        fan_in = width * 2**stage
-    return nn.Sequential(*layers, *_head(fan_in, classes))
+def harmonic(bands: int, top: float) -> Network:
+    """A harmonic-style CNN for log-mel spectra of shape ``(1, bands, frames)``: four multiples,
+    then three convolutions with BatchNorm, ReLU and pooling.
+
+    Args:
+        bands: of the spectra.
+        top: their highest frequency, in Hz.
+    """
+
+    def make(channels: int, classes: int, width: int) -> nn.Module:
+        if channels != 1:
+            raise ValueError(f"Invalid channels: {channels}; a spectrum has 1")
+        layers: list[nn.Module] = [_Harmonics(bands, top, 4)]
+        fan_in = 4
+        for stage in range(3):
+            layers += [*_conv(fan_in, width * 2**stage, 3), nn.ReLU(), nn.MaxPool2d(2)]
+            fan_in = width * 2**stage
+        return nn.Sequential(*layers, *_head(fan_in, classes))
+
+    return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import types
@@ -10,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from normwise.lab.checks import within
+from normwise.lab.checks import later, within
+from normwise.lab.correction import REFERENCES
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.optimizers import parse as parse_optimizer
 from normwise.lab.recipes.grids import Point, Tuned, point_name, points
@@ -29,9 +31,10 @@ __all__ = [
 
 SCHEMA = 1
 MOST_SEEDS = 10_000
-SCHEDULES = ("constant", "steps", "cosine")
+SCHEDULES = ("constant", "steps", "linear", "cosine")
 NORMALIZATIONS = ("none", "WN", "CWN", "WS")
 COUPLINGS = ("own", "l2", "decoupled", "schedule", "translated")
+CORRECTIONS = ("none", *REFERENCES)
 DECAYED = ("weights", "no-depthwise", "no-biases", "invariant", "all")
 
 
@@ -61,7 +64,7 @@ class Training:
         eps: of adam, adamw and adamp, and sgdp's guard (default: 1e-8).
         delta: threshold of the cosine gate (default: 0.1).
         wd_ratio: factor on the decay of projected weights (default: 0.1).
-        schedule: constant, steps or cosine (default: steps).
+        schedule: constant, steps, linear or cosine, these two down to 0 (default: steps).
         drops: after which shares of the steps ``lr`` is multiplied (default: 0.3, 0.6, 0.9).
         lr_factor: by what (default: 0.1).
         warmup: the share of the steps in which ``lr`` rises evenly from 0 (default: 0).
@@ -82,6 +85,18 @@ class Training:
             ``slices``, the scale-invariant ones slice by slice (default: layer).
         evaluate_every: epochs between tests; the last is always tested (default: 1).
         autocast: ``none`` or ``bfloat16`` (default: none).
+        pretrained: a file of weights to begin with, below the folder of the data sets: safetensors,
+            or of ``torch.save`` (default: none; weights are drawn). A method with a ``start`` takes
+            that instead.
+        pretrained_into: the module of the network that it is for (default: the whole network).
+        pretrained_skip: tensors or modules, by name or pattern, that stay as they were drawn and
+            that the file may lack or hold (default: none).
+        initial_scale: the factor on all scale-invariant weights before the first step: the network
+            computes the same, and its norms grow as in a run of another length (default: 1).
+        norm_correction: whether steps of scale-invariant slices are multiplied by what undoes the
+            growth of their norms: ``none``; ``fixed``, as if norms stayed; ``projected``, as if
+            they grew by the tangential part of each step alone; ``rescaled``, as that, and what
+            the optimizer remembers too (default: none).
     """
 
     epochs: int
@@ -114,6 +129,11 @@ class Training:
     awp_view: str = "layer"
     evaluate_every: int = 1
     autocast: str = "none"
+    pretrained: str | None = later(None)
+    pretrained_into: str = later("")
+    pretrained_skip: tuple[str, ...] = later(())
+    initial_scale: float = later(1.0)
+    norm_correction: str = later("none")
 
     def __post_init__(self) -> None:
         parse_optimizer(self.optimizer)
@@ -124,6 +144,7 @@ class Training:
             ("decay_on", DECAYED),
             ("autocast", ("none", "bfloat16")),
             ("awp_view", ("layer", "slices")),
+            ("norm_correction", CORRECTIONS),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -144,6 +165,7 @@ class Training:
         for name in ("normalization_eps", "epsilon_shift"):
             within(self, name, 0)
         within(self, "clip", 0, above=True)
+        within(self, "initial_scale", 0, above=True)
         within(self, "momentum", 0, 1, below=True)
         within(self, "warmup", 0, 1, below=True)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -160,6 +182,15 @@ class Training:
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise UsageError("nesterov is set, but momentum is 0")
         self._check_decay()
+        if self.pretrained is None:
+            for name in ("pretrained_into", "pretrained_skip"):
+                if getattr(self, name):
+                    raise UsageError(f"{name} is set, but pretrained is not")
+        if self.norm_correction != "none" and self.weight_decay > 0:
+            raise UsageError(
+                f"norm_correction {self.norm_correction} goes with no weight_decay: it would be "
+                "multiplied as the step is"
+            )
         if self.normalization == "none":
             for name in ("normalize_depthwise", "normalization_skip"):
                 if getattr(self, name):
@@ -203,6 +234,8 @@ class Training:
             return (step + 1) / (self.warmup * steps)
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
+        if self.schedule == "linear":
+            return (1 - done) / (1 - self.warmup)
         if self.schedule == "steps":
             return self.lr_factor ** sum(done >= drop for drop in self.drops)
         return 1.0
@@ -216,12 +249,15 @@ class Paper:
         source: the paper, and the table or figure.
         metric: what its numbers are.
         rows: for each row and method its number; a method that is missing is not known.
+        claims: for each row and method the difference to the method's baseline that the paper
+            claims, where ``rows`` does not say it (default: what follows from ``rows``).
         note: what a reader should know (default: nothing).
     """
 
     source: str
     metric: str
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
+    claims: dict[str, dict[str, float]] = field(default_factory=dict)
     note: str = ""
 
 
@@ -254,6 +290,8 @@ class RecipeScale:
         rows: the rows of its table, each with what it sets.
         seeds: how many by default (default: 3).
         note: in what it differs from the paper (default: nothing).
+        methods: what some methods set at this scale, which overrules what they set at all
+            (default: nothing).
         grid: settings that all its methods sweep, each with its values (default: none).
         grids: the same for some methods, which overrules all other grids (default: none).
         tuned_on: the scale whose sweep, tested on data held out of the training data, decides each
@@ -264,6 +302,7 @@ class RecipeScale:
     rows: dict[str, dict[str, Any]]
     seeds: int = 3
     note: str = ""
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     grids: dict[str, dict[str, tuple[Any, ...]]] = field(default_factory=dict)
     tuned_on: str | None = None
@@ -352,6 +391,16 @@ class Recipe:
         for name in self.scales:
             check_name("scale", name)
 
+    def claimed(self, row: str, method: str) -> float | None:
+        """The difference to its baseline that the paper claims; none where it is not known."""
+        stated = self.paper.claims.get(row, {}).get(method)
+        if stated is not None:
+            return stated
+        numbers, baseline = self.paper.rows.get(row, {}), self.methods[method].baseline
+        if method not in numbers or baseline not in numbers:
+            return None
+        return numbers[method] - numbers[baseline]
+
     def cells(
         self,
         scale: str,
@@ -426,6 +475,7 @@ class Recipe:
             **self.settings,
             **size.settings,
             **self.methods[method].settings,
+            **size.methods.get(method, {}),
             **size.rows[row],
             **tuned,
             **dict(point),
@@ -521,7 +571,17 @@ def parse(content: Any, where: str) -> Recipe:
     for row, values in recipe.paper.rows.items():
         for name in values:
             _known(recipe.methods, name, f"method in the paper's row {row!r}")
-    for scale in recipe.scales:
+    for row, values in recipe.paper.claims.items():
+        for name in values:
+            method = _known(recipe.methods, name, f"method in the paper's claims of {row!r}")
+            if method.baseline is None:
+                raise UsageError(
+                    f"{where}: method {name!r} has a claim in row {row!r}, but no baseline that it "
+                    "is a difference to"
+                )
+    for scale, size in recipe.scales.items():
+        for name in size.methods:
+            _known(recipe.methods, name, f"method of scale {scale!r}")
         try:
             _check_sweeps(recipe, scale)
         except UsageError as error:
@@ -574,12 +634,15 @@ def _any_choice(recipe: Recipe, scale: str) -> Tuned | None:
     return dict.fromkeys(recipe.scales[on].rows, first)
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 def _checked(cls: type[Any], content: Any, where: str) -> Any:
     """An instance of a dataclass from a mapping; keys and types are checked."""
     if not isinstance(content, dict):
         raise UsageError(f"{where} must be a mapping of keys, not {content!r}")
     known = {f.name: f for f in fields(cls)}
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for key in content:
         if key not in known:
             raise UsageError(f"{where}: unknown key {key!r}: {nearest(str(key), known)}")

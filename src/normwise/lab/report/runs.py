@@ -113,8 +113,9 @@ def _swept_picture(tables: Sequence[ResultTable]) -> Figure:
     note = "means over seeds, bands from the lowest to the highest; what is far off is left out"
     if isinstance(charts[0], Heat):
         note = "means over seeds; the best is framed"
-    title = f"{found[0].recipe.title}: {found[0].metric.title}"
-    return Figure(title, charts, min(len(charts), 2 if len(charts) in (2, 4) else 3), note)
+    note = f"{_with_unit(found[0].metric)}; {note}"
+    columns = min(len(charts), 2 if len(charts) in (2, 4) else 3)
+    return Figure(found[0].recipe.title, charts, columns, note)
 
 
 def _sweeps(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
@@ -286,6 +287,8 @@ def _numbers(tables: Sequence[ResultTable], drawn: Marks) -> Table:
         Column("row", words=True),
         Column("recipe", words=True),
         Column("seeds"),
+        Column("claimed"),
+        Column("seeds to see it"),
         Column("baseline"),
         Column("paper"),
     )
@@ -318,6 +321,10 @@ def _row(table: ResultTable, entry: Entry, colour: str, dash: tuple[float, ...])
         Cell(
             str(len(entry.values)),
             ", ".join(f"{len(seeds)} {word}" for seeds, word in notes if seeds),
+        ),
+        give(entry.claimed, None, number(entry.claimed, "+")),
+        give(
+            entry.seeds_needed, None, "–" if entry.seeds_needed is None else str(entry.seeds_needed)
         ),
         give(entry.baseline, None, number(entry.baseline)),
         give(entry.paper, None, "not known" if entry.paper is None else f"{entry.paper:g}"),

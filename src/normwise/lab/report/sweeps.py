@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from normwise.figures import Axis, Chart, Heat, Line, Lines, Spacing, marks, nth_of
 from normwise.figures.tables import Column, Row, Table
-from normwise.lab.running.export import SWEEP_HEAD, sweep_cells
+from normwise.lab.running.export import sweep_cells, sweep_head
 
 if TYPE_CHECKING:
     from normwise.lab.running.results import Entry
@@ -31,8 +31,8 @@ def sweep_table(found: Sequence[Sweep]) -> Table:
     Args:
         found: the sweeps of one recipe at one scale.
     """
-    columns = tuple(Column(title, words=title not in _NUMBERS) for title in SWEEP_HEAD)
-    return Table(columns, tuple(Row(sweep_cells(sweep)) for sweep in found))
+    columns = [Column(title, words=title not in _NUMBERS) for title in sweep_head(found)]
+    return Table(tuple(columns), tuple(Row(sweep_cells(s)[: len(columns)]) for s in found))
 
 
 def sweep_charts(found: Sequence[Sweep]) -> list[Chart]:
@@ -69,14 +69,14 @@ def _mean(entry: Entry) -> float:
 
 
 def _limit(found: Sequence[Sweep]) -> tuple[float, float]:
-    """The least and the greatest mean that are drawn."""
+    """The least and the greatest mean that are drawn: one of them is the best."""
     means = [mean for s in found for e in s.entries if math.isfinite(mean := _mean(e))]
     if not means:
         return -math.inf, math.inf
     higher = found[0].metric.higher_is_better
     best = max(means) if higher else min(means)
     far = best + _FAR * (median(means) - best)
-    return (far, math.inf) if higher else (-math.inf, far)
+    return (far, best) if higher else (best, far)
 
 
 def _axis(sweep: Sweep) -> Axis:

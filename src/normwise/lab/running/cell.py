@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normwise.lab.checks import said
 from normwise.lab.data.own import fingerprint
 from normwise.lab.environment import environment
 from normwise.lab.errors import Damaged, UsageError
@@ -32,6 +33,7 @@ from normwise.lab.optimizers import parse as parse_optimizer
 from normwise.lab.parallel import ALONE, Processes
 from normwise.lab.recipes.schema import RecipeCell
 from normwise.lab.running.events import Measured, Observer, Progress, Started, ignore
+from normwise.lab.running.pretrained import weights_hash
 from normwise.lab.running.trainer import CHECKPOINT, Diverged, Trainer, digest
 from normwise.lab.store import (
     locked,
@@ -49,6 +51,7 @@ __all__ = [
     "CONFIG",
     "RESULT",
     "DiskFull",
+    "OutOfTime",
     "check_device",
     "config_of",
     "now",
@@ -66,6 +69,10 @@ class DiskFull(UsageError):
     """There is no room to write; what had been written before is whole."""
 
 
+class OutOfTime(Exception):  # nothing is wrong
+    """The time that a cell may take is over; its last checkpoint is of its last step."""
+
+
 def config_of(cell: RecipeCell, device: str, processes: Processes = ALONE) -> dict[str, Any]:
     """Everything that decides a cell's outcome, as ``config.json`` holds it.
 
@@ -77,12 +84,11 @@ def config_of(cell: RecipeCell, device: str, processes: Processes = ALONE) -> di
     """
     config = {"schema": SCHEMA, **asdict(cell), "point": dict(cell.point), "device": device}
     # What has no say is not there, so that a cell without it stays the same.
+    config |= {"training": said(cell.training), "options": said(cell.options)}
     if cell.start is None:
         del config["start"]
     if not cell.point:
         del config["point"]
-    if not is_own(cell.task) and not config["options"].get("held_out", True):
-        del config["options"]["held_out"]
     if processes.kind is not None:
         config["parallel"] = {"kind": processes.kind, "processes": processes.size}
     names = (
@@ -122,6 +128,7 @@ def run_cell(
     processes: Processes = ALONE,
     observe: Observer = ignore,
     trust: Sequence[str] = (),
+    until: float = math.inf,
 ) -> dict[str, Any]:
     """Train a cell to its end, going on from its checkpoint if it has one.
 
@@ -136,6 +143,8 @@ def run_cell(
         processes: those that train it together, each of which calls this (default: one alone).
         observe: called with what happens (default: nothing is).
         trust: the modules of the user's whose code the cell may run (default: none).
+        until: when it stops, on the clock of :func:`time.time`, if it is not at its end; needs one
+            process alone (default: never).
 
     Returns:
         The content of its ``result.json``; at once if it was finished before.
@@ -145,7 +154,10 @@ def run_cell(
             runs it, or if processes cannot share a batch of its task.
         Damaged: if a file that it would go on from is not what was written.
         DiskFull: if there is no room; run it again when there is.
+        OutOfTime: at ``until``, after a checkpoint.
     """
+    if until <= time.time() and not (out / cell.folder / RESULT).exists():
+        raise OutOfTime
     _check_divisible(cell, processes)
     folder = out / cell.folder
     with ExitStack() as held:
@@ -153,6 +165,8 @@ def run_cell(
         held.enter_context(one_thread())
         held.enter_context(_room_in(folder))
         config = config_of(cell, device, processes)
+        if cell.start is None and (weights := weights_hash(cell.training, root)):
+            config["pretrained_sha256"] = weights
 
         def begin() -> dict[str, Any] | None:
             """Take the folder; the result, if there is one already."""
@@ -166,7 +180,7 @@ def run_cell(
         result = processes.first(begin)
         if result is None:
             start = None if cell.start_folder is None else out / cell.start_folder
-            run = _CellStart(cell, folder, processes, checkpoint_seconds, observe)
+            run = _CellStart(cell, folder, processes, checkpoint_seconds, observe, until)
             result = run.train(root, device, start)
         return result
 
@@ -189,6 +203,11 @@ def _check_divisible(cell: RecipeCell, processes: Processes) -> None:
         raise UsageError(
             f"coupling {training.coupling!r} and decay_window {list(training.decay_window)} are "
             "not allowed with --parallel, but for 'own' and [0, 1]; train it in one process"
+        )
+    if training.norm_correction != "none":
+        raise UsageError(
+            f"norm_correction {training.norm_correction!r} is not allowed with --parallel; train "
+            "it in one process"
         )
 
 
@@ -336,6 +355,7 @@ class _CellStart:
         processes: those that train it together.
         checkpoint_seconds: the most time between checkpoints.
         observe: called with what happens, on the first process.
+        until: when it stops, on the clock of :func:`time.time`.
     """
 
     def __init__(
@@ -345,7 +365,9 @@ class _CellStart:
         processes: Processes,
         checkpoint_seconds: float,
         observe: Observer,
+        until: float,
     ) -> None:
+        self.until = until
         self.cell, self.folder, self.processes = cell, folder, processes
         self.checkpoint_seconds = checkpoint_seconds
         self.observe = observe if processes.rank == 0 else ignore
@@ -372,6 +394,9 @@ class _CellStart:
                 finally:
                     if trainer.monitor is not None:
                         trainer.monitor.close()
+            except OutOfTime:
+                self._log("out of time")
+                raise
             except Exception:
                 self._log(traceback.format_exc())
                 raise
@@ -440,13 +465,16 @@ class _CellStart:
                     left *= trainer.total_steps - trainer.done
                     share = trainer.done / trainer.total_steps
                     growth = trainer.growth if self.processes.kind is None else None
-                    self.observe(Progress(self.cell, share, trainer.loss, growth, left))
-                stop = interrupted()
-                if trainer.step < trainer.steps and (stop or self._due(saved)):
+                    fresh = (trainer.done - first) / trainer.total_steps
+                    self.observe(Progress(self.cell, share, fresh, trainer.loss, growth, left))
+                stop, late = interrupted(), time.time() >= self.until
+                if trainer.step < trainer.steps and (stop or late or self._due(saved)):
                     trainer.save()
                     saved = time.monotonic()
                     if stop:
                         raise KeyboardInterrupt
+                    if late:
+                        raise OutOfTime
             trainer.end_epoch()
             last = trainer.epoch == training.epochs
             self._record(trainer, tested=last or trainer.epoch % training.evaluate_every == 0)
@@ -461,6 +489,8 @@ class _CellStart:
         return float(self.processes.mean(torch.tensor(float(late)))) > 0
 
     def _test(self, trainer: Trainer) -> None:
+        if trainer.monitor is not None:
+            trainer.monitor.fetch()
         evaluation = trainer.problem.evaluate()
         self.metrics, self.wrong = evaluation.metrics, evaluation.wrong
         if not all(map(math.isfinite, self.metrics.values())):

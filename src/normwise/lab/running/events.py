@@ -56,6 +56,7 @@ class Progress:
     Args:
         cell: which.
         share: of its steps that have been taken, from 0 to 1.
+        fresh: of its steps that have been taken since it was started, from 0 to 1.
         loss: mean over the epoch so far.
         growth: of the norm of its scale-invariant weights, end over start; None where there are
             none.
@@ -64,6 +65,7 @@ class Progress:
 
     cell: RecipeCell
     share: float
+    fresh: float
     loss: float
     growth: float | None
     seconds_left: float
@@ -92,7 +94,8 @@ class Finished:
 
     Args:
         cell: which.
-        result: the content of its ``result.json``, or a status ``skipped`` and an error.
+        result: the content of its ``result.json``; or a status ``skipped`` and an error; or a
+            status ``unfinished`` where time was over.
     """
 
     cell: RecipeCell

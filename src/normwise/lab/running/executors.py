@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -18,7 +19,13 @@ from typing import Any
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import ALONE, Processes
 from normwise.lab.recipes.schema import RecipeCell
-from normwise.lab.running.cell import CHECKPOINT_SECONDS, check_device, config_of, run_cell
+from normwise.lab.running.cell import (
+    CHECKPOINT_SECONDS,
+    OutOfTime,
+    check_device,
+    config_of,
+    run_cell,
+)
 from normwise.lab.running.events import Event, Finished, Observer, Started, ignore
 from normwise.lab.trust import trusting
 
@@ -33,7 +40,7 @@ class _Work:
     """All that a process needs besides the cell; can be sent to it.
 
     Args:
-        out, root, device, checkpoint_seconds, trust: as of :func:`run_cell`.
+        out, root, device, checkpoint_seconds, trust, until: as of :func:`run_cell`.
         place: the folder in which modules and data of the user's are found.
         observe: called where the cell is trained.
     """
@@ -43,6 +50,7 @@ class _Work:
     device: str
     checkpoint_seconds: float
     trust: tuple[str, ...]
+    until: float
     place: Path
     observe: Observer
 
@@ -58,9 +66,12 @@ class _Work:
                 processes=processes,
                 observe=self.observe,
                 trust=self.trust,
+                until=self.until,
             )
         except Damaged as error:
             return {"status": "skipped", "error": str(error)}
+        except OutOfTime:
+            return {"status": "unfinished"}
 
 
 def run_cells(
@@ -75,10 +86,12 @@ def run_cells(
     observe: Observer = ignore,
     processes: Processes = ALONE,
     trust: Sequence[str] = (),
+    until: float = math.inf,
 ) -> list[dict[str, Any]]:
     """Run cells; those that are finished are only read.
 
-    A cell with a damaged file is skipped: its result has the status ``skipped`` and an error.
+    A cell with a damaged file is skipped: its result has the status ``skipped`` and an error. One
+    for which time is over has the status ``unfinished``, and goes on when the same is run again.
 
     Args:
         cells: what to run.
@@ -93,6 +106,8 @@ def run_cells(
         processes: those that train one cell after the other together, each of which calls this
             (default: one alone).
         trust: the modules of the user's whose code the cells may run (default: none).
+        until: when cells stop, on the clock of :func:`time.time`; not with ``processes`` (default:
+            never).
 
     Returns:
         The results in the order of the cells. They do not depend on the executor.
@@ -108,7 +123,8 @@ def run_cells(
     check_trust(cells, trust)
     # Those that start from another training come when all others are finished.
     waves = [[c for c in cells if (c.start is None) == first] for first in (True, False)]
-    where = out.absolute(), root.absolute(), device, checkpoint_seconds, tuple(trust), Path.cwd()
+    given = out.absolute(), root.absolute(), device, checkpoint_seconds, tuple(trust)
+    where = *given, until, Path.cwd()
     results: dict[str, dict[str, Any]] = {}
     for wave in filter(None, waves):
         if executor == "ray":

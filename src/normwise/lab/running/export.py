@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from normwise.lab.errors import Damaged
-from normwise.lab.recipes import find
-from normwise.lab.recipes.grids import point_name
-from normwise.lab.running.results import Done, Entry, ResultTable
+from normwise.lab.recipes import Recipe, find
+from normwise.lab.recipes.grids import Point, point_name
+from normwise.lab.running.results import Done, Entry, ResultTable, spread_of_differences
 from normwise.lab.running.sweeps import Sweep, point_text, sweeps
 from normwise.lab.summary import Spread
 from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.problem import Metric
 
 __all__ = [
-    "SWEEP_HEAD",
     "as_csv",
     "as_data",
     "as_json",
@@ -29,10 +28,20 @@ __all__ = [
     "as_markdown",
     "read_json",
     "sweep_cells",
+    "sweep_head",
 ]
 
-_HEAD = ("method", "mean ± sd", "seeds", "difference (95%)", "verdict", "paper")
-SWEEP_HEAD = ("method", "row", "seeds", "best at", "mean ± sd", "over the first row's", "regret")
+_HEAD = (
+    "method",
+    "mean ± sd",
+    "seeds",
+    "difference (95%)",
+    "verdict",
+    "claimed",
+    "seeds to see it",
+    "paper",
+)
+_SWEEP_HEAD = ("method", "row", "seeds", "best at", "mean ± sd", "over the first row's", "regret")
 
 
 def _number(value: float, metric: Metric, sign: bool = False) -> str:
@@ -54,7 +63,14 @@ def _cells(entry: Entry, metric: Metric) -> tuple[str, ...]:
             f"{_number(entry.difference, metric, sign=True)}{width} to {entry.compared_with}"
         )
     paper = "not known" if entry.paper is None else f"{entry.paper:g}"
-    return entry.label, shown, seeds, difference, entry.verdict(metric), paper
+    claimed = needed = ""
+    if entry.difference is not None:
+        claimed = (
+            "not known" if entry.claimed is None else _number(entry.claimed, metric, sign=True)
+        )
+        if entry.sd_of_differences is not None and entry.claimed:
+            needed = "over 10,000" if entry.seeds_needed is None else f"{entry.seeds_needed:,}"
+    return entry.label, shown, seeds, difference, entry.verdict(metric), claimed, needed, paper
 
 
 def _spread(spread: Spread | None, metric: Metric) -> str:
@@ -64,8 +80,13 @@ def _spread(spread: Spread | None, metric: Metric) -> str:
     return _number(spread.mean, metric) + sd
 
 
+def sweep_head(found: Sequence[Sweep]) -> tuple[str, ...]:
+    """The headings of a table of sweeps; where there is one row, nothing is carried to others."""
+    return _SWEEP_HEAD if len({sweep.row for sweep in found}) > 1 else _SWEEP_HEAD[:-2]
+
+
 def sweep_cells(sweep: Sweep) -> tuple[str, ...]:
-    """The texts under :data:`SWEEP_HEAD`."""
+    """The texts under :func:`sweep_head`, of several rows."""
     best, regret = sweep.best, sweep.regret
     edge = f" (edge: {', '.join(sweep.edges)})" if sweep.edges else ""
     ratios = ", ".join("–" if r is None else f"×{r:.3g}" for r in sweep.ratios.values())
@@ -81,11 +102,19 @@ def sweep_cells(sweep: Sweep) -> tuple[str, ...]:
     )
 
 
-def _swept_title(sweep: Sweep) -> str:
-    return (
-        f"{sweep.recipe.title} ({sweep.scale} scale): best of each sweep by {sweep.metric.title}, "
-        "and the regret of carrying the first row's best to the others"
+def _swept_rows(found: Sequence[Sweep]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    head = sweep_head(found)
+    return head, [sweep_cells(sweep)[: len(head)] for sweep in found]
+
+
+def _swept_title(found: Sequence[Sweep]) -> str:
+    first = found[0]
+    title = (
+        f"{first.recipe.title} ({first.scale} scale): best of each sweep by {first.metric.title}"
     )
+    if len(sweep_head(found)) < len(_SWEEP_HEAD):
+        return title
+    return f"{title}, and the regret of carrying the first row's best to the others"
 
 
 def _title(table: ResultTable) -> str:
@@ -108,7 +137,7 @@ def as_markdown(tables: Sequence[ResultTable]) -> str:
                 rows = [_cells(e, table.metric) for e in fixed]
                 parts += [f"**{_title(table)}**", _pipes(_HEAD, rows), _baseline(table)]
         if swept := sweeps(held):
-            parts += [f"**{_swept_title(swept[0])}**", _pipes(SWEEP_HEAD, map(sweep_cells, swept))]
+            parts += [f"**{_swept_title(swept)}**", _pipes(*_swept_rows(swept))]
         paper = f"Paper: {recipe.paper.source}."
         parts.append(" ".join(filter(None, [recipe.scales[scale].note, paper, recipe.paper.note])))
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -153,7 +182,7 @@ def as_latex(tables: Sequence[ResultTable]) -> str:
     ]
     for _, group in itertools.groupby(sweeps(tables), lambda s: (s.recipe.id, s.scale)):
         held = list(group)
-        parts.append(_latex_table(_swept_title(held[0]), SWEEP_HEAD, list(map(sweep_cells, held))))
+        parts.append(_latex_table(_swept_title(held), *_swept_rows(held)))
     return "\n".join(parts)
 
 
@@ -196,6 +225,9 @@ def as_data(tables: Sequence[ResultTable]) -> list[dict[str, Any]]:
                     "compared_with": entry.compared_with,
                     "difference": entry.difference,
                     "half_width_95": entry.half_width,
+                    "sd_of_differences": entry.sd_of_differences,
+                    "claimed": entry.claimed,
+                    "seeds_needed": entry.seeds_needed,
                     "verdict": entry.verdict(table.metric),
                     "baseline": entry.baseline,
                     "paper": entry.paper,
@@ -229,13 +261,15 @@ def as_json(tables: Sequence[ResultTable]) -> str:
         if place in shown or entry.point:
             continue
         shown.add(place)
-        row["records"] = {
+        records = {
             str(cell.config["seed"]): [
                 {k: _short(v) for k, v in record.items()} for record in cell.records
             ]
             for cell in table.cells
             if cell.config["method"] == entry.method
         }
+        if any(records.values()):
+            row["records"] = records
     lines = ",\n".join(json.dumps(row, allow_nan=False, ensure_ascii=False) for row in rows)
     return f"[\n{lines}\n]\n"
 
@@ -259,30 +293,56 @@ def read_json(path: Path) -> list[ResultTable]:
             tables.setdefault(place, []).append(row)
         if not tables:
             raise ValueError("it holds no tables")
-        return [_table(path, *place, group) for place, group in tables.items()]
+        recipes = {name: find(name) for name in {place[0] for place in tables}}
+        return [
+            _table(path, recipes[name], scale, row, metric, group)
+            for (name, scale, row, metric), group in tables.items()
+        ]
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise Damaged(path, f"{type(error).__name__}: {error}") from None
 
 
 def _table(
-    path: Path, name: str, scale: str, row: str, metric: str, rows: Sequence[dict[str, Any]]
+    path: Path, recipe: Recipe, scale: str, row: str, metric: str, rows: Sequence[dict[str, Any]]
 ) -> ResultTable:
-    recipe = find(name)
     cells = tuple(
         Done(path / r["method"] / seed, {**r, "seed": int(seed)}, None, records)
         for r in rows
         for seed, records in r.get("records", {}).items()
     )
     found = next(m for m in kind(recipe.task).metrics if m.name == metric)
-    return ResultTable(recipe, scale, row, found, tuple(map(_entry, rows)), cells)
+    values = {(r["method"], _point(r)): _values(r) for r in rows}
+    entries = tuple(_entry(recipe, r, values) for r in rows)
+    return ResultTable(recipe, scale, row, found, entries, cells)
 
 
-def _entry(row: dict[str, Any]) -> Entry:
-    values = {int(seed): float(value) for seed, value in row["values"].items()}
+def _values(row: dict[str, Any]) -> dict[int, float]:
+    return {int(seed): float(value) for seed, value in row["values"].items()}
+
+
+def _point(row: dict[str, Any]) -> Point:
+    return tuple(row.get("point", {}).items())
+
+
+def _entry(
+    recipe: Recipe, row: dict[str, Any], held: dict[tuple[str, Point], dict[int, float]]
+) -> Entry:
+    """What the file holds; the claim is the recipe's, which may have learnt of it since.
+
+    Args:
+        recipe: whose row it is.
+        row: of the file.
+        held: the values of all methods in the same table, by method and point.
+    """
+    method, point = recipe.methods[row["method"]], _point(row)
+    values = held[row["method"], point]
+    baseline = method.baseline or ""
+    theirs = held.get((baseline, point), held.get((baseline, ()), {}))
+    judges = row["metric"] == kind(recipe.task).metrics[0].name
     others = [s for s in range(len(values) + row["failed"] + row["unfinished"]) if s not in values]
     return Entry(
         method=row["method"],
-        label=find(row["recipe"]).methods[row["method"]].label,
+        label=method.label,
         values=values,
         failed=tuple(others[: row["failed"]]),
         unfinished=tuple(others[row["failed"] :]),
@@ -290,6 +350,8 @@ def _entry(row: dict[str, Any]) -> Entry:
         compared_with=row["compared_with"],
         difference=row["difference"],
         half_width=row["half_width_95"],
+        sd_of_differences=spread_of_differences(values, theirs),
+        claimed=recipe.claimed(row["row"], row["method"]) if judges else None,
         baseline=row["baseline"],
-        point=tuple(row.get("point", {}).items()),
+        point=point,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import mul
 from types import MappingProxyType
@@ -23,7 +23,13 @@ from normwise.optim import SGDP, AdamP
 from normwise.reparam import CenteredWeightNorm, WeightNorm, WeightStandardization, reparametrize
 from normwise.theory import sgd_without_decay
 
-__all__ = ["decay_within_window", "decayed_lrs", "make_optimizer", "normalize_weights"]
+__all__ = [
+    "decay_within_window",
+    "decayed_lrs",
+    "make_optimizer",
+    "normalize_weights",
+    "scale_invariant_weights",
+]
 
 _NORMALIZATION = {"WN": WeightNorm, "CWN": CenteredWeightNorm, "WS": WeightStandardization}
 _POLICY: dict[str, Policy] = {
@@ -136,6 +142,34 @@ def normalize_weights(model: nn.Module, training: Training) -> None:
             normalize(depthwise)
     except ValueError as error:
         raise UsageError(f"normalization {training.normalization}: {error}") from None
+
+
+def scale_invariant_weights(
+    model: nn.Module, views: Iterable[str], factor: float, drawn: bool
+) -> None:
+    """Multiply the scale-invariant weights, which leaves what the network computes.
+
+    Args:
+        model: whose weights they are.
+        views: the names of the scale-invariant parameters.
+        factor: above 0.
+        drawn: whether weights were drawn, and not taken from another training.
+
+    Raises:
+        UsageError: if none are, or if they come from another training.
+    """
+    names = list(views)
+    if not names:
+        raise UsageError(
+            f"initial_scale {factor:g} needs scale-invariant weights, and there are none"
+        )
+    if not drawn:
+        raise UsageError(
+            f"initial_scale {factor:g} is not allowed where a method starts from another's weights"
+        )
+    with torch.no_grad():
+        for name in names:
+            model.get_parameter(name).mul_(factor)
 
 
 def decay_within_window(optimizer: Optimizer, training: Training, steps: int) -> None:

@@ -15,11 +15,27 @@ from normwise.lab.recipes import Recipe, find
 from normwise.lab.recipes.grids import Point
 from normwise.lab.running.cell import CONFIG, RESULT
 from normwise.lab.store import METRICS, read_metrics, read_sealed_json
-from normwise.lab.summary import Spread, Verdict, example_half_width, seed_half_width
+from normwise.lab.summary import (
+    Spread,
+    Verdict,
+    example_half_width,
+    seed_half_width,
+    seeds_needed,
+)
 from normwise.lab.tasks.kinds import kind
 from normwise.lab.tasks.problem import Metric
 
-__all__ = ["RECIPE", "Done", "Entry", "ResultTable", "finished", "paired", "read_cells", "tables"]
+__all__ = [
+    "RECIPE",
+    "Done",
+    "Entry",
+    "ResultTable",
+    "finished",
+    "paired",
+    "read_cells",
+    "spread_of_differences",
+    "tables",
+]
 
 # The recipe as it was run, beside its rows; without it the library's own of that name is taken.
 RECIPE = "recipe.yaml"
@@ -61,6 +77,8 @@ class Entry:
         compared_with: the label of the method that it is compared with; none for a baseline.
         difference: mean over common seeds of this method minus that one, as shown.
         half_width: of the 95% interval of the difference; none for fewer than two common seeds.
+        sd_of_differences: of the differences of common seeds, as shown; none for fewer than two.
+        claimed: the difference that the paper claims, as shown; none where it is not known.
         baseline: what a stated method that learns nothing from the inputs reaches, as shown.
         point: of the grid; empty where nothing is swept.
     """
@@ -74,8 +92,17 @@ class Entry:
     compared_with: str | None
     difference: float | None
     half_width: float | None
+    sd_of_differences: float | None
+    claimed: float | None
     baseline: float | None
     point: Point = ()
+
+    @property
+    def seeds_needed(self) -> int | None:
+        """How many see the claimed difference with a chance of 80%, by the spread seen."""
+        if self.claimed is None or self.sd_of_differences is None:
+            return None
+        return seeds_needed(self.claimed, self.sd_of_differences)
 
     @property
     def spread(self) -> Spread | None:
@@ -86,7 +113,8 @@ class Entry:
         """What the interval allows to say."""
         if self.difference is None:
             return ""
-        return Verdict.of(self.difference, self.half_width, metric.higher_is_better).value
+        higher = metric.higher_is_better
+        return Verdict.of(self.difference, self.half_width, higher, self.claimed).value
 
 
 @dataclass(frozen=True)
@@ -229,11 +257,7 @@ def paired(
     common = [seed for seed in mine if seed in theirs]
     if not common:
         return None
-    differences = [
-        metric.factor * mine[s]["metrics"][metric.name]
-        - metric.factor * theirs[s]["metrics"][metric.name]
-        for s in common
-    ]
+    differences = _differences(_shown(mine, metric), _shown(theirs, metric))
     half_width = seed_half_width(differences)
     if half_width is not None and judges and "wrong" in mine[common[0]]:
         by_example = metric.factor * example_half_width(
@@ -243,6 +267,22 @@ def paired(
         )
         half_width = math.hypot(half_width, by_example)
     return sum(differences) / len(differences), half_width
+
+
+def _shown(results: Mapping[int, Any], metric: Metric) -> dict[int, float]:
+    """The metric as shown, by seed."""
+    return {seed: metric.factor * r["metrics"][metric.name] for seed, r in results.items()}
+
+
+def _differences(mine: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    """Of common seeds, in the order of the first."""
+    return [value - theirs[seed] for seed, value in mine.items() if seed in theirs]
+
+
+def spread_of_differences(mine: Mapping[int, float], theirs: Mapping[int, float]) -> float | None:
+    """The standard deviation of the differences of common seeds; none for fewer than two."""
+    differences = _differences(mine, theirs)
+    return Spread.of(differences).sd if differences else None
 
 
 def _entry(
@@ -257,22 +297,26 @@ def _entry(
     method = recipe.methods[name]
     own = [cell for cell in group if cell.config["method"] == name]
     mine = finished(group, name)
-    difference = half_width = None
+    values = _shown(mine, metric)
+    difference = half_width = sd = None
     if method.baseline is not None:
-        found = paired(mine, finished(group, method.baseline), metric, judges)
-        difference, half_width = found or (None, None)
+        theirs = finished(group, method.baseline)
+        difference, half_width = paired(mine, theirs, metric, judges) or (None, None)
+        sd = spread_of_differences(values, _shown(theirs, metric))
     results = [cell.result for cell in own if cell.result is not None]
     baseline = next((r["baseline"].get(metric.name) for r in results), None)
     return Entry(
         method=name,
         label=method.label,
-        values={seed: metric.factor * r["metrics"][metric.name] for seed, r in mine.items()},
+        values=values,
         failed=tuple(c.config["seed"] for c in own if c.result and c.result["status"] == "failed"),
         unfinished=tuple(c.config["seed"] for c in own if c.result is None),
         paper=recipe.paper.rows.get(row, {}).get(name) if judges else None,
         compared_with=None if method.baseline is None else recipe.methods[method.baseline].label,
         difference=difference,
         half_width=half_width,
+        sd_of_differences=sd,
+        claimed=recipe.claimed(row, name) if judges else None,
         baseline=None if baseline is None else metric.factor * baseline,
         point=point,
     )

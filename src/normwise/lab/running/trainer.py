@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.geometry import View, norms
+from normwise.lab.correction import correct_for_norms
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import Processes, whole
 from normwise.lab.recipes.schema import RecipeCell
@@ -33,7 +34,9 @@ from normwise.lab.running.prepare import (
     decayed_lrs,
     make_optimizer,
     normalize_weights,
+    scale_invariant_weights,
 )
+from normwise.lab.running.pretrained import load_pretrained
 from normwise.lab.store import METRICS, append, named, read_sealed, seal, write_atomically
 from normwise.lab.tasks.kinds import kind
 from normwise.monitor import Measurement, Monitor, Trigger
@@ -45,8 +48,8 @@ __all__ = ["CHECKPOINT", "Diverged", "Trainer", "digest"]
 CHECKPOINT = "checkpoint.pt"
 # Whether the loss is still finite is asked this often: asking waits for the device.
 _CHECK_EVERY = 20
-# Angles are measured at about this many steps of a training, and at most at every fifth.
-_MEASURED, _MEASURE_EVERY = 100, 5
+# Angles are measured at most at every fifth step.
+_MEASURE_EVERY = 5
 
 
 class Diverged(ArithmeticError):
@@ -118,8 +121,10 @@ class Trainer:
         if processes.kind is not None and not self.problem.divisible:
             raise UsageError(
                 f"task {cell.task!r} is not allowed with --parallel: its loss is not the mean of "
-                "those of a batch's parts; train it in one process"
+                "those of a batch's parts, or it remembers batches; train it in one process"
             )
+        if start is None:
+            load_pretrained(self.problem.model, self.training, root)
         normalize_weights(self.problem.model, self.training)
         if start is not None:
             self.problem.start_from(start)
@@ -133,17 +138,26 @@ class Trainer:
             analyzed = invariant_views(self.problem, self.training.batch_size)
         self.views, self.not_analyzed, _ = analyzed
         model = self.problem.model
+        if self.training.initial_scale != 1:
+            scale_invariant_weights(model, self.views, self.training.initial_scale, start is None)
         self.problem.model = processes.distribute(model)
         params = dict(model.named_parameters())
         self._invariant = [(params[name], view) for name, view in self.views.items()]
-        self.optimizer = make_optimizer(
+        own = self.problem.make_optimizer(self.training)
+        self.optimizer = own or make_optimizer(
             self.problem.model, self.training, dict(self._invariant), analyzed.report
         )
+        groups = self.optimizer.param_groups
+        self._lrs = [self.training.lr if own is None else float(g["lr"]) for g in groups]
         decay_within_window(self.optimizer, self.training, self.total_steps)
+        if self.training.norm_correction != "none":
+            correct_for_norms(self.optimizer, dict(self._invariant), self.training.norm_correction)
         self._awp = self._perturbation()
         self._decayed_lrs = decayed_lrs(self.training, self.total_steps)
         self.exponent = describe(self.optimizer)[0].update.exponent
         self.monitor = self._watch(model) if self.views and processes.kind != "fsdp" else None
+        if self.monitor is not None:
+            self.problem.attend(self.optimizer, self.monitor, self.views)
         self._start_norm = self._norms()[0]
         self.epoch, self.step, self.written = 0, 0, 0
         self._metrics = hashlib.sha256()
@@ -193,7 +207,7 @@ class Trainer:
         return None if norm is None or start is None else norm / start
 
     def _watch(self, model: nn.Module) -> Monitor:
-        every = max(_MEASURE_EVERY, math.ceil(self.total_steps / _MEASURED))
+        every = max(_MEASURE_EVERY, math.ceil(self.total_steps / self.problem.measured))
         return Monitor(
             model,
             self.optimizer,
@@ -227,8 +241,8 @@ class Trainer:
         begin = time.perf_counter()
         number = self.done
         factor = self.training.factor(number, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.training.lr * factor
+        for group, lr in zip(self.optimizer.param_groups, self._lrs, strict=True):
+            group["lr"] = lr * factor
         self.optimizer.param_groups[0]["lr"] = self._decayed_lrs[number]
         # Dropout, and whatever else draws from the global generator: each process for its part.
         rank = self.processes.rank

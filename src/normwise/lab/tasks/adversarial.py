@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -23,6 +24,7 @@ METRICS = (
     Metric("attacked_gap", "attacked accuracy, training less test", "%", 100.0, False),
 )
 BALLS = ("linf", "l2")
+OBJECTIVES = ("attacked", "trades")
 _PART = 500
 
 
@@ -35,18 +37,28 @@ class AdversarialOptions(ClassificationOptions):
         radius: of the ball around an image, in 1/255 of a pixel's range (default: 4).
         attack_steps: of the attack in training (default: 10).
         test_attack_steps: of the attack in testing, PGD-10 by default (default: 10).
+        objective: ``attacked``, the cross-entropy of attacked images, or ``trades``, that of clean
+            ones and beta times the divergence of attacked from clean outputs, which the attack in
+            training then maximizes (default: attacked).
+        beta: β of ``trades`` (default: 6).
     """
 
     ball: str = "linf"
     radius: float = 4.0
     attack_steps: int = 10
     test_attack_steps: int = 10
+    objective: str = "attacked"
+    beta: float = 6.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ball not in BALLS:
             raise UsageError(f"unknown ball {self.ball!r}: {nearest(self.ball, BALLS)}")
+        if self.objective not in OBJECTIVES:
+            near = nearest(self.objective, OBJECTIVES)
+            raise UsageError(f"unknown objective {self.objective!r}: {near}")
         within(self, "radius", 0, above=True)
+        within(self, "beta", 0)
         for name in ("attack_steps", "test_attack_steps"):
             within(self, name, 1)
 
@@ -120,8 +132,35 @@ class _OnPixels(nn.Module):
         return out
 
 
+class Attacked(NamedTuple):
+    """A batch under attack: images, targets, and the images before it."""
+
+    images: Tensor
+    targets: Tensor
+    clean: Tensor
+
+
+def trades(clean: Tensor, attacked: Tensor, y: Tensor, beta: float, smoothing: float) -> Tensor:
+    """Cross-entropy at clean images, and beta times the divergence of attacked outputs, in nats.
+
+    CE(f(x), y) + β·KL(f(x) ‖ f(x′)); gradients pass through both.
+
+    Args:
+        clean: logits f(x), shape ``(N, K)``.
+        attacked: logits f(x′), shape ``(N, K)``.
+        y: targets as classes or probabilities.
+        beta: β.
+        smoothing: of the targets.
+
+    Source: arXiv 1901.08573; β is its 1/λ.
+    """
+    logs = F.log_softmax(attacked, dim=1), F.log_softmax(clean, dim=1)
+    divergence = F.kl_div(*logs, reduction="batchmean", log_target=True)
+    return F.cross_entropy(clean, y, label_smoothing=smoothing) + beta * divergence
+
+
 class Adversarial(Classification):
-    """Cross-entropy of attacked images; tested on attacked and on clean ones."""
+    """Cross-entropy of attacked images, or TRADES; tested on attacked and on clean ones."""
 
     options: AdversarialOptions
 
@@ -132,6 +171,8 @@ class Adversarial(Classification):
                 f"data {options.data!r} is not allowed: an attack needs pixels between 0 and 255"
             )
         self.model = _OnPixels(self.model, torch.as_tensor(self.mean), torch.as_tensor(self.std))
+        # DDP writes to the batch statistics before the second of the two passes of TRADES.
+        self.divisible = options.objective == "attacked"
         accuracy = self.baseline["accuracy"]
         self.baseline = {"attacked_accuracy": accuracy, "accuracy": accuracy, "attacked_gap": 0.0}
 
@@ -164,15 +205,24 @@ class Adversarial(Classification):
         )
 
     def prepared(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The images under attack, and their targets."""
+        """The images under attack, their targets, and the images."""
         x, y, start = batch
-        worst = self._attacked(x, y, self.options.attack_steps, start)
+        against = y
+        if self.options.objective == "trades":
+            self.model.eval()
+            with torch.no_grad():
+                # Of fixed outputs the cross-entropy is the divergence and a constant.
+                against = F.softmax(self.model(x), dim=1)
+        worst = self._attacked(x, against, self.options.attack_steps, start)
         self.model.train()
-        return worst, y
+        return Attacked(worst, y, x)
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """Cross-entropy in nats at the images of a batch, attacked if it is prepared."""
+        """The objective in nats; of a batch that is not prepared, the cross-entropy."""
         x, y, *_ = batch
+        if self.options.objective == "trades" and isinstance(batch, Attacked):
+            clean, attacked = self.model(batch.clean), self.model(batch.images)
+            return trades(clean, attacked, y, self.options.beta, self.options.label_smoothing)
         return super().loss((x, y))
 
     def evaluate(self) -> Evaluation:

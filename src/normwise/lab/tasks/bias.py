@@ -11,11 +11,12 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from normwise.lab.checks import within
+from normwise.lab.dependence import hsic
 from normwise.lab.errors import UsageError
 from normwise.lab.tasks.classification import load, part
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
-__all__ = ["COLOURS", "Bias", "BiasOptions", "coloured", "colours", "hsic"]
+__all__ = ["COLOURS", "Bias", "BiasOptions", "coloured", "colours"]
 
 METRICS = (
     Metric("unbiased_accuracy", "unbiased test accuracy", "%", 100.0),
@@ -105,33 +106,6 @@ def coloured(images: Tensor, colour: Tensor, shrink: int = 1) -> Tensor:
     ground = torch.tensor(COLOURS, dtype=torch.float32)[colour][:, :, None, None] / 127.5 - 1
     ink = F.avg_pool2d((images > 0).float(), shrink)
     return ink + (1 - ink) * ground
-
-
-def hsic(x: Tensor, y: Tensor) -> Tensor:
-    """How much two sets of features depend on each other: the unbiased estimate of HSIC.
-
-    Song et al., JMLR 13 (2012), Eq. 4, with the kernel exp(−‖a − b‖²/2). Its mean over draws is 0
-    where they are independent, so it can be negative. The published ReBias subtracts the diagonal
-    from every row of a kernel's matrix where the formula removes it; this follows the formula.
-
-    Args:
-        x: features, shape ``(N, D)``, N ≥ 4.
-        y: the other features of the same examples, shape ``(N, E)``.
-    """
-    n = len(x)
-    k, m = _kernel(x), _kernel(y)
-    together = (k * m).sum()
-    apart = k.sum() * m.sum() / ((n - 1) * (n - 2))
-    along = (k.sum(0) * m.sum(0)).sum() * 2 / (n - 2)
-    return (together + apart - along) / (n * (n - 3))
-
-
-def _kernel(x: Tensor) -> Tensor:
-    """exp(−d²/2) of all pairs, with a diagonal of zeros."""
-    squares = x.square().sum(1)
-    distances = squares[:, None] + squares[None] - 2 * x @ x.T
-    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    return torch.exp(-distances.clamp(min=0) / 2).masked_fill(itself, 0.0)
 
 
 class _Net(nn.Module):

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from normwise.lab.augment import GEOMETRIC, MIXING
-from normwise.lab.checks import within
+from normwise.lab.checks import later, within
 from normwise.lab.data.catalogue import CATALOGUE
 from normwise.lab.data.folders import image_folder
 from normwise.lab.data.images import Labelled
@@ -63,7 +63,7 @@ class ClassificationOptions:
     label_noise: float = 0.0
     image_size: int = 224
     shrink: int = 1
-    held_out: float = 0.0
+    held_out: float = later(0.0)
 
     def __post_init__(self) -> None:
         within(self, "held_out", 0, 1, below=True)

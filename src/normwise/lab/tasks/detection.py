@@ -1,10 +1,10 @@
-"""Object detection: CenterNet (arXiv 1904.07850) on boxes as VOC or COCO has them, judged by AP."""
+"""Object detection on boxes as VOC or COCO has them, by CenterNet (arXiv 1904.07850) or by a
+detector of torchvision, judged by AP."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,16 +15,19 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from normwise.lab.checks import within
+from normwise.lab.checks import later, within
 from normwise.lab.data.boxes import BCCD_CLASSES, Boxed, Listed, Listing, bccd, coco, voc
 from normwise.lab.data.files import locate
 from normwise.lab.data.folders import MEAN, STD, Decoder, Job
 from normwise.lab.errors import UsageError, nearest
+from normwise.lab.networks.centernet import CentreNet
+from normwise.lab.networks.detectors import DETECTORS, detector
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
 __all__ = [
     "Detection",
     "DetectionOptions",
+    "Detector",
     "average_precision",
     "centre_targets",
     "decode",
@@ -42,9 +45,6 @@ _MOST = 100
 # Images that are tested at a time.
 _PART = 16
 
-# Images, heat maps, sizes and offsets, and the cells that have them.
-_Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 @dataclass(frozen=True)
 class DetectionOptions:
@@ -59,6 +59,8 @@ class DetectionOptions:
             out as Pascal VOC is, to learn on its part ``train`` (default: bccd).
         image_size: pixels a side, a multiple of 16, of coco and voc, which need it: the longer side
             of each image is scaled to it, and what is left of the square is filled.
+        network: ``centernet``, or one of :data:`normwise.lab.networks.detectors.DETECTORS`, whose
+            width is the name's own (default: centernet).
     """
 
     scale: float = 0.3
@@ -66,6 +68,7 @@ class DetectionOptions:
     test_part: str = "test"
     data: str = "bccd"
     image_size: int | None = None
+    network: str = later("centernet")
 
     def __post_init__(self) -> None:
         kind, _, folder = self.data.partition(":")
@@ -94,58 +97,20 @@ class DetectionOptions:
             raise UsageError(f"unknown test_part {self.test_part!r}: {hint}")
         within(self, "scale", 0, above=True)
         within(self, "width", 1)
+        known_networks = ("centernet", *DETECTORS)
+        if self.network not in known_networks:
+            hint = nearest(self.network, known_networks)
+            raise UsageError(f"unknown network {self.network!r}: {hint}")
+        if self.learns_masks and kind != "coco":
+            raise UsageError(
+                f"network {self.network!r} needs data coco, or coco:FOLDER: {self.data!r} has no "
+                "masks"
+            )
 
-
-def _conv(fan_in: int, fan_out: int, size: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(fan_in, fan_out, size, stride, size // 2, bias=False), nn.BatchNorm2d(fan_out)
-    )
-
-
-class _Halving(nn.Module):
-    """A residual block that halves the resolution."""
-
-    def __init__(self, fan_in: int, fan_out: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            _conv(fan_in, fan_out, 3, 2), nn.ReLU(), _conv(fan_out, fan_out, 3)
-        )
-        self.shortcut = _conv(fan_in, fan_out, 1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
-class _CentreNet(nn.Module):
-    """A ResNet of four blocks, brought back to a quarter of the resolution, and a head.
-
-    Its output has shape ``(N, classes + 4, H / 4, W / 4)``: logits of centres, then width, height
-    and the centre's place in its cell, in cells.
-    """
-
-    def __init__(self, classes: int, width: int) -> None:
-        super().__init__()
-        widths = [3, *(width * 2**stage for stage in range(4))]
-        self.blocks = nn.ModuleList(_Halving(a, b) for a, b in itertools.pairwise(widths))
-        self.across = nn.ModuleList(_conv(fan_in, 2 * width, 1) for fan_in in widths[2:])
-        centres = nn.Conv2d(2 * width, classes + 4, 1)
-        # So that a centre is improbable at first (arXiv 1708.02002, section 3.3).
-        assert centres.bias is not None
-        nn.init.zeros_(centres.bias)
-        nn.init.constant_(centres.bias[:classes], -2.19)
-        self.head = nn.Sequential(_conv(2 * width, 2 * width, 3), nn.ReLU(), centres)
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = []
-        for block in self.blocks:
-            x = block(x)
-            maps.append(x)
-        merged = self.across[2](maps[3])
-        for stage in (2, 1):
-            upper = F.interpolate(F.relu(merged), scale_factor=2.0)
-            merged = self.across[stage - 1](maps[stage]) + upper
-        out: Tensor = self.head(F.relu(merged))
-        return out
+    @property
+    def learns_masks(self) -> bool:
+        """Whether it needs the outlines of objects."""
+        return "mask" in self.network
 
 
 def centre_targets(
@@ -292,16 +257,19 @@ def _load(root: Path, part: str, scale: float) -> list[Boxed]:
 
 
 @cache
-def _list(root: Path, data: str, test_part: str) -> Listing:
+def _list(root: Path, data: str, test_part: str, outlines: bool) -> Listing:
     kind, _, folder = data.partition(":")
     if kind == "voc":
         return voc(root / folder, test_part)
     probe = "annotations/instances_train2017.json"
-    return coco(root / folder if folder else locate(root, "coco", ("coco", "COCO"), probe))
+    own = root / folder if folder else locate(root, "coco", ("coco", "COCO"), probe)
+    return coco(own, outlines)
 
 
 class Detection(Problem):
     """CenterNet on blood cells, or on images that are decoded as they are needed.
+
+    With a network of torchvision it is a :class:`Detector`.
 
     Args:
         options: the settings.
@@ -312,12 +280,16 @@ class Detection(Problem):
     divisible = False  # the losses are sums over the number of centres in the batch
     listing: Listing | None = None  # none where all images are on the device
 
+    def __new__(cls, options: DetectionOptions, *_: object) -> Detection:
+        """The kind of detector that the options name."""
+        return super().__new__(cls if options.network == "centernet" else Detector)
+
     def __init__(self, options: DetectionOptions, root: Path, device: torch.device) -> None:
         train, self.truth = self._read(options, root, device)
         self.boxes = [torch.from_numpy(item.boxes[~item.ignored]) for item in train]
         self.labels = [torch.from_numpy(item.labels[~item.ignored]) for item in train]
         self.examples = len(train)
-        self.model = _CentreNet(self.classes, options.width).to(device)
+        self.model = self._network(options).to(device)
         self.facts = {
             "data": options.data,
             "train_examples": len(train),
@@ -330,13 +302,16 @@ class Detection(Problem):
             self.facts["boxes_ignored"] = sum(int(x.ignored.sum()) for x in (*train, *self.truth))
         self.baseline = average_precision(self._usual_boxes(), self.truth, self.classes)
 
+    def _network(self, options: DetectionOptions) -> nn.Module:
+        return CentreNet(self.classes, options.width)
+
     def _read(
         self, options: DetectionOptions, root: Path, device: torch.device
     ) -> tuple[Sequence[Boxed | Listed], Sequence[Boxed | Listed]]:
         """What is in the images to learn on and in those to test on."""
         size = options.image_size
         if size is not None:
-            listing = _list(root, options.data, options.test_part)
+            listing = _list(root, options.data, options.test_part, options.learns_masks)
             train, test = ([x.fitted(size) for x in part] for part in (listing.train, listing.test))
             self.listing = Listing(train, test, listing.classes)
             self.classes, self.size = len(listing.classes), (size, size)
@@ -405,20 +380,22 @@ class Detection(Problem):
     def _input(self, images: Tensor) -> Tensor:
         return (images.float() - self.mean[:, None, None]) / self.std[:, None, None]
 
-    def batch(self, chosen: Tensor, draw: Generator) -> _Batch:
+    def batch(self, chosen: Tensor, draw: Generator) -> Any:
         """Images, each mirrored with probability ½, and their targets."""
         return next(self.stream(chosen[None], [draw]))
 
-    def stream(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[_Batch]:
+    def stream(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[Any]:
         """The batch of each step; images in files are decoded some steps ahead."""
         for x, chosen, draw in zip(self._train_images(steps), steps, draws, strict=True):
             yield self._made(x, chosen, draw)
 
-    def _made(self, x: Tensor, chosen: Tensor, draw: Generator) -> _Batch:
-        """The batch of the ``chosen`` images ``x``, shape ``(N, 3, H, W)``."""
-        height, width = self.size
+    def _mirrored(
+        self, x: Tensor, chosen: Tensor, draw: Generator
+    ) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
+        """Each of the ``chosen`` images ``x``, its boxes, its number, and whether it is mirrored,
+        which image and boxes are already."""
         mirrored = torch.rand(len(chosen), generator=draw) < 0.5
-        images, targets = [], []
+        width = self.size[1]
         for image, index, mirror in zip(x, chosen.tolist(), mirrored.tolist(), strict=True):
             boxes = self.boxes[index]
             if mirror:
@@ -426,6 +403,13 @@ class Detection(Problem):
                 boxes = torch.stack(
                     [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1
                 )
+            yield image, boxes, index, mirror
+
+    def _made(self, x: Tensor, chosen: Tensor, draw: Generator) -> Any:
+        """The batch of the ``chosen`` images ``x``, shape ``(N, 3, H, W)``."""
+        height, width = self.size
+        images, targets = [], []
+        for image, boxes, index, _ in self._mirrored(x, chosen, draw):
             images.append(image)
             targets.append(
                 centre_targets(
@@ -435,7 +419,7 @@ class Detection(Problem):
         heat, values, at = (torch.stack(part).to(x.device) for part in zip(*targets, strict=True))
         return self._input(torch.stack(images)), heat, values, at
 
-    def loss(self, batch: _Batch) -> Tensor:
+    def loss(self, batch: Any) -> Tensor:
         """Focal loss of the heat maps + L1 of the offsets + 0.1 · L1 of the sizes, over centres."""
         x, heat, values, at = batch
         output = self.model(x)
@@ -454,4 +438,53 @@ class Detection(Problem):
                 for x in self._test_images()
                 for item in decode(self.model(self._input(x)), self.classes)
             ]
+        return Evaluation(average_precision(found, self.truth, self.classes))
+
+
+class Detector(Detection):
+    """A detector of torchvision, with its own losses, on the same images.
+
+    Args:
+        options: the settings.
+        root: where the data sets are.
+        device: where to compute.
+    """
+
+    def _network(self, options: DetectionOptions) -> nn.Module:
+        self.learns_masks = options.learns_masks
+        return detector(options.network, self.classes, self.size)
+
+    def _input(self, images: Tensor) -> Tensor:
+        """In [0, 1]: the network standardizes by itself."""
+        return images.float() / 255
+
+    def _made(self, x: Tensor, chosen: Tensor, draw: Generator) -> Any:
+        """Images and targets as torchvision has them: lists, and classes from 1."""
+        images, targets = [], []
+        for image, boxes, index, mirror in self._mirrored(x, chosen, draw):
+            images.append(self._input(image))
+            target = {"boxes": boxes.to(x.device), "labels": self.labels[index].to(x.device) + 1}
+            if self.learns_masks:
+                assert self.listing is not None  # masks come with coco alone
+                masks = torch.from_numpy(self.listing.train[index].masks(self.size[0]))
+                target["masks"] = (masks.flip(2) if mirror else masks).to(x.device)
+            targets.append(target)
+        return images, targets
+
+    def loss(self, batch: Any) -> Tensor:
+        """The sum of the network's losses."""
+        images, targets = batch
+        total: Tensor = sum(self.model(images, targets).values(), torch.zeros(()))
+        return total
+
+    def evaluate(self) -> Evaluation:
+        """AP of boxes on the test images."""
+        self.model.eval()
+        found = []
+        with torch.no_grad():
+            for x in self._test_images():
+                for said in self.model(list(self._input(x))):
+                    best = said["scores"].argsort(descending=True, stable=True)[:_MOST]
+                    own = {key: said[key][best].cpu() for key in ("boxes", "scores", "labels")}
+                    found.append({**own, "labels": own["labels"] - 1})
         return Evaluation(average_precision(found, self.truth, self.classes))

@@ -24,11 +24,17 @@ KINDS = {
     "adversarial": ("adversarial", "Adversarial"),
     "long_tail": ("long_tail", "LongTail"),
     "incremental": ("incremental", "Incremental"),
+    "equilibrium": ("equilibrium", "Equilibrium"),
     "stabilization": ("stabilization", "LossStabilization"),
     "bias": ("bias", "Bias"),
+    "nine_classes": ("nine_classes", "NineClasses"),
     "detection": ("detection", "Detection"),
     "retrieval": ("retrieval", "Retrieval"),
     "language": ("language", "Language"),
+    "tagging": ("tagging", "Tagging"),
+    "merging": ("merging", "Merging"),
+    "decay_moments": ("decay_moments", "DecayMoments"),
+    "lr_transfer": ("transfer", "LRTransfer"),
 }
 
 

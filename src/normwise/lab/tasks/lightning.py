@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def _forget(*_: Any, **__: Any) -> None:
 class Stepped(Supervised):
     """Made by :func:`lightning`."""
 
-    divisible: ClassVar[bool] = False
+    divisible = False
 
     def fresh(self, device: torch.device, held_out: float = 0.0) -> Supervised:
         new = super().fresh(device, held_out)

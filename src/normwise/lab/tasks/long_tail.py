@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ class LongTail(Classification):
     rows and train nothing, some train it alone.
     """
 
-    divisible: ClassVar[bool] = False
+    divisible = False
     options: LongTailOptions
 
     def __init__(self, options: LongTailOptions, root: Path, device: torch.device) -> None:

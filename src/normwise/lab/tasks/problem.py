@@ -9,6 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+
+from normwise.geometry import View
+from normwise.monitor import Monitor
 
 __all__ = ["Evaluation", "Metric", "Problem"]
 
@@ -54,15 +58,17 @@ class Problem(ABC):
     training is that of the model, of the optimizer, and the number of the step.
 
     Attributes:
-        divisible: whether processes can share a batch: the loss is the mean over its examples, and
-            ``model`` is called as a whole (default: yes).
+        divisible: whether processes can share a batch: the loss is the mean over its examples,
+            ``model`` is called as a whole and remembers nothing of a batch (default: yes).
+        measured: at about how many steps of a training angles are measured (default: 100).
         model: all that is trained; its weights are drawn from torch's global generator.
         examples: how many there are to train on.
         facts: what a reader should know of the data: sizes, splits.
         baseline: the metrics of a stated method that learns nothing from the inputs.
     """
 
-    divisible: ClassVar[bool] = True
+    divisible: bool = True
+    measured: ClassVar[int] = 100
     model: nn.Module
     examples: int
     facts: dict[str, Any]
@@ -90,6 +96,30 @@ class Problem(ABC):
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Take the weights and buffers of a finished training, before anything is measured."""
         self.model.load_state_dict(dict(weights))
+
+    def make_optimizer(self, training: Any) -> Optimizer | None:
+        """The optimizer of a task whose methods are its own; none for the one of the settings.
+
+        The learning rate that it gives to a group is the highest; the schedule multiplies it.
+
+        Args:
+            training: the settings, a :class:`normwise.lab.recipes.Training`.
+        """
+        return None
+
+    def attend(  # noqa: B027  # most tasks are judged by their model alone
+        self, optimizer: Optimizer, monitor: Monitor, views: Mapping[str, View]
+    ) -> None:
+        """Learn what trains the model and measures its scale-invariant weights.
+
+        Called once, before the first step or a checkpoint is read; not where nothing is measured.
+        What a task keeps of measurements belongs into buffers of its model.
+
+        Args:
+            optimizer: that trains it.
+            monitor: to whose ``writers`` a task may add.
+            views: of the scale-invariant weights, by the names of their parameters.
+        """
 
     def prepared(self, batch: Any) -> Any:
         """A batch with what is found from the weights before the step and stays through it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class LossStabilization(Classification):
     copy's batches are the same at every test.
     """
 
-    divisible: ClassVar[bool] = False
+    divisible = False
     options: LossStabilizationOptions
 
     def __init__(self, options: LossStabilizationOptions, root: Path, device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """Fused steps: one launch for all tensors of a device and dtype, the projection included.
 
 ``cpu`` is compiled by Numba, ``cuda`` by Triton; ``stock`` does without a compiler, by torch's own
-fused kernels on the CPU. Each has a plan of its own, imported when a step needs it.
+fused kernels on the CPU. Each has a plan of its own, imported when a step needs it. ``displaced``
+and ``displaced_cuda`` are for what a wrapped optimizer did.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from normwise.geometry import computing_dtype
 from normwise.optim.kernels._layout import memory_layout, slicing
+from normwise.optim.motion import Form
 from normwise.optim.step import AT_ONCE, AdamRule, Part, SGDRule, Step
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "SGDRule",
     "Step",
     "check_available",
+    "displaced_plan",
+    "moves_displaced",
     "takes_scaler",
     "takes_split",
     "use_fused",
@@ -56,6 +60,8 @@ class Backend:
     takes_split: bool
     # Whether Adam's Nesterov momentum, and learning rates within buffers, are to be had.
     takes_every_rule: bool = True
+    # The module and the plan for what a wrapped optimizer did, if there is one.
+    displaced: tuple[str, str] | None = None
 
 
 _WIDE = (torch.float32, torch.float64, torch.bfloat16)
@@ -71,6 +77,7 @@ _BACKENDS = {
         takes_scaler=False,
         takes_groups=True,
         takes_split=True,
+        displaced=("displaced", "DisplacedPlan"),
     ),
     "cuda": Backend(
         "cuda",
@@ -83,6 +90,7 @@ _BACKENDS = {
         takes_scaler=True,
         takes_groups=False,
         takes_split=True,
+        displaced=("displaced_cuda", "DisplacedCUDAPlan"),
     ),
 }
 # What takes a step where the compiler is not installed.
@@ -201,6 +209,21 @@ def takes_split(p: Tensor) -> bool:
     """Whether the kernels for a parameter wait for sums of slices that lie on several ranks."""
     backend = _backend(p.device.type)
     return backend is not None and backend.takes_split
+
+
+def moves_displaced(device: str) -> bool:
+    """Whether there are kernels on a kind of device for what a wrapped optimizer did."""
+    backend = _backend(device)
+    return backend is not None and backend.displaced is not None
+
+
+def displaced_plan(weights: Sequence[Tensor], forms: Sequence[Form]) -> Any:
+    """A plan for what a wrapped optimizer did; as of ``displaced.DisplacedPlan``."""
+    backend = _backend(weights[0].device.type)
+    assert backend is not None
+    assert backend.displaced is not None
+    module, plan = backend.displaced
+    return getattr(importlib.import_module(f"{__name__}.{module}"), plan)(weights, forms)
 
 
 @functools.cache

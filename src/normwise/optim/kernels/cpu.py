@@ -121,6 +121,9 @@ class CPUPlan:
             k.CHUNK_SUMS: self.chunk_sums,
             k.OPTIONS: self.options,
         }
+        # What the tables were filled from in the last step.
+        self._addresses: dict[int, list[int]] = {}
+        self._steps: list[Step] = []
         self._kernels = k.kernels(self.dtype)
         for entry, array in pointed_to.items():
             self.block[entry] = array.ctypes.data
@@ -161,8 +164,10 @@ class CPUPlan:
         """
         for column, tensors in enumerate((params, grads, exp_avgs, exp_avg_sqs, state_steps)):
             if tensors is not None:
-                self.tensors[:, column] = [0 if t is None else t.data_ptr() for t in tensors]
-        self.options[:] = [_options(step, self.dtype) for step in steps]
+                addresses = [0 if t is None else t.data_ptr() for t in tensors]
+                if addresses != self._addresses.get(column):
+                    self.tensors[:, column] = self._addresses[column] = addresses
+        self._set_options(steps)
         is_adam = exp_avg_sqs is not None
         self._kernels.prepare(self.tensors, self.factors, self.options, is_adam)
         self.block[k.RULE] = k.ADAM if is_adam else k.SGD
@@ -176,6 +181,17 @@ class CPUPlan:
             self.tensors[:, k.MODE] = k.AUTO  # in the first pass
         self._pass(1, threads)
         ending.end_plan_(self, params)
+
+    def _set_options(self, steps: Sequence[Step]) -> None:
+        """Fill in the table of options, unless it is the last step's: that takes microseconds."""
+        numbers = [x for step in steps for x in (step.lr, step.weight_decay)]
+        if any(isinstance(x, Tensor) for x in numbers):
+            self._steps = []  # what is in a tensor may change unseen
+        elif steps == self._steps:
+            return
+        else:
+            self._steps = list(steps)
+        self.options[:] = [_options(step, self.dtype) for step in steps]
 
     def sum_pieces(self) -> list[Tensor]:
         """Of each weight whose slices are split ⟨w, u⟩, ‖w‖² of the pieces here, in ``"auto"`` also

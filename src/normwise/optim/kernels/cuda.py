@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from torch import Tensor
 from normwise.geometry import computing_dtype
 from normwise.optim.kernels import AdamRule, SGDRule, Step
 from normwise.optim.kernels import _cuda_triton as kernels
+from normwise.optim.kernels._launching import DTYPES, Launcher, are_aligned
 from normwise.optim.kernels._layout import memory_layout, mode, slicing
 from normwise.optim.projection import ViewOption
 from normwise.optim.step import AT_ONCE, Ending
@@ -37,12 +37,6 @@ WARPS, WARPS_GATED = 8, 4
 TENSORS_AT_A_TIME = 128
 CHUNKS_AT_A_TIME = 1024
 
-_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 _HALF = (torch.bfloat16, torch.float16)
 _MODES = {"free": k.FREE, "explicit": k.EXPLICIT, "fixed": k.FIXED, "auto": k.AUTO}
 
@@ -176,18 +170,14 @@ class CUDAPlan:
             for slot, n in tensors[:, [k.SLOT, k.SLICES]].tolist():
                 self._pieces.append(sums.narrow(0, slot, n))
         size = k.ADDRESSES + len(params) * k.ADDRESS_COLUMNS
-        self.state = torch.zeros(size, dtype=torch.int64, device=self.device)
-        self._sent: list[int] = []
-        self._spare: Tensor | None = None
-        self._captured: list[Tensor] = []
-        self._seed: int | None = None
-        # What Triton has compiled, by kernel, tile and all that a launch is specialized on.
+        self._launcher = Launcher(self.device, size, k.LR)
+        self.state = self._launcher.state
+        # All that launches are specialized on beside kernel and tile.
         self._how: tuple[Any, ...] = ()
         # What the end of a step needs of its beginning.
         self._step: Step
         self._parts_left = 0
         self._left: tuple[dict[str, Any], int]
-        self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def step_(
         self,
@@ -215,11 +205,11 @@ class CUDAPlan:
             for tensors in (params, grads, exp_avgs, exp_avg_sqs, state_steps)
         ]
         lr, weight_decay, scale, found_inf = (
-            self._on_device(x)
+            self._launcher.on_device(x)
             for x in (step.lr, step.weight_decay, step.grad_scale, step.found_inf)
         )
         numbers = _numbers(step, self.dtype, lr is None, weight_decay is None)
-        self._send([*numbers, *chain.from_iterable(zip(*columns, strict=True))])
+        self._launcher.send([*numbers, *chain.from_iterable(zip(*columns, strict=True))])
         flags = {
             k.ADAM: isinstance(step.rule, AdamRule),
             k.NESTEROV: step.rule.nesterov,
@@ -233,15 +223,13 @@ class CUDAPlan:
             k.SPLIT: self.split,
         }
         how = sum(flag for flag, is_set in flags.items() if is_set)
-        aligned = not any(address % 16 for column in columns[:4] for address in column)
-        if step.stochastic_rounding and self._seed is None:
-            self._seed = int(torch.randint(2**31 - 1, ()))
-        seed = self._seed or 0
-        dtypes = {"dtype": _DTYPES[self.dtype], "compute": _DTYPES[computing_dtype(self.dtype)]}
+        aligned = are_aligned(*columns[:4])
+        seed = self._launcher.seed(step.stochastic_rounding)
+        dtypes = {"dtype": DTYPES[self.dtype], "compute": DTYPES[computing_dtype(self.dtype)]}
         block = 1 << self.log_block
         pointers = [self.state if x is None else x for x in (lr, weight_decay, scale, found_inf)]
         self._how = (how, aligned, *((x.dtype, x.data_ptr() % 16) for x in pointers))
-        with self._here():
+        with self._launcher.here():
             self._launch(
                 kernels.prepare,
                 math.ceil(len(params) / TENSORS_AT_A_TIME),
@@ -278,7 +266,7 @@ class CUDAPlan:
 
     def sum_pieces(self) -> list[Tensor]:
         """As of ``cpu.CPUPlan``: sums of the pieces of slices that are here."""
-        with self._here():
+        with self._launcher.here():
             self._decide(k.ADD_UP)
         return self._pieces
 
@@ -297,7 +285,7 @@ class CUDAPlan:
 
     def totals(self) -> Tensor:
         """As of ``cpu.CPUPlan``: what this rank knows of the gate of each weight."""
-        with self._here():
+        with self._launcher.here():
             self._decide(k.ADD_UP)
         return self.tensors.view(torch.float64)[:, k.TOTALS : k.TOTALS + 5].clone()
 
@@ -313,7 +301,7 @@ class CUDAPlan:
     def finish_(self, params: Sequence[Tensor]) -> None:
         """Decide, and take the second pass over what needs it."""
         if self.runs is not None:
-            with self._here():
+            with self._launcher.here():
                 self._write_left(self.runs)
         torch.autograd.graph.increment_version(params)
 
@@ -352,56 +340,15 @@ class CUDAPlan:
         constants: dict[str, Any],
         tile: Tile | None = None,
     ) -> None:
-        """Launch a kernel, the second time without asking Triton which of its forms to take.
-
-        That is most of the host's time of a launch. ``constants`` are in the order of the kernel's
-        signature, after ``arguments``.
-        """
-        grid = (programs, 1, 1)
-        key = (kernel, tile, constants.get("parts"), self._how)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            warps = 4 if kernel is kernels.prepare else WARPS_GATED if self.gated else WARPS
-            self._compiled[key] = kernel[grid](*arguments, **constants, num_warps=warps)
-        else:
-            compiled[grid](*arguments, *constants.values())
-
-    def _here(self) -> AbstractContextManager[None]:
-        """The device, current for launches."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
-    def _on_device(self, value: float | Tensor | None) -> Tensor | None:
-        """A tensor that is to be read on the device; None for what the host knows."""
-        if not isinstance(value, Tensor) or value.device.type == "cpu" != self.device.type:
-            return None
-        return value.to(self.device, non_blocking=True)
-
-    def _send(self, entries: list[int]) -> None:
-        """Bring addresses and numbers to the device unless they are there already.
-
-        A CUDA graph that is replayed reads the host's memory again. So the buffer of a copy that is
-        captured is kept for good, and must exist before; every capture copies, for steps may come
-        between; and after one every step does, for replays may.
-        """
-        target = self.state[k.LR :]
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if entries == self._sent and not capturing and not self._captured:
-            return
-        self._sent = entries
-        if self.device.type != "cuda":
-            target.copy_(torch.tensor(entries))
-        elif capturing:
-            if self._spare is None:
-                raise RuntimeError(
-                    "take a step with these parameters before each capture of one in a CUDA graph"
-                )
-            target.copy_(self._spare.copy_(torch.tensor(entries)), non_blocking=True)
-            self._captured.append(self._spare)
-            self._spare = None
-        else:
-            if self._spare is None:
-                self._spare = torch.empty(len(entries), dtype=torch.int64, pin_memory=True)
-            target.copy_(torch.tensor(entries).pin_memory(), non_blocking=True)
+        """Launch a kernel; ``constants`` are in the order of its signature, after ``arguments``."""
+        self._launcher.launch(
+            kernel,
+            programs,
+            arguments,
+            constants,
+            warps=4 if kernel is kernels.prepare else WARPS_GATED if self.gated else WARPS,
+            specialized_on=(tile, constants.get("parts"), *self._how),
+        )
 
 
 def _numbers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,6 +44,7 @@ class DisplacedPlan:
         dtype = weights[0].dtype
         self._tensors = np.zeros((len(weights), 16), np.int64)
         self._options = np.zeros((len(weights), 8))
+        self._groups = np.array([form.group for form in forms])
         self._noise = resolution(torch.finfo(dtype).eps, torch.float64)
         tables, slots, count, radii = [], 0, 0, 0
         for t, (w, form) in enumerate(zip(weights, forms, strict=True)):
@@ -88,6 +90,8 @@ class DisplacedPlan:
         before: Sequence[Tensor],
         rows: Sequence[KernelStep],
         radii: Sequence[Tensor] | None,
+        *,
+        stochastic_rounding: bool,
     ) -> None:
         """Put each slice where it belongs.
 
@@ -95,21 +99,14 @@ class DisplacedPlan:
             weights: what the wrapped optimizer has written, w + d or d; it becomes the result, or 0
                 where that is put in the place of w.
             before: the weights w before its step, of the same strides.
-            rows: what each step is made of.
+            rows: what the step of each group is made of.
             radii: of the slices of each weight, for the paths that have any.
+            stochastic_rounding: of half-precision weights; not to be had here.
         """
+        assert not stochastic_rounding
         self._tensors[:, k.BEFORE] = [w.data_ptr() for w in before]
         self._tensors[:, k.AFTER] = [w.data_ptr() for w in weights]
-        lr = np.array([row.lr for row in rows])
-        self._options[:, k.KEEP] = [row.keep for row in rows]
-        self._options[:, k.LR], self._options[:, k.COS], self._options[:, k.SIN] = (
-            lr,
-            np.cos(lr),
-            np.sin(lr),
-        )
-        self._options[:, k.FLOOR] = [row.floor for row in rows]
-        self._options[:, k.NOISE] = self._noise
-        self._options[:, k.IS_RELATIVE] = [row.is_relative for row in rows]
+        self._options[:] = np.array([self._row(row) for row in rows])[self._groups]
         if radii is not None:
             self._radii.copy_(torch.cat(list(radii)))
         threads = torch.get_num_threads() if self._entries > PARALLEL_ENTRIES else 1
@@ -125,6 +122,14 @@ class DisplacedPlan:
             if not self._tensors[first:last, k.WHOLE].all():
                 self._decide(*tables, first, last)
                 self._pass(2, threads)
+
+    def _row(self, row: KernelStep) -> list[float]:
+        """A row of the table of options."""
+        options, lr = [0.0] * 8, float(row.lr)  # no wait: on the CPU
+        options[k.KEEP], options[k.FLOOR] = float(row.keep), row.floor
+        options[k.LR], options[k.COS], options[k.SIN] = lr, math.cos(lr), math.sin(lr)
+        options[k.NOISE], options[k.IS_RELATIVE] = self._noise, float(row.is_relative)
+        return options
 
     def _pass(self, number: int, threads: int) -> None:
         self._block[k.PASS] = number
