@@ -259,32 +259,25 @@ def _edge(pair: tuple[float, float], found: Losses) -> str:
     return f" (at the edge of {' and '.join(names)})" if names else ""
 
 
-def least_decays(found: Losses, lr: float) -> list[float]:
-    """λ of the least loss at one η, of each seed: a parabola over log λ through the three lowest.
-
-    NaN where the lowest is at an end.
-    """
+def least_decay(found: Losses, lr: float) -> str:
+    """λ of the least mean loss at one η: a parabola over log λ through the three lowest."""
     decays = [decay for decay in DECAYS if (lr, decay) in found]
-    values = []
-    for seed in range(SEEDS):
-        curve = [found[lr, decay][seed] for decay in decays]
-        k = min(range(len(curve)), key=curve.__getitem__)
-        if not 0 < k < len(curve) - 1:
-            values.append(math.nan)
-            continue
-        low, mid, high = curve[k - 1 : k + 2]
-        values.append(decays[k] * 4.0 ** ((low - high) / (2 * (low - 2 * mid + high))))
-    return values
+    curve = [statistics.mean(found[lr, decay]) for decay in decays]
+    k = min(range(len(curve)), key=curve.__getitem__)
+    if not 0 < k < len(curve) - 1:
+        return f"{decays[k]:.2g} or beyond"
+    low, mid, high = curve[k - 1 : k + 2]
+    return f"{decays[k] * 4.0 ** ((low - high) / (2 * (low - 2 * mid + high))):.2g}"
 
 
 def decay_table(rows: list[dict[str, Any]]) -> str:
     """The best λ at the η that is best at the base."""
     lr, _ = best(losses(rows, BASE))
-    lines = ["| | best λ at that η, by seed |", "|---|---|"]
+    lines = [f"| | best λ at η = 2^{math.log2(lr):.3g} |", "|---|---|"]
     for name, place in PLACES.items():
-        if found := losses(rows, place):
-            values = ", ".join(f"{value:.2g}" for value in least_decays(found, lr))
-            lines.append(f"| {name} | {values} |")
+        found = losses(rows, place)
+        if any(rate == lr for rate, _ in found):
+            lines.append(f"| {name} | {least_decay(found, lr)} |")
     return "\n".join(lines)
 
 

@@ -23,6 +23,9 @@ PAGES = (DOCS / "results.md", DOCS / "answers" / "projection.md")
 PICTURES = DOCS / "images" / "answers"
 
 PROJECTED = {"adamp": "AdamP", "sgdp": "SGDP"}
+# One question of ours at many growths of norms, with a section and a figure of its own.
+SWEEP = "growth-gain"
+INSERTED = re.compile(r"(<!-- tables: (?P<recipe>[\w-]+) -->\n)(?:(?!\n## ).)*", re.DOTALL)
 TABLE = re.compile(r"^\*\*(?P<title>[^\n]+)\*\*\n\n(?P<table>(?:\|[^\n]*\n)+)", re.MULTILINE)
 PAIRS = re.compile(r"^\| recipe, row \|[^\n]*\n(?:\|[^\n]*\n)+", re.MULTILINE)
 COUNTS = re.compile(r"^Of \d+ pairs\b[^\n]*$", re.MULTILINE)
@@ -60,6 +63,7 @@ def page(text, held):
     for of_recipe in held.values():
         made |= {m["title"]: m["table"] for m in TABLE.finditer(as_markdown(of_recipe))}
     text = COUNTS.sub(counts(held), text)
+    text = INSERTED.sub(lambda m: m[1] + inserted(held.get(m["recipe"])), text)
     text = PAIRS.sub("\n".join(pair_lines(held)) + "\n", text)
     return TABLE.sub(
         lambda m: f"**{m['title']}**\n\n{made.get(m['title'], m['table'])}",
@@ -67,9 +71,18 @@ def page(text, held):
     )
 
 
+def inserted(of_recipe):
+    """What stands below a marker, to the end of its section."""
+    if of_recipe is None:
+        return "\nThere are no results yet.\n"
+    return "\n" + as_markdown(of_recipe)
+
+
 def pairs(held):
     """Every projected optimizer beside its own: the table and the entry, by the first metric."""
-    for of_recipe in held.values():
+    for name, of_recipe in held.items():
+        if name == SWEEP:
+            continue
         firsts = {}
         for table in of_recipe:
             firsts.setdefault(table.row, table)
@@ -244,15 +257,17 @@ def growth_gain(held):
         ("adamp", "adamw", "AdamP − AdamW", "orange"),
     ):
         points = sorted(
-            (growth(table, baseline), e.difference, e.half_width or math.nan)
-            for table in held["growth-gain"]
+            (growth(table, baseline), e.difference, e.half_width)
+            for table in held[SWEEP]
             for e in table.fixed
             if e.method == method and e.difference is not None
         )
         if not points:
             continue
         x, y, w = zip(*points, strict=True)
-        low, high = (tuple(v + s * h for v, h in zip(y, w, strict=True)) for s in (-1, 1))
+        low = high = ()
+        if None not in w:
+            low, high = (tuple(v + s * h for v, h in zip(y, w, strict=True)) for s in (-1, 1))
         lines.append(Line(method, label, x, y, low, high, colour))
     return Lines(
         "Gain of the projection against the growth of norms without it",
@@ -281,8 +296,8 @@ def figures(held):
         "when-decay": when_decay(held),
         "only-a-rate": only_a_rate(),
     }
-    if "growth-gain" in held:
-        made["growth-gain"] = growth_gain(held)
+    if SWEEP in held:
+        made[SWEEP] = growth_gain(held)
     return {f"{name}.svg": document(Figure("", (chart,))) for name, chart in made.items()}
 
 

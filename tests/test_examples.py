@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 GALLERY = ROOT / "examples" / "gallery.py"  # it makes a page and is not one to begin with
+DEEPSPEED = ROOT / "examples" / "deepspeed_digits.py"  # DeepSpeed compiles when it first starts
+FRAMEWORKS = ("accelerate", "datasets", "deepspeed", "lightning", "timm", "transformers", "trl")
 EXTRAS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
 
@@ -32,14 +35,19 @@ def test_an_example_is_short_and_says_first_what_to_install(path):
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, marks=[pytest.mark.slow] if p == GALLERY else []) for p in EXAMPLES],
+    [
+        pytest.param(p, marks=[pytest.mark.slow] if p in (GALLERY, DEEPSPEED) else [])
+        for p in EXAMPLES
+    ],
     ids=identify,
 )
 def test_an_example_runs(path, tmp_path, monkeypatch, capsys):
     code = path.read_text(encoding="utf-8")
-    for package in ("sklearn", "tensorboard", "transformers", "matplotlib"):
+    for package in ("sklearn", "tensorboard", "matplotlib", *FRAMEWORKS):
         if re.search(rf"^(from|import) {package}\b", code, re.MULTILINE):
-            pytest.importorskip(package, reason="the example is of it")
+            # A RuntimeError is timm's, beside a torchvision that does not fit torch.
+            wrong = (ImportError, RuntimeError)
+            pytest.importorskip(package, reason="the example is of it", exc_type=wrong)
     if "torchrun" in code:  # alone, as torchrun would start it
         started = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         for name, value in started.items():
@@ -49,6 +57,41 @@ def test_an_example_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(path), "--steps", "3"])
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
+
+
+def train_with_lightning(example, model, steps, folder):
+    example["train"](model, steps, folder)
+
+
+def train_with_accelerate(example, model, steps, folder):
+    example["train"](model, steps)
+
+
+def falling(optimizer, steps):
+    return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
+
+
+@pytest.mark.parametrize(
+    ("package", "train", "schedule"),
+    [("lightning", train_with_lightning, falling), ("accelerate", train_with_accelerate, None)],
+)
+def test_an_example_trains_as_a_plain_loop_with_the_same_groups(package, train, schedule, tmp_path):
+    for needed in ("sklearn", package):
+        pytest.importorskip(needed, reason="the example is of it")
+    example = runpy.run_path(str(ROOT / "examples" / f"{package}_digits.py"))
+    steps = 3
+    expected = example["network"]()
+    optimizer = example["optimizer_for"](expected)
+    scheduler = schedule(optimizer, steps) if schedule else None
+    for images, labels in example["batches"](steps):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(expected(images), labels).backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    trained = example["network"]()
+    train(example, trained, steps, tmp_path)
+    torch.testing.assert_close(trained.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.slow

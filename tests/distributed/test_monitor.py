@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from normwise.monitor import Monitor, every
 
@@ -65,7 +67,16 @@ def on_mesh(placements, monitored=True, bad=False, several=False):
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
 
     def place(t):
-        return distribute_tensor(t, mesh, placements)
+        if not hasattr(placements[0], "split_factor"):
+            return distribute_tensor(t, mesh, placements)
+        part = t  # FSDP2 cuts what tensor parallelism has cut before
+        for dim in (1, 0):
+            size = -(-len(part) // mesh.size(dim))
+            start = min(mesh.get_local_rank(dim) * size, len(part))
+            part = part[start : start + size]
+        return DTensor.from_local(
+            part.clone(), mesh, placements, run_check=False, shape=t.shape, stride=t.stride()
+        )
 
     model = Weights(place)
     return measured(model, makes(model, several), place, monitored, bad)
@@ -103,9 +114,65 @@ def test_replicas_of_shards_and_two_optimizers_are_too(world4):
         assert_alike(found, expected)
 
 
-def test_watching_changes_no_bit_of_the_training(world4):
-    watched, alone = (world4(on_mesh, [Shard(0)], monitored=m) for m in (True, False))
+@pytest.mark.parametrize(
+    "placements",
+    [[_StridedShard(0, split_factor=2), Shard(0)], [Shard(0), Shard(1)], [Replicate(), Shard(1)]],
+    ids=["FSDP2+TP column-wise", "FSDP2+TP row-wise", "TP with replicas"],
+)
+def test_tensor_parallel_weights_are_too(placements, world4):
+    model = Weights()
+    expected, _ = measured(model, makes(model, False))
+    for found, _ in world4(on_mesh, placements):
+        assert_alike(found, expected)
+
+
+@pytest.mark.parametrize(
+    "placements",
+    [[Shard(0)], [Replicate(), Shard(0)], [Shard(0), Shard(1)]],
+    ids=["FSDP2", "HSDP", "FSDP2+TP"],
+)
+def test_watching_changes_no_bit_of_the_training(placements, world4):
+    watched, alone = (world4(on_mesh, placements, monitored=m) for m in (True, False))
     for (_, a), (_, b) in zip(watched, alone, strict=True):
+        assert all((x == y).all() for x, y in zip(a, b, strict=True))
+
+
+def trained_in_parallel(kind, monitored):
+    """Weights of a network under FSDP2, HSDP or DDP after a training on each rank's own data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Linear(6, 7, bias=False), nn.LayerNorm(7), nn.ReLU()),
+        *(nn.Linear(7, 9, bias=False), nn.LayerNorm(9), nn.ReLU()),
+        nn.Linear(9, 3),
+    )
+    views = {"0.weight": "layer", "3.weight": "layer"}
+    if kind == "DDP":
+        model = nn.parallel.DistributedDataParallel(model)
+        views = {f"module.{name}": view for name, view in views.items()}
+    else:
+        shape, names = ((4,), ("shard",)) if kind == "FSDP2" else ((2, 2), ("replicate", "shard"))
+        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    found = []
+    if monitored:
+        monitor = Monitor(model, optimizer, views, every=2, rules=(), writers=[found.append])
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        x = torch.randn(8, 6, generator=generator)
+        nn.functional.cross_entropy(model(x), (x.sum(1) > 0).long()).backward()
+        optimizer.step()
+    if monitored:
+        monitor.close()
+    whole = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
+    return [w.numpy() for w in whole], [m.step for m in found]
+
+
+@pytest.mark.parametrize("kind", ["FSDP2", "HSDP", "DDP"])
+def test_a_network_trains_to_the_same_bits_whether_it_is_watched_or_not(kind, world4):
+    watched, alone = (world4(trained_in_parallel, kind, monitored=m) for m in (True, False))
+    for (a, steps), (b, _) in zip(watched, alone, strict=True):
+        assert steps == [1, 2, 4, 6]
         assert all((x == y).all() for x, y in zip(a, b, strict=True))
 
 

@@ -11,12 +11,13 @@ import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["batch_for", "load"]
+__all__ = ["batch_for", "load", "module_of"]
 
 # A copy in float64 and a few gradients of more would not fit in an ordinary machine's memory.
 _MOST_ENTRIES = 500_000_000
@@ -210,19 +211,42 @@ def _optional(library: str) -> Any:
 _EXTRAS = {"transformers": "transformers", "timm": "vision", "torchvision": "vision"}
 
 
-def _function(source: str) -> Any:
-    """The object that MODULE:NAME names; modules of the working directory are found too."""
+def module_of(source: str) -> tuple[ModuleType, str]:
+    """The module of ``MODULE:NAME``, and the name; modules of the working directory are found too.
+
+    Args:
+        source: what a user gave.
+
+    Returns:
+        The module, imported, and the name, which it may lack.
+
+    Raises:
+        ValueError: if there is no such module, or it fails while it is imported.
+    """
     module_name, _, name = source.rpartition(":")
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(module_name), name
     except ModuleNotFoundError as error:
-        raise ValueError(f"Invalid source: {source!r}; no module {error.name!r}") from error
+        raise ValueError(
+            f"Invalid source: {source!r}; there is no module {error.name!r}, neither installed nor "
+            f"in {here}"
+        ) from error
+    except Exception as error:
+        text = (str(error).strip() or "no message").splitlines()[0]
+        raise ValueError(
+            f"Invalid source: {source!r}; the module fails: {type(error).__name__}: {text}"
+        ) from error
+
+
+def _function(source: str) -> Any:
+    """The network or function that MODULE:NAME names."""
+    module, name = module_of(source)
     found = getattr(module, name, None)
     if not callable(found):
-        raise ValueError(f"Invalid source: {source!r}; {module_name} has no function {name!r}")
+        raise ValueError(f"Invalid source: {source!r}; {module.__name__} has no function {name!r}")
     if inspect.isclass(found) and not issubclass(found, nn.Module):
         raise ValueError(f"Invalid source: {source!r}; {name} is not a network")
     return found

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import re
-import sys
 from typing import Any
 
+from normwise.invariance.sources import module_of
 from normwise.lab.errors import UsageError, nearest
 
 __all__ = ["attribute", "place", "reason"]
@@ -36,21 +34,13 @@ def attribute(source: str) -> Any:
     Raises:
         UsageError: if there is no such module or name, or the module fails while it is imported.
     """
-    module_name, _, name = source.partition(":")
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{source!r}: there is no module {error.name!r}, neither installed nor in {here}"
-        ) from error
-    except Exception as error:
-        raise UsageError(f"{source!r}: the module fails: {reason(error)}") from error
+        module, name = module_of(source)
+    except ValueError as error:
+        raise UsageError(str(error)) from error.__cause__
     if not hasattr(module, name):
         known = [key for key in vars(module) if not key.startswith("_")]
-        raise UsageError(f"{source!r}: {module_name} has no {name!r}: {nearest(name, known)}")
+        raise UsageError(f"{source!r}: {module.__name__} has no {name!r}: {nearest(name, known)}")
     return getattr(module, name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from normwise.lab.tasks.transfer import LRTransfer, LRTransferOptions
 from normwise.monitor import Monitor
 
 CPU = torch.device("cpu")
-LR, DECAY, MOMENTUM = 0.1, 0.05, 0.9
+LR, DECAY, MOMENTUM = 0.1, 0.02, 0.9
 
 
 def measured_equilibrium(tmp_path, optimizer, steps=24, settle=8):
@@ -94,6 +95,11 @@ def test_without_decay_no_equilibrium_is_known(tmp_path):
     problem, _ = measured_equilibrium(tmp_path, lambda params: torch.optim.SGD(params, lr=LR))
     with pytest.raises(UsageError, match="no equilibrium is known of SGD"):
         problem.evaluate()
+    problem, _ = measured_equilibrium(
+        tmp_path, lambda params: torch.optim.SGD(params, lr=LR, momentum=0.9, weight_decay=0.1)
+    )
+    with pytest.raises(UsageError, match="no equilibrium: lr·weight_decay"):
+        problem.evaluate()
 
 
 SMALL = """
@@ -103,7 +109,7 @@ title: Small
 question: Does it go on?
 task: equilibrium
 paper: {source: none, metric: none}
-methods: {sgd: {label: SGD, settings: {optimizer: sgd, lr: 0.1, weight_decay: 0.05}}}
+methods: {sgd: {label: SGD, settings: {optimizer: sgd, lr: 0.1, weight_decay: 0.02}}}
 settings: {data: digits, network: convnet, width: 4, schedule: constant, batch_size: 128, settle: 5}
 scales:
   paper: &scale {settings: {epochs: 2}, rows: {digits: {}}}
@@ -186,16 +192,28 @@ def test_an_optimizer_that_the_transfer_does_not_know_is_refused(tmp_path, text)
             transferred(tmp_path, optimizer=name)
 
 
-def test_a_transfer_cell_trains_with_both_rates_on_one_schedule(tmp_path, text):
+def test_a_transfer_cell_trains_with_both_rates_on_one_schedule(tmp_path, text, monkeypatch):
+    make, seen = LRTransfer.make_optimizer, []
+
+    def watched(self, training):
+        optimizer = make(self, training)
+        optimizer.register_step_pre_hook(
+            lambda o, *_: seen.append(sorted({g["lr"] for g in o.param_groups}))
+        )
+        return optimizer
+
+    monkeypatch.setattr(LRTransfer, "make_optimizer", watched)
     recipe = find("lr-transfer")
     (cell,) = [
         c
         for c in recipe.cells("small", 1, ["sphere-muon"], ["depth-2-width-32"])
         if c.training.lr == 0.0625
     ]
-    result = run_cell(cell, tmp_path, tmp_path)
-    assert result["status"] == "ok"
-    assert result["metrics"]["loss"] < result["baseline"]["loss"] + 0.5
+    cell = replace(cell, options=replace(cell.options, steps=10))
+    assert run_cell(cell, tmp_path, tmp_path)["status"] == "ok"
+    factors = [cell.training.factor(t, 10) for t in range(10)]
+    assert factors[:2] == [1.0, 1.0]
+    assert seen == [pytest.approx([3e-3 * f, 0.0625 * f]) for f in factors]
 
 
 def test_a_linear_schedule_rises_and_falls_evenly():
@@ -283,7 +301,7 @@ def test_without_memory_it_makes_no_difference_in_which_first_moment_the_decay_i
 def test_the_first_step_is_the_row_of_the_table(decay):
     """At the first step a(x) = x and b(x) = |x|."""
     g = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
-    w = torch.nn.Parameter(torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64))
+    w = torch.nn.Parameter(torch.tensor([1.0, 4.0, -3.0], dtype=torch.float64))
     before, penalty = w.detach().clone(), 0.1 * w.detach()
     optimizer = AdamDecayingIn(
         [{"params": [w], "weight_decay": 0.1}], 0.01, (0.9, 0.999), 0.0, decay

@@ -130,7 +130,10 @@ class Equilibrium(Classification):
         evaluation = super().evaluate()
         if int(self.model.count) == 0:
             return evaluation
-        layers = {name: self._ratios(name) for name in self.views}
+        try:
+            layers = {name: self._ratios(name) for name in self.views}
+        except ValueError as error:  # beyond where there is one
+            raise UsageError(str(error)) from None
         self.facts["layers"] = {name: dict(r._asdict()) for name, r in layers.items()}
         found = {"settled": _share(r.steps <= self.options.settle for r in layers.values())}
         for what in ("angle", "norm"):

@@ -143,7 +143,7 @@ class Merging(Problem):
 
     def _settled(self, network: nn.Module) -> nn.Module:
         """With running statistics of the merged weights, on the proxy set, as FedLAW's."""
-        torch.optim.swa_utils.update_bn([self.proxy[0]], network)  # type: ignore[no-untyped-call]
+        torch.optim.swa_utils.update_bn([self.proxy[0]], network)
         return network
 
     @torch.no_grad()

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._C import _nn
 
 from normwise.optim.kernels._layout import Mode, memory_layout, mode, slicing
 from normwise.optim.step import AT_ONCE, AdamRule, Ending, SGDRule, Step
 from normwise.optim.sums import GG, WG, WW, cosine, retraction_from_sums
 
-# Entries of a piece: few enough that what is read twice is still in a core's own cache, many enough
-# that the dozen calls a piece do not count.
+# Entries of a piece: few enough that what is read twice is still in cache, many enough that the
+# dozen calls a piece do not count.
 PIECE = 1 << 18
 # Pieces of so many entries together are taken as one array in float64: it is the calls that count.
 FLAT = 1 << 14
@@ -48,7 +48,7 @@ class _Weight:
     def __init__(self, index: int, w: Tensor, outer: int, slices: int, inner: int) -> None:
         self.index, self.slices, self.length = index, slices, outer * inner
         # Its own shape, if that is the order in memory.
-        self.size = w.shape if w.is_contiguous() else None
+        self.size: tuple[int, ...] | None = w.shape if w.is_contiguous() else None
         # A weight in memory order: slices that are not scattered are its rows.
         self.is_rows = outer == 1
         self._shape = (slices, inner) if self.is_rows else (outer, slices, inner)
@@ -90,10 +90,10 @@ class _Tensors:
     def flat(self, kind: int, b: _Batch) -> Tensor:
         """Of one kind the pieces of a batch as one array in float64."""
         if not b.are_whole:
-            return _flatten_dense_tensors(self.of(kind, b)).double()
+            return _nn.flatten_dense_tensors(self.of(kind, b)).double()
         key = (kind, b.indices)
         if key not in self._flat:
-            self._flat[key] = _flatten_dense_tensors(self.of(kind, b)).double()
+            self._flat[key] = _nn.flatten_dense_tensors(self.of(kind, b)).double()
         return self._flat[key]
 
     def of(self, kind: int, b: _Batch) -> list[Tensor]:
@@ -155,8 +155,10 @@ class _Batch:
     def laid_out(self, room: Tensor) -> list[Tensor]:
         """Some memory in the shapes of the runs of all pieces."""
         runs = torch.split(room[: self.entries], self.sizes)
-        shapes = [p.weight.size if self.are_whole else p.shape for p in self.pieces]
-        return [run.view(shape) for run, shape in zip(runs, shapes, strict=True)]
+        return [run.view(self._shape(p)) for run, p in zip(runs, self.pieces, strict=True)]
+
+    def _shape(self, p: _Piece) -> tuple[int, ...]:
+        return p.weight.size if self.are_whole and p.weight.size is not None else p.shape
 
 
 def _batches(weights: Iterable[_Weight]) -> list[_Batch]:
@@ -516,7 +518,7 @@ class StockPlan:
         factors = keep if keep.ndim == 0 else keep.repeat_interleave(b.lengths)
         moved = torch.addcmul(s, w, factors).to(self.dtype)
         ws = tensors.of(0, b)
-        torch._foreach_copy_(ws, list(_unflatten_dense_tensors(moved, ws)))
+        torch._foreach_copy_(ws, _nn.unflatten_dense_tensors(moved, ws))
 
     def _end_wide(
         self, ws: list[Tensor], ss: list[Tensor], step: Step, decay: float, known: _Known | None
