@@ -295,7 +295,8 @@ def read_json(path: Path) -> list[ResultTable]:
             raise ValueError("it holds no tables")
         recipes = {name: find(name) for name in {place[0] for place in tables}}
         return [
-            _table(path, recipes[name], *place, group) for (name, *place), group in tables.items()
+            _table(path, recipes[name], scale, row, metric, group)
+            for (name, scale, row, metric), group in tables.items()
         ]
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise Damaged(path, f"{type(error).__name__}: {error}") from None
