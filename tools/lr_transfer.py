@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from normwise.lab.recipes import find
+from normwise.lab.recipes import Recipe, find
 from normwise.lab.recipes.grids import Point
 from normwise.lab.running.export import as_json
 from normwise.lab.running.results import Entry, ResultTable
@@ -42,33 +42,37 @@ def tables(lines: list[str]) -> list[ResultTable]:
             place = (row, METHODS[cell["method"]], (("lr", cell["lr"]),))
             losses.setdefault(place, {})[cell["seed"]] = cell["loss"]
     (metric,) = kind(recipe.task).metrics
+    order = list(METHODS.values())
     made = []
     for row in recipe.scales["small"].rows:
-        entries = [
-            Entry(
-                method=method,
-                label=recipe.methods[method].label,
-                values={seed: loss for seed, loss in sorted(found.items()) if loss is not None},
-                failed=tuple(seed for seed, loss in sorted(found.items()) if loss is None),
-                unfinished=(),
-                paper=None,
-                compared_with=None,
-                difference=None,
-                half_width=None,
-                baseline=None,
-                point=point,
-            )
-            for (place, method, point), found in sorted(
-                losses.items(), key=lambda item: (METHODS_ORDER[item[0][1]], item[0][2])
-            )
+        own = sorted(
+            (order.index(method), point, found)
+            for (place, method, point), found in losses.items()
             if place == row
-        ]
+        )
+        entries = tuple(_entry(recipe, order[k], point, found) for k, point, found in own)
         if entries:
-            made.append(ResultTable(recipe, "small", row, metric, tuple(entries), ()))
+            made.append(ResultTable(recipe, "small", row, metric, entries, ()))
     return made
 
 
-METHODS_ORDER = {method: k for k, method in enumerate(METHODS.values())}
+def _entry(recipe: Recipe, method: str, point: Point, found: dict[int, float | None]) -> Entry:
+    seeds = sorted(found)
+    return Entry(
+        method=method,
+        label=recipe.methods[method].label,
+        values={seed: loss for seed in seeds if (loss := found[seed]) is not None},
+        failed=tuple(seed for seed in seeds if found[seed] is None),
+        unfinished=(),
+        paper=None,
+        compared_with=None,
+        difference=None,
+        half_width=None,
+        sd_of_differences=None,
+        claimed=None,
+        baseline=None,
+        point=point,
+    )
 
 
 def main() -> None:

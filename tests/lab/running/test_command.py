@@ -120,3 +120,14 @@ def test_a_disk_that_is_full_at_the_end_leaves_files_that_agree(tmp_path, capsys
 
 
 FILES = ("run.json", "summary.json")
+
+
+def test_what_a_monitor_saw_is_drawn_of_the_only_cell(quick, tmp_path, capsys):
+    drawn = tmp_path / "pictures" / "monitor.png"
+    assert cli.main([*quick, "--monitor", str(drawn)]) == 0
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*quick, "--monitor", str(drawn)]) == 2
+    assert "nothing to draw" in capsys.readouterr().err
+    several = [*quick[:-4], "--monitor", str(drawn), *quick[-2:]]
+    assert cli.main(several) == 2
+    assert "these are 4: choose one" in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -351,3 +353,28 @@ def test_nothing_is_chosen_before_all_points_are_finished(tmp_path):
             }
         }
     }
+
+
+def test_cells_of_the_first_transfer_runs_become_results_of_the_recipe():
+    path = Path(__file__).parents[3] / "tools" / "lr_transfer.py"
+    spec = spec_from_file_location("lr_transfer", path)
+    tool = module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    cells = [
+        {"method": method, "width": 64, "depth": 2, "lr": 0.25, "seed": seed, "steps": 200}
+        | {"loss": loss}
+        for method, seed, loss in (("Muon", 0, 2.5), ("Muon", 1, None), ("sphere(Muon)", 0, 2.0))
+    ]
+    (table,) = tool.tables([json.dumps(cell) for cell in cells])
+    muon, sphere = table.entries
+    assert (muon.method, muon.point, muon.values, muon.failed) == (
+        "muon",
+        (("lr", 0.25),),
+        {0: 2.5},
+        (1,),
+    )
+    assert (sphere.method, sphere.values, table.row) == (
+        "sphere-muon",
+        {0: 2.0},
+        "depth-2-width-64",
+    )

@@ -19,7 +19,7 @@ __all__ = ["Merging", "MergingOptions"]
 
 METRICS = (
     Metric("accuracy", "test accuracy", "%", 100.0),
-    Metric("loss", "test loss", "nats", higher_is_better=False, digits=3),
+    Metric("loss", "test loss", "nats", higher_is_better=False),
 )
 HOW = ("none", "alone", "average", "sphere", "gamma")
 # Of 1,797 digits: to train the start, three parts to fine-tune on, the proxy set, the test set.
