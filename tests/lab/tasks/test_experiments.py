@@ -18,7 +18,7 @@ from normwise.lab.recipes import text as text_of
 from normwise.lab.running.cell import run_cell
 from normwise.lab.tasks import transfer
 from normwise.lab.tasks.decay_moments import DECAYS, AdamDecayingIn
-from normwise.lab.tasks.equilibrium import Equilibrium, EquilibriumOptions
+from normwise.lab.tasks.equilibrium import Settling, SettlingOptions
 from normwise.lab.tasks.merging import Merging, MergingOptions
 from normwise.lab.tasks.transfer import LRTransfer, LRTransferOptions
 from normwise.monitor import Monitor
@@ -30,8 +30,8 @@ LR, DECAY, MOMENTUM = 0.1, 0.02, 0.9
 def measured_equilibrium(tmp_path, optimizer, steps=24, settle=8):
     """A problem after some steps, and what a writer beside it has seen after ``settle``."""
     torch.manual_seed(0)
-    options = EquilibriumOptions("digits", "convnet", width=4, settle=settle)
-    problem = Equilibrium(options, tmp_path, CPU)
+    options = SettlingOptions("digits", "convnet", width=4, settle=settle)
+    problem = Settling(options, tmp_path, CPU)
     convolutions = {
         name: View.channel() for name, p in problem.model.named_parameters() if p.ndim == 4
     }
@@ -87,8 +87,8 @@ def test_the_summary_of_layers_agrees_with_them(tmp_path):
 
 
 def test_before_anything_is_measured_there_is_an_accuracy_alone(tmp_path):
-    options = EquilibriumOptions("digits", "convnet", width=4)
-    assert set(Equilibrium(options, tmp_path, CPU).evaluate().metrics) == {"accuracy"}
+    options = SettlingOptions("digits", "convnet", width=4)
+    assert set(Settling(options, tmp_path, CPU).evaluate().metrics) == {"accuracy"}
 
 
 def test_without_decay_no_equilibrium_is_known(tmp_path):
@@ -119,7 +119,7 @@ scales:
 
 def test_what_is_measured_goes_on_where_it_was_cut(tmp_path, assert_resumes):
     (cell,) = read(SMALL, "small.yaml").cells("small", 1)
-    assert_resumes(cell, tmp_path, Equilibrium, 10, lambda: None)
+    assert_resumes(cell, tmp_path, Settling, 10, lambda: None)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from normwise.lab.data.clips import Job, Spectra, magnatagatune, read_sound, spoken_pairs
+from normwise.lab.data.clips import ClipJob, Spectra, magnatagatune, read_sound, spoken_pairs
 from normwise.lab.data.files import DataError
 from normwise.lab.errors import UsageError
 from normwise.lab.recipes import find
@@ -154,7 +154,11 @@ def test_excerpts_are_where_they_are_asked_for_and_the_tests_lie_side_by_side(
     write(Path(path), sound)
     spectra = Spectra(data, 0.25, processes=0)
     ((first, counts), (last, _), (every, all_counts)) = spectra.run(
-        [Job([(path,)], [0.0]), Job([(path,)], [1 - 1e-12]), Job([(path,), data.test[0]])]
+        [
+            ClipJob([(path,)], [0.0]),
+            ClipJob([(path,)], [1 - 1e-12]),
+            ClipJob([(path,), data.test[0]]),
+        ]
     )
     assert first.shape == (1, 1, 64, 26)
     assert counts == [1]
@@ -175,7 +179,7 @@ def test_a_short_recording_ends_in_silence_and_several_are_added(tmp_path: Path)
         tone(3000.0, seconds=0.2) + np.pad(tone(300.0, seconds=0.1), (0, 1600)),
     )
     spectra = Spectra(data, 0.3, processes=0)
-    ((sums, counts),) = spectra.run([Job([(low, high), (str(tmp_path / "both.wav"),)])])
+    ((sums, counts),) = spectra.run([ClipJob([(low, high), (str(tmp_path / "both.wav"),)])])
     assert counts == [1, 1]
     added, once = (
         sums.exp()
@@ -221,7 +225,7 @@ def test_a_clip_is_judged_by_the_mean_of_its_excerpts(tmp_path: Path) -> None:
     p.model.eval()
     scores = []
     for files in p.test:
-        ((spectra, counts),) = p.spectra.run([Job([files])])
+        ((spectra, counts),) = p.spectra.run([ClipJob([files])])
         assert counts == [3]
         one_by_one = [p.model(p._standardized(x[None])).sigmoid() for x in spectra]
         scores.append(torch.cat(one_by_one).mean(0))

@@ -22,7 +22,7 @@ from normwise.lab.data.sounds import log_mel, read_wav
 from normwise.lab.errors import UsageError
 from normwise.lab.imports import reason
 
-__all__ = ["READERS", "Job", "Spectra", "Tagged", "magnatagatune", "read_sound", "spoken_pairs"]
+__all__ = ["READERS", "ClipJob", "Spectra", "Tagged", "magnatagatune", "read_sound", "spoken_pairs"]
 
 Tags = npt.NDArray[np.bool_]
 Clips = tuple[tuple[str, ...], ...]
@@ -188,7 +188,7 @@ def _decoded(path: str) -> tuple[npt.NDArray[np.float32], int]:
 
 
 @dataclass(frozen=True)
-class Job:
+class ClipJob:
     """The clips of one batch.
 
     Args:
@@ -207,7 +207,7 @@ class _Excerpts(Dataset[Any]):
     def __init__(self, rate: int, bands: int, seconds: float) -> None:
         self.rate, self.bands, self.length = rate, bands, round(seconds * rate)
 
-    def __getitem__(self, job: Job) -> tuple[Tensor, list[int]] | UsageError:
+    def __getitem__(self, job: ClipJob) -> tuple[Tensor, list[int]] | UsageError:
         cut = []
         try:
             for i, files in enumerate(job.clips):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from normwise.lab.data.files import DataError, read_bytes
 from normwise.lab.data.folders import list_images
 
-__all__ = ["CLASSES", "SYNSETS", "NineClasses", "nine_classes"]
+__all__ = ["CLASSES", "SYNSETS", "NineClassImages", "nine_classes"]
 
 # As published with ReBias (arXiv 1910.02806; github.com/clovaai/rebias, datasets/imagenet.py): the
 # synsets of each class, which are those that ImageNet-A can have.
@@ -36,7 +36,7 @@ Part = tuple[tuple[str, ...], npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
-class NineClasses:
+class NineClassImages:
     """Files and classes; no image has been opened.
 
     Args:
@@ -52,7 +52,7 @@ class NineClasses:
     clusters: npt.NDArray[np.int64]
 
 
-def nine_classes(imagenet: Path, imagenet_a: Path, clusters: Path) -> NineClasses:
+def nine_classes(imagenet: Path, imagenet_a: Path, clusters: Path) -> NineClassImages:
     """List the images of the nine classes.
 
     Args:
@@ -71,7 +71,7 @@ def nine_classes(imagenet: Path, imagenet_a: Path, clusters: Path) -> NineClasse
     if absent := [key for key in keys if key not in named]:
         raise DataError(f"{clusters} lacks {len(absent)} images of {imagenet / 'val'}: {absent[0]}")
     table = np.array([named[key] for key in keys], np.int64)
-    return NineClasses(train, test, hard, table.T)
+    return NineClassImages(train, test, hard, table.T)
 
 
 def _listed(folder: Path, every: bool) -> Part:

@@ -21,7 +21,7 @@ from normwise.monitor import Measurement, Monitor
 from normwise.theory import equilibrium_of, time_to_equilibrium
 from normwise.updates import rule_of
 
-__all__ = ["Equilibrium", "EquilibriumOptions"]
+__all__ = ["Settling", "SettlingOptions"]
 
 NEAR = 0.1
 METRICS = (
@@ -37,7 +37,7 @@ METRICS = (
 
 
 @dataclass(frozen=True)
-class EquilibriumOptions(ClassificationOptions):
+class SettlingOptions(ClassificationOptions):
     """What a recipe may set, beside the settings of classification.
 
     Args:
@@ -83,7 +83,7 @@ class _Ratios(NamedTuple):
     steps: float
 
 
-class Equilibrium(Classification):
+class Settling(Classification):
     """Cross-entropy at a constant learning rate; norms and angles against their closed forms.
 
     Means are taken over the measured steps after ``settle``: of ‖w‖⁴ or ‖w‖², as the prediction is
@@ -93,10 +93,10 @@ class Equilibrium(Classification):
 
     divisible = False
     measured: ClassVar[int] = 400
-    options: EquilibriumOptions
+    options: SettlingOptions
     model: _WithSums
 
-    def __init__(self, options: EquilibriumOptions, root: Path, device: torch.device) -> None:
+    def __init__(self, options: SettlingOptions, root: Path, device: torch.device) -> None:
         super().__init__(options, root, device)
         self.model = _WithSums(self.model).to(device)
         self.optimizer: Optimizer | None = None

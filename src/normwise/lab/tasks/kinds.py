@@ -24,7 +24,7 @@ KINDS = {
     "adversarial": ("adversarial", "Adversarial"),
     "long_tail": ("long_tail", "LongTail"),
     "incremental": ("incremental", "Incremental"),
-    "equilibrium": ("equilibrium", "Equilibrium"),
+    "equilibrium": ("equilibrium", "Settling"),
     "stabilization": ("stabilization", "LossStabilization"),
     "bias": ("bias", "Bias"),
     "nine_classes": ("nine_classes", "NineClasses"),

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from normwise.lab.checks import within
-from normwise.lab.data.clips import READERS, Clips, Job, Spectra, Tagged
+from normwise.lab.data.clips import READERS, ClipJob, Clips, Spectra, Tagged
 from normwise.lab.errors import UsageError, nearest
 from normwise.lab.networks import build
 from normwise.lab.tasks.classification import subset
@@ -126,7 +126,7 @@ class Tagging(Problem):
         step = -(-len(self.train) // _MEASURED)
         few = self.train[::step]
         here = Spectra(data, options.seconds, processes=0)
-        ((measured, _),) = here.run([Job(few, [0.5] * len(few))])
+        ((measured, _),) = here.run([ClipJob(few, [0.5] * len(few))])
         self.mean, self.std = float(measured.mean()), float(measured.std().clamp(min=1e-6))
         self.model = build(options.network, 1, len(data.tags), options.width).to(device)
         present = self.test_tags.sum(0)
@@ -169,10 +169,10 @@ class Tagging(Problem):
     def stream(self, steps: Tensor, draws: Iterable[Generator]) -> Iterator[tuple[Tensor, Tensor]]:
         """The batch of each step, decoded some steps ahead."""
 
-        def jobs() -> Iterator[Job]:
+        def jobs() -> Iterator[ClipJob]:
             for chosen, draw in zip(steps, draws, strict=True):
                 places = torch.rand(len(chosen), generator=draw, dtype=torch.float64)
-                yield Job([self.train[i] for i in chosen.tolist()], places.tolist())
+                yield ClipJob([self.train[i] for i in chosen.tolist()], places.tolist())
 
         for (spectra, _), chosen in zip(self.spectra.run(jobs()), steps, strict=False):
             yield self._standardized(spectra), self.train_tags[chosen.to(self.device)]
@@ -185,7 +185,7 @@ class Tagging(Problem):
     def evaluate(self) -> Evaluation:
         """The areas of the mean probabilities of each test clip's excerpts."""
         self.model.eval()
-        jobs = (Job(self.test[i : i + _PART]) for i in range(0, len(self.test), _PART))
+        jobs = (ClipJob(self.test[i : i + _PART]) for i in range(0, len(self.test), _PART))
         scores = []
         with torch.no_grad():
             for spectra, counts in self.spectra.run(jobs):
