@@ -95,7 +95,7 @@ def param_groups(
         ValueError: if the model's parameters are others than the report's.
     """
     params = report.parameters(model)
-    scales = {}
+    scales: dict[nn.Parameter, float] = {}
     if layer_decay is not None:
         by_layer = param_groups_layer_decay(
             model,
