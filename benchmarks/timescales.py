@@ -1,10 +1,10 @@
 """What η and λ cost that rules carry over to another batch, horizon or width.
 
-The character model of ``transfer.py``, 32 wide and 2 deep, under AdamW. η and λ of the blocks'
-matrices are swept together where they are chosen (300 steps of 4 × 64 characters), and again at
-four times the batch (same characters, so a quarter of the steps), four times the horizon and twice
-the width; what each rule of :data:`normwise.plan.TRANSFERS` makes of the best pair is run as
-a cell of its own, so that nothing is interpolated::
+The character model of the recipe ``lr-transfer``, 32 wide and 2 deep, under AdamW. η and λ of the
+blocks' matrices are swept together where they are chosen (300 steps of 4 × 64 characters), and
+again at four times the batch (same characters, so a quarter of the steps), four times the horizon
+and twice the width; what each rule of :data:`normwise.plan.TRANSFERS` makes of the best pair is run
+as a cell of its own, so that nothing is interpolated::
 
     NORMWISE_DATA=... python benchmarks/timescales.py run results.jsonl
     python benchmarks/timescales.py report results.jsonl --picture picture.png
@@ -28,11 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transfer import CONTEXT, REST_LR, Model, loss_of, read, sample, spread
 
 from normwise.figures import Axis, Figure, Line, Lines, Spacing, nth_of, save
-from normwise.lab.data.texts import encode
+from normwise.lab.tasks.transfer import CONTEXT, LRTransfer, LRTransferOptions
 from normwise.plan import TRANSFERS, Run, carry
 
 DEPTH, BETAS, SEEDS = 2, (0.9, 0.95), 3
@@ -71,17 +69,17 @@ PLACES = {
 }
 
 
-def train(cell: Cell, text: tuple[Tensor, Tensor, int]) -> dict[str, Any]:
+def train(cell: Cell, root: Path) -> dict[str, Any]:
     """Run a cell; the loss is None if it is not finite."""
-    training, validation, vocabulary = text
     torch.manual_seed(cell.seed)
-    model = Model(vocabulary, cell.width, DEPTH)
-    matrices = list(model.blocks.parameters())
-    rest = [*model.embedding.parameters(), *model.readout.parameters()]
+    options = LRTransferOptions(cell.width, DEPTH, cell.steps)
+    problem = LRTransfer(options, root, torch.device("cpu"))
+    matrices = list(problem.matrices.values())
+    rest = [p for name, p in problem.model.named_parameters() if name not in problem.matrices]
     optimizer = torch.optim.AdamW(
         [
             {"params": matrices, "lr": cell.lr, "weight_decay": cell.weight_decay},
-            {"params": rest, "lr": REST_LR, "weight_decay": 0.0},
+            {"params": rest, "lr": options.others_lr, "weight_decay": 0.0},
         ],
         betas=BETAS,
         fused=True,
@@ -91,20 +89,18 @@ def train(cell: Cell, text: tuple[Tensor, Tensor, int]) -> dict[str, Any]:
         optimizer,
         lambda step: min((step + 1) / warmup, (cell.steps - step) / (cell.steps - warmup)),
     )
-    generator = torch.Generator().manual_seed(cell.seed)
+    draw = torch.Generator().manual_seed(cell.seed)
     start = time.process_time()
     for _ in range(cell.steps):
-        loss = loss_of(model, *sample(training, cell.batch, generator))
+        chosen = torch.randint(problem.examples, (cell.batch,), generator=draw)
+        loss = problem.loss(problem.batch(chosen, draw))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
         if not math.isfinite(float(loss.detach())):
             break
-    with torch.no_grad():
-        fixed = torch.Generator().manual_seed(0)
-        batches = [sample(validation, 64, fixed) for _ in range(8)]
-        valid = statistics.mean(float(loss_of(model, *b)) for b in batches)
+    valid = problem.evaluate().metrics["loss"]
     return {
         **asdict(cell),
         "loss": valid if math.isfinite(valid) else None,
@@ -114,6 +110,17 @@ def train(cell: Cell, text: tuple[Tensor, Tensor, int]) -> dict[str, Any]:
 
 
 Losses = dict[tuple[float, float], list[float]]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    if not values:
+        return "not run"
+    return f"{statistics.mean(values):.3f} ({statistics.stdev(values):.3f})"
 
 
 def losses(rows: list[dict[str, Any]], place: Place) -> Losses:
@@ -191,17 +198,12 @@ def cells(path: Path) -> Iterator[Cell]:
 def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     root = Path(os.environ["NORMWISE_DATA"])
-    text = (root / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
-    # The last 5% stay unread: η and λ are chosen by the 5% before them.
-    first, second = len(text) * 90 // 100, len(text) * 95 // 100
-    coded = encode("tinyshakespeare", (text[:first], text[first:second]))
-    data = (torch.from_numpy(coded.train), torch.from_numpy(coded.test), len(coded.vocabulary))
     names = Cell.__dataclass_fields__
     done = {Cell(**{k: r[k] for k in names}) for r in read(arguments.results)}
     for cell in cells(arguments.results):
         if cell in done:
             continue
-        row = train(cell, data)
+        row = train(cell, root)
         with arguments.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{cell}: {row['loss']} in {row['seconds']} s", flush=True)
