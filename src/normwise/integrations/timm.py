@@ -105,7 +105,7 @@ def param_groups(
             no_opt_scale=no_opt_scale,
         )
         scales = {p: group["lr_scale"] for group in by_layer for p in group["params"]}
-    undecayed = getattr(model, "no_weight_decay", set)()
+    undecayed: set[str] = getattr(model, "no_weight_decay", set)()
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in report:
         p = params[row.name]

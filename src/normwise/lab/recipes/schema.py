@@ -7,7 +7,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -634,7 +634,9 @@ def _any_choice(recipe: Recipe, scale: str) -> Tuned | None:
     return dict.fromkeys(recipe.scales[on].rows, first)
 
 
-_hints = functools.cache(typing.get_type_hints)
+@functools.cache
+def _hints(cls: Hashable) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _checked(cls: type[Any], content: Any, where: str) -> Any:

@@ -116,7 +116,7 @@ def _normalized(x: Tensor) -> Tensor:
 
 def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotary embedding (arXiv 2104.09864) of shape ``(batch, heads, positions, HEAD)``."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rotation).flatten(-2)
 
 
@@ -146,12 +146,15 @@ class LRTransfer(Problem):
         self.examples = len(self.train) - CONTEXT
         model = _CharacterModel(len(text.vocabulary), options.width, options.depth)
         self.model = model.to(device)
-        outward = [m.weight for block in model.blocks for m in (block.o, block.proj)]
+        outward = [
+            p for name, p in model.named_parameters() if name.endswith(("o.weight", "proj.weight"))
+        ]
         # Fixing all six matrices of L blocks loses 2L − 1 lengths: q and k are free, v trades with
         # o and fc with proj, and all o and proj together with the embedding. The ledger asks for
         # gains on all o and proj but the first.
         gains = options.lengths == "gains"
-        gained = normwise.add_gains(model, dict.fromkeys(outward[1:], "scalar")) if gains else []
+        wanted = dict.fromkeys(outward[1:] if gains else (), "scalar")
+        gained = normwise.add_gains(model, wanted)
         left = {*gained, *(outward if options.lengths == "free" else ())}
         self.matrices = {
             name: p
