@@ -7,7 +7,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -635,11 +635,11 @@ def _any_choice(recipe: Recipe, scale: str) -> Tuned | None:
 
 
 @functools.cache
-def _hints(cls: Hashable) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _checked(cls: type[Any], content: Any, where: str) -> Any:
+def _checked(cls: Any, content: Any, where: str) -> Any:
     """An instance of a dataclass from a mapping; keys and types are checked."""
     if not isinstance(content, dict):
         raise UsageError(f"{where} must be a mapping of keys, not {content!r}")

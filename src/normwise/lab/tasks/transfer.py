@@ -153,7 +153,7 @@ class LRTransfer(Problem):
         # o and fc with proj, and all o and proj together with the embedding. The ledger asks for
         # gains on all o and proj but the first.
         gains = options.lengths == "gains"
-        wanted = dict.fromkeys(outward[1:] if gains else (), "scalar")
+        wanted: dict[Any, Any] = dict.fromkeys(outward[1:] if gains else (), "scalar")
         gained = normwise.add_gains(model, wanted)
         left = {*gained, *(outward if options.lengths == "free" else ())}
         self.matrices = {
