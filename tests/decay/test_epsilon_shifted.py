@@ -346,7 +346,7 @@ def closure_step():
         (
             lambda: EpsilonShiftedL2(network(), weight_decay=1e-4, eps=0.0),
             ValueError,
-            "Invalid eps: 0.0; must be a number, finite and above 0",
+            "Invalid eps: 0.0; must be finite and above 0 (at 0 this is plain L2)",
         ),
         (
             lambda: EpsilonShiftedL2(network(), weight_decay=1e-4, eps=math.inf),

@@ -29,6 +29,7 @@ class Rank:
     split: bool
     plans: FusedPlans = field(default_factory=FusedPlans)
     plan: object = None
+    grads: list = field(default_factory=list)
 
     def may_be_fused(self, params):
         return True
@@ -39,6 +40,7 @@ class Rank:
     def begin(self, grads, step):
         states = tuple(list(column) for column in zip(*self.states, strict=True))
         group = {"fused": True}
+        self.grads = grads  # as .grad keeps them until the step has ended
         left = self.plans.step_([Part(self.params, grads, states, step, group, self)])
         assert left == []
 
