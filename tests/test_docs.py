@@ -282,22 +282,29 @@ def swept(recipe):
     return {(s.label, s.row): s for s in sweeps(read_json(RESULTS / f"{recipe}.json"))}
 
 
+def spread(values):
+    """Mean and, of two or more seeds, standard deviation, as the page has them."""
+    if values.mean == 0:
+        return "0"
+    return f"{values.mean:.3f}" + ("" if values.sd is None else f" ± {values.sd:.3f}")
+
+
 def test_the_page_of_spheres_shows_which_learning_rates_carry_over():
     page = (ROOT / "docs" / "sphere.md").read_text(encoding="utf-8")
     found, method, shown = swept("lr-transfer"), "", 0
     superscripts = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-    for name, depth, rates, losses, regrets in re.findall(
-        r"^\| ([^|]*?) ?\| ([24]) \| (2⁻[^|]*) \| ([^|]*) \| ([^|]*) \|$", page, re.M
+    for name, depth, seeds, rates, losses, regrets in re.findall(
+        r"^\| ([^|]*?) ?\| ([24]) \| (\d) \| (2⁻[^|]*) \| ([^|]*) \| ([^|]*) \|$", page, re.M
     ):
         method = name or method
         own = [found[method, f"depth-{depth}-width-{width}"] for width in (32, 64, 128)]
+        assert {len(s.best.values) for s in own} == {int(seeds)}
         exponents = [int(r[1:].translate(superscripts)) for r in rates.split(", ")]
         assert [2.0**e for e in exponents] == [dict(s.best.point)["lr"] for s in own]
-        assert losses == ", ".join(f"{s.best.spread.mean:.3f}" for s in own)
-        costs = [f"{s.regret.mean:.3f}".replace("0.000", "0") for s in own]
-        assert regrets.replace("–", "0") == ", ".join(costs)
+        assert losses == ", ".join(spread(s.best.spread) for s in own)
+        assert regrets.replace("–", "0") == ", ".join(spread(s.regret) for s in own)
         shown += 1
-    assert shown == 11
+    assert shown == len({(label, row.split("-width-")[0]) for label, row in found})
 
 
 def test_the_page_of_decay_shows_the_best_of_each_place_in_adam():
