@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -239,26 +241,26 @@ def _connect_to_ray() -> Any:
     if ray.is_initialized():
         return ray
     address = os.environ.get("RAY_ADDRESS", "auto")
-    failures: list[BaseException] = []
-
-    def connect() -> None:
-        try:
-            ray.init(address=address, log_to_driver=False)
-        except BaseException as error:
-            failures.append(error)
-
-    # A head that is dead or does not answer keeps Ray waiting far longer than a user does.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(_RAY_SECONDS)
-    if thread.is_alive() or failures:
-        reason = (
-            f"no answer within {_RAY_SECONDS} s" if thread.is_alive() else str(failures[0]).strip()
+    # A head that is dead or does not answer keeps Ray waiting far longer than a user does, in
+    # threads that bring a process down when it ends. So a process of its own asks first.
+    code = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", code, address],
+            capture_output=True,
+            text=True,
+            timeout=_RAY_SECONDS,
         )
+        lines = asked.stderr.strip().splitlines() or ["no reason"]
+        reason = lines[-1] if asked.returncode else None
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {_RAY_SECONDS} s"
+    if reason is not None:
         raise UsageError(
-            f"no Ray cluster at {address!r} ({reason.splitlines()[0] if reason else 'no reason'}): "
-            "start one with `ray start --head`, or let RAY_ADDRESS name one"
-        ) from None
+            f"no Ray cluster at {address!r} ({reason}): start one with `ray start --head`, or let "
+            "RAY_ADDRESS name one"
+        )
+    ray.init(address=address, log_to_driver=False)
     return ray
 
 
