@@ -46,7 +46,7 @@ def command(example: Path) -> list[str]:
 
 def timed(*words: str | Path, **options: object) -> tuple[float, int]:
     start = time.perf_counter()
-    code = subprocess.run(words, check=False, **options).returncode  # type: ignore[call-overload]
+    code = subprocess.run(words, check=False, **options).returncode
     return time.perf_counter() - start, code
 
 

@@ -17,3 +17,14 @@ def maker(name):
 
 
 MAKERS = {name: maker(name) for name in CLASSES}
+
+# What goes around another optimizer.
+WRAPPERS = {
+    "tangential": lambda o, view: normwise.tangential(o, view, wd_ratio=0.3),
+    "tangential, norm fixed": lambda o, view: normwise.tangential(o, view, norm="fixed"),
+    "hyperball": normwise.sphere,
+    "great circle": lambda o, view: normwise.sphere(o, view, path="geodesic"),
+    "raw": lambda o, view: normwise.sphere(o, view, update="raw"),
+    "raw with a floor": lambda o, view: normwise.sphere(o, view, update="raw", floor=1e-2),
+    "exponential map": lambda o, view: normwise.sphere(o, view, update="raw", path="geodesic"),
+}

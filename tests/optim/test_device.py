@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from optimizer_table import WRAPPERS
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -112,17 +113,6 @@ def test_no_step_waits_for_the_device(name, options, dtype, tensor_lr, how):
             optimizer.step()
 
 
-WRAPPERS = {
-    "tangential": lambda o, view: normwise.tangential(o, view, wd_ratio=0.3),
-    "tangential, norm fixed": lambda o, view: normwise.tangential(o, view, norm="fixed"),
-    "hyperball": normwise.sphere,
-    "great circle": lambda o, view: normwise.sphere(o, view, path="geodesic"),
-    "raw": lambda o, view: normwise.sphere(o, view, update="raw"),
-    "raw with a floor": lambda o, view: normwise.sphere(o, view, update="raw", floor=1e-2),
-    "exponential map": lambda o, view: normwise.sphere(o, view, update="raw", path="geodesic"),
-}
-
-
 def wrapped(name, view, params, **options):
     options = {"lr": 1e-2, "weight_decay": 0.1 if "tangential" in name else 0.0, **options}
     return WRAPPERS[name](torch.optim.AdamW(params, **options), view)
@@ -203,13 +193,8 @@ def test_no_wrapped_step_waits_for_the_device(name, tensor_lr, view):
             optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["tangential", "hyperball", "great circle", "raw"])
-def test_a_replayed_graph_takes_wrapped_steps(name):
-    """With a learning rate on the device that changes between replays."""
-    ours, theirs = weights(torch.float64), weights(torch.float64)
-    lr = torch.tensor(1e-2, device="cuda", dtype=torch.float64)
-    captured = wrapped(name, "channel", ours, lr=lr, capturable=True)
-    plain = wrapped(name, "channel", theirs)
+def replay(captured, ours, plain, theirs, lr):
+    """The same steps, of one optimizer out of a graph, under a learning rate that changes."""
     set_gradients(ours, 0)
     set_gradients(theirs, 0)
     stream = torch.cuda.Stream()
@@ -221,7 +206,7 @@ def test_a_replayed_graph_takes_wrapped_steps(name):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured.step()
-    for step in range(1, 5):
+    for step in range(1, 6):
         lr.fill_(1e-2 / step)
         plain.param_groups[0]["lr"] = 1e-2 / step
         held = [p.grad for p in ours]
@@ -230,6 +215,16 @@ def test_a_replayed_graph_takes_wrapped_steps(name):
             grad.copy_(q.grad)
         graph.replay()
         plain.step()
+
+
+@pytest.mark.parametrize("name", ["tangential", "hyperball", "great circle", "raw"])
+def test_a_replayed_graph_takes_wrapped_steps(name):
+    """With a learning rate on the device that changes between replays."""
+    ours, theirs = weights(torch.float64), weights(torch.float64)
+    lr = torch.tensor(1e-2, device="cuda", dtype=torch.float64)
+    captured = wrapped(name, "channel", ours, lr=lr, capturable=True)
+    plain = wrapped(name, "channel", theirs)
+    replay(captured, ours, plain, theirs, lr)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
 
@@ -263,26 +258,7 @@ def test_a_replayed_graph_takes_the_steps_of_the_plain_optimizer(name, options):
     capturable = {} if name == "SGDW" or name == "SGDP" else {"capturable": True}
     captured = MAKERS[name](ours, lr=lr, fused=True, **capturable, **options)
     plain = MAKERS[name](theirs, lr=1e-2, foreach=False, **options)
-    set_gradients(ours, 0)
-    set_gradients(theirs, 0)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        captured.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    plain.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured.step()
-    for step in range(1, 6):
-        lr.fill_(1e-2 / step)
-        plain.param_groups[0]["lr"] = 1e-2 / step
-        held = [p.grad for p in ours]
-        set_gradients(theirs, step)
-        for grad, q in zip(held, theirs, strict=True):
-            grad.copy_(q.grad)
-        graph.replay()
-        plain.step()
+    replay(captured, ours, plain, theirs, lr)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-11)
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from optimizer_table import WRAPPERS
 
 import normwise
 from normwise import View
@@ -17,15 +18,6 @@ SHAPES = {
     "triton": [(12, 40), (4, 6, 3, 3), (2, 3, 2, 2, 2), (2, 300), (2, 1030), (1, 5), (8, 1)],
 }
 VIEWS = [View.channel(), View.channel(1), View.blocks(2), View.layer()]
-WRAPPERS = {
-    "tangential": lambda o, view: normwise.tangential(o, view, wd_ratio=0.3),
-    "tangential, norm fixed": lambda o, view: normwise.tangential(o, view, norm="fixed"),
-    "hyperball": normwise.sphere,
-    "great circle": lambda o, view: normwise.sphere(o, view, path="geodesic"),
-    "raw": lambda o, view: normwise.sphere(o, view, update="raw"),
-    "raw with a floor": lambda o, view: normwise.sphere(o, view, update="raw", floor=1e-2),
-    "exponential map": lambda o, view: normwise.sphere(o, view, update="raw", path="geodesic"),
-}
 
 
 def fits(view, shape):

@@ -1,11 +1,12 @@
-"""How much two sets of features depend on each other."""
+"""How much two sets of features depend on each other, and ReBias's loss, which lowers it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["hsic"]
+__all__ = ["hsic", "rebias_loss"]
 
 
 def hsic(x: Tensor, y: Tensor) -> Tensor:
@@ -25,6 +26,35 @@ def hsic(x: Tensor, y: Tensor) -> Tensor:
     apart = k.sum() * m.sum() / ((n - 1) * (n - 2))
     along = (k.sum(0) * m.sum(0)).sum() * 2 / (n - 2)
     return (together + apart - along) / (n * (n - 3))
+
+
+def rebias_loss(
+    logits: Tensor,
+    features: Tensor,
+    biased_logits: Tensor,
+    biased_features: Tensor,
+    labels: Tensor,
+    penalty: float,
+) -> Tensor:
+    """The sum of what two networks f and g lower; each gets the gradient of its own part alone.
+
+    ReBias, arXiv 1910.02806: f lowers its cross entropy + λ·HSIC(f, g), and g, which sees little,
+    its cross entropy − λ·HSIC(f, g), both at once.
+
+    Args:
+        logits: of f, shape ``(N, classes)``.
+        features: of f, shape ``(N, D)``.
+        biased_logits: of g, shape ``(N, classes)``.
+        biased_features: of g, shape ``(N, E)``.
+        labels: shape ``(N,)``.
+        penalty: λ.
+
+    Returns:
+        A scalar, in nats but for the penalty.
+    """
+    learned = F.cross_entropy(logits, labels) + F.cross_entropy(biased_logits, labels)
+    of_f = hsic(features, biased_features.detach())
+    return learned + penalty * (of_f - hsic(features.detach(), biased_features))
 
 
 def _kernel(x: Tensor) -> Tensor:

@@ -59,7 +59,9 @@ HEAD = [name for name, module in network().named_modules() if isinstance(module,
 
 def save(weights: dict[str, Tensor], path: Path, form: str) -> None:
     if form == "safetensors":
-        save_file = pytest.importorskip("safetensors.torch").save_file
+        save_file = pytest.importorskip(
+            "safetensors.torch", reason="the file is written with it"
+        ).save_file
         save_file(weights, path)
     else:
         torch.save(weights if form == "plain" else {form: weights, "epoch": 3}, path)

@@ -103,9 +103,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 
     names = ("torchvision", "torchvision.models", "torchvision.models.detection")
     modules = [ModuleType(name) for name in (*names, f"{names[-1]}.backbone_utils")]
-    modules[2].FasterRCNN, modules[2].MaskRCNN = StandIn, MaskStandIn  # type: ignore[attr-defined]
-    modules[2].ssd300_vgg16 = ssd  # type: ignore[attr-defined]
-    modules[3].resnet_fpn_backbone = backbone  # type: ignore[attr-defined]
+    modules[2].FasterRCNN, modules[2].MaskRCNN = StandIn, MaskStandIn
+    modules[2].ssd300_vgg16 = ssd
+    modules[3].resnet_fpn_backbone = backbone
     for module in modules:
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls

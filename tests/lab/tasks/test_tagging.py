@@ -190,7 +190,7 @@ def test_a_short_recording_ends_in_silence_and_several_are_added(tmp_path: Path)
 @pytest.mark.parametrize("seed", range(4))
 def test_areas_are_those_of_scikit_learn(seed: int) -> None:
     """With many equal scores, and with none."""
-    metrics = pytest.importorskip("sklearn.metrics")
+    metrics = pytest.importorskip("sklearn.metrics", reason="what areas are compared with")
     draw = torch.Generator().manual_seed(seed)
     scores = torch.rand(200, generator=draw, dtype=torch.float64)
     scores = scores if seed % 2 else (6 * scores).floor()

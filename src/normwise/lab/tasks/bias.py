@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from normwise.lab.checks import within
-from normwise.lab.dependence import hsic
+from normwise.lab.dependence import rebias_loss
 from normwise.lab.errors import UsageError
 from normwise.lab.tasks.classification import load, part
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
@@ -186,13 +186,10 @@ class Bias(Problem):
         """The sum of what f and g lower; each gets the gradient of its own part alone."""
         x, y = batch
         logits, seen = self.model["f"](x)
-        loss = F.cross_entropy(logits, y)
-        if self.options.penalty:
-            logits, biased = self.model["g"](x)
-            loss = loss + F.cross_entropy(logits, y)
-            dependence = hsic(seen, biased.detach()) - hsic(seen.detach(), biased)
-            loss = loss + self.options.penalty * dependence
-        return loss
+        if not self.options.penalty:
+            return F.cross_entropy(logits, y)
+        of_g, biased = self.model["g"](x)
+        return rebias_loss(logits, seen, of_g, biased, y, self.options.penalty)
 
     def evaluate(self) -> Evaluation:
         """Accuracy where colours say nothing, and where they say all."""

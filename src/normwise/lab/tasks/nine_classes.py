@@ -14,7 +14,7 @@ from normwise.lab.augment import flip
 from normwise.lab.checks import within
 from normwise.lab.data.nine_classes import CLASSES, nine_classes
 from normwise.lab.data.sources import DecodedImages
-from normwise.lab.dependence import hsic
+from normwise.lab.dependence import rebias_loss
 from normwise.lab.errors import UsageError
 from normwise.lab.networks import build
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
@@ -176,14 +176,11 @@ class NineClasses(Problem):
         """The sum of what f and g lower; each gets the gradient of its own part alone."""
         x, y = batch
         logits, seen = self.model["f"](x)
-        loss = F.cross_entropy(logits, y)
-        if self.options.penalty:
-            logits, biased = self.model["g"](x)
-            loss = loss + F.cross_entropy(logits, y)
-            seen, biased = _scaled(seen), _scaled(biased)
-            dependence = hsic(seen, biased.detach()) - hsic(seen.detach(), biased)
-            loss = loss + self.options.penalty * dependence
-        return loss
+        if not self.options.penalty:
+            return F.cross_entropy(logits, y)
+        of_g, biased = self.model["g"](x)
+        penalty = self.options.penalty
+        return rebias_loss(logits, _scaled(seen), of_g, _scaled(biased), y, penalty)
 
     def _accuracies(self, right: Tensor) -> dict[str, float]:
         test, hard = right[: self.tested], right[self.tested :]
