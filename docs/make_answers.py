@@ -235,7 +235,7 @@ def only_a_rate():
         lines.append(Line(method, label, x, y, colour=colour, dash=dash))
     return Lines(
         "Weight decay, and the learning rates that stand for it",
-        "One curve up to rounding, at norms that end a factor of "
+        "One run but for rounding, which grows; norms end a factor of "
         f"{power_of_ten(ends['translated'] / ends['decay'])} apart.",
         Axis("epoch"),
         Axis("training loss"),
