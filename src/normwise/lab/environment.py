@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import normwise
 
 __all__ = ["environment"]
@@ -20,6 +22,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         device: the type of device that computes (default: ``"cpu"``).
     """
     packages = ("torch", "numpy", "scikit-learn", "matplotlib")
+    accelerator = torch.cuda.get_device_name() if device == "cuda" else None
     return {
         "versions": {
             "normwise": normwise.__version__,
@@ -30,6 +33,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "device": device,
+        **({"accelerator": accelerator} if accelerator else {}),
         "threads": 1,
     }
 

@@ -347,4 +347,6 @@ def _config(cell: Done) -> list[tuple[str, str]]:
             versions = ", ".join(f"{k} {v}" for k, v in start["versions"].items())
             items.append(("started", f"{start['started']}: {versions}"))
             items.append(("processor", f"{start['processor']}, {start['cores']} cores"))
+            if "accelerator" in start:
+                items.append(("accelerator", start["accelerator"]))
     return items
