@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+EXTRAS := audio,cpu,cuda,lab,monitor,ray,trackers,transformers,vision
 
 .PHONY: demo test test-all coverage examples gpu docs lint package release sbom install clean
 
@@ -45,8 +46,11 @@ package: install
 release: install
 	$(BIN)/python tools/release.py $(or $(VERSION),$(error say which: make release VERSION=0.2.0))
 
-sbom: install
-	$(BIN)/python tools/sbom.py build/sbom
+# A list is made of what is installed: here every extra for users, in an environment of its own.
+sbom:
+	$(PYTHON) -m venv --clear build/extras
+	build/extras/bin/pip install --quiet --constraint constraints.txt packaging ".[$(EXTRAS)]"
+	build/extras/bin/python tools/sbom.py build/sbom
 
 install: $(STAMP)
 

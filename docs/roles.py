@@ -1,13 +1,19 @@
-"""What docstrings have of Sphinx, roles and mathematics, as HTML of the reference."""
+"""What docstrings have of Sphinx, as the reference's Markdown and HTML: roles, mathematics, tables,
+and blocks of code after two colons."""
 
 import inspect
 import re
+import textwrap
 
 import griffe
 from latex2mathml.converter import convert
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):`~?([\w.]+)`")
 INLINE = re.compile(r":math:`([^`]+)`")
+TABLE = re.compile(
+    r"^( *)(=+(?: +=+)+)\n(?P<head>.*\n)\1\2\n(?P<body>(?:.*\n)+?)\1\2$", re.MULTILINE
+)
+BLOCK = re.compile(r"^( *)(\S.*):{2}\n\n((?:(?:\1 +.*)?\n)*\1 +.*)", re.MULTILINE)
 DISPLAYED = re.compile(r"^( *)\.\. math::\n\n?((?:\1 +.*\n?)+)", re.MULTILINE)
 
 
@@ -27,7 +33,33 @@ def html(text, obj):
         return f'<autoref identifier="{target}" optional><code>{name}</code></autoref>'
 
     text = DISPLAYED.sub(lambda m: f"{m[1]}{convert(join(m[2]), display='block')}\n", text)
+    text = BLOCK.sub(fenced, TABLE.sub(table, text))
     return ROLE.sub(link, INLINE.sub(lambda m: convert(join(m[1])), text))
+
+
+def table(match):
+    """A table whose columns are ruled by = signs; a row without a first cell goes on with the last."""
+    indent, ruler = len(match[1]), match[2]
+    starts = [indent + column.start() for column in re.finditer("=+", ruler)]
+    spans = [slice(a, b) for a, b in zip(starts, [*starts[1:], None], strict=True)]
+
+    def cells(line):
+        return [line[span].strip().replace("|", "\\|") for span in spans]
+
+    rows = []
+    for line in match["body"].splitlines():
+        row = cells(line)
+        rows = rows if row[0] else [*rows[:-1], [join(" ".join(c)) for c in zip(rows[-1], row)]]
+        rows += [row] if row[0] else []
+    head = ["" if cell == "\\" else cell for cell in cells(match["head"])]
+    lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
+    return textwrap.indent("\n".join(f"| {line} |" for line in lines), match[1])
+
+
+def fenced(match):
+    indent, said, code = match.groups()
+    code = textwrap.indent(textwrap.dedent(code), indent)
+    return f"{indent}{said}:\n\n{indent}```python\n{code}\n{indent}```"
 
 
 def join(lines):

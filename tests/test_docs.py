@@ -176,6 +176,7 @@ def test_the_site_is_built_strictly(tmp_path):
             told = [n for n, o in public.items() if inspect.isclass(o) or inspect.isfunction(o)]
             missing = [name for name in told if f'id="{room}.{name}"' not in shown]
             assert not missing, f"of {room}"
+        assert not re.search(r"={5}|::</p>|:(?:class|func|meth|math):`", shown), "not Markdown"
     loaded = re.compile(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="https?:')
     outside = [p.name for p in tmp_path.rglob("*.html") if loaded.search(p.read_text("utf-8"))]
     assert not outside, "reading the site needs no network"

@@ -75,6 +75,12 @@ def test_the_list_of_dependencies_has_what_an_extra_brings():
         assert {ref for d in bom["dependencies"] for ref in (d["ref"], *d["dependsOn"])} <= known
 
 
+def test_the_lists_of_dependencies_are_made_where_every_extra_for_users_is_installed():
+    (installed,) = re.findall(r"(?m)^EXTRAS := (.*)$", read("Makefile"))
+    extras = set(re.findall(r"(?m)^(\w+) = \[", read("pyproject.toml")))
+    assert set(installed.split(",")) == extras - tool("sbom").FOR_DEVELOPERS
+
+
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
     pytest.importorskip("build", reason="builds the packages")

@@ -3,7 +3,7 @@
     python tools/sbom.py build/sbom
 
 Read from the metadata of what is installed here; an extra of which a package is missing is left
-out, and said so. In a release the environment has all of them.
+out, and said so. `make sbom` makes an environment that has them all.
 """
 
 from __future__ import annotations

@@ -69,14 +69,14 @@ def equilibrium_of(
     length alone, so that θ² = 2δ; and its buffer loses what the weight turns away from, so that
     ‖p⊥‖² is 1 + κ² times smaller, κ = μθ/(1 − μ).
 
-    ============== =========================== =====================================
-    update         norm                        θ², not projected
-    ============== =========================== =====================================
-    gradient       ‖w‖⁴ = η²S·E‖g̃‖²/(2δ)       2δ(1 − μ)/(1 + μ)
-    normalized     ‖w‖² = η²S·C/(2δ)           2δ(1 − β1)/(1 + β1)
-    sign           not known                   see :func:`lion_equilibrium_angle`
+    ============== ============================ =====================================
+    update         norm                         θ², not projected
+    ============== ============================ =====================================
+    gradient       ‖w‖⁴ = η²S·E‖g̃‖²/(2δ)        2δ(1 − μ)/(1 + μ)
+    normalized     ‖w‖² = η²S·C/(2δ)            2δ(1 − β1)/(1 + β1)
+    sign           not known                    see :func:`lion_equilibrium_angle`
     orthogonalized ‖w‖² = η²s²K·C/(2δ·max(m, n)) 2δ/K
-    ============== =========================== =====================================
+    ============== ============================ =====================================
 
     S is (Σc_k)², or Σc_k²/(1 + κ²) if projected; s² is the mean square of the update's singular
     values, and K sums the overlaps of the updates of an m×n matrix, see
