@@ -38,7 +38,7 @@ def html(text, obj):
 
 
 def table(match):
-    """A table whose columns are ruled by = signs; a row without a first cell goes on with the last."""
+    """Columns are ruled by = signs; a row without a first cell continues the one above."""
     indent, ruler = len(match[1]), match[2]
     starts = [indent + column.start() for column in re.finditer("=+", ruler)]
     spans = [slice(a, b) for a, b in zip(starts, [*starts[1:], None], strict=True)]
@@ -47,10 +47,13 @@ def table(match):
         return [line[span].strip().replace("|", "\\|") for span in spans]
 
     rows = []
-    for line in match["body"].splitlines():
-        row = cells(line)
-        rows = rows if row[0] else [*rows[:-1], [join(" ".join(c)) for c in zip(rows[-1], row)]]
-        rows += [row] if row[0] else []
+    for row in map(cells, match["body"].splitlines()):
+        if row[0]:
+            rows.append(row)
+        else:
+            rows[-1] = [
+                f"{above} {cell}".strip() for above, cell in zip(rows[-1], row, strict=True)
+            ]
     head = ["" if cell == "\\" else cell for cell in cells(match["head"])]
     lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
     return textwrap.indent("\n".join(f"| {line} |" for line in lines), match[1])
