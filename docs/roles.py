@@ -1,20 +1,25 @@
 """What docstrings have of Sphinx, as the reference's Markdown and HTML: roles, mathematics, tables,
-and blocks of code after two colons."""
+and blocks of code after two colons. Indices and powers are set as on the pages."""
 
 import inspect
 import re
+import runpy
 import textwrap
+from pathlib import Path
 
 import griffe
 from latex2mathml.converter import convert
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):`~?([\w.]+)`")
 INLINE = re.compile(r":math:`([^`]+)`")
+SECTION = re.compile(r"^(?=\w+:\n {4})", re.MULTILINE)
 TABLE = re.compile(
     r"^( *)(=+(?: +=+)+)\n(?P<head>.*\n)\1\2\n(?P<body>(?:.*\n)+?)\1\2$", re.MULTILINE
 )
 BLOCK = re.compile(r"^( *)(\S.*):{2}\n\n((?:(?:\1 +.*)?\n)*\1 +.*)", re.MULTILINE)
 DISPLAYED = re.compile(r"^( *)\.\. math::\n\n?((?:\1 +.*\n?)+)", re.MULTILINE)
+
+set_mathematics = runpy.run_path(str(Path(__file__).with_name("hooks.py")))["set_mathematics"]
 
 
 class Roles(griffe.Extension):
@@ -34,7 +39,9 @@ def html(text, obj):
 
     text = DISPLAYED.sub(lambda m: f"{m[1]}{convert(join(m[2]), display='block')}\n", text)
     text = BLOCK.sub(fenced, TABLE.sub(table, text))
-    return ROLE.sub(link, INLINE.sub(lambda m: convert(join(m[1])), text))
+    text = ROLE.sub(link, INLINE.sub(lambda m: convert(join(m[1])), text))
+    prose, *sections = SECTION.split(text)  # in which x_t may be the name of an argument
+    return "".join([set_mathematics(prose), *sections])
 
 
 def table(match):

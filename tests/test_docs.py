@@ -125,6 +125,11 @@ def test_pages_set_indices_and_powers_outside_of_code(written, shown):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=identify)
+def test_no_page_has_mathematics_that_the_site_would_show_as_latex(page):
+    assert not re.search(r"\$\$|\\[a-z]{3,}", prose(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=identify)
 def test_every_link_within_the_repository_leads_somewhere(page):
     targets = [target for target in LINK.findall(prose(page)) if "://" not in target]
     missing = [t for t in targets if not (page.parent / t.partition("#")[0]).exists()]
