@@ -144,6 +144,7 @@ class GraphTrainer(Trainer):
             return
         before = {name: t.clone() for name, t in self.problem.model.state_dict().items()}
         self._stream.wait_stream(torch.cuda.current_stream())
+        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
         with self.on_its_stream():
             for _ in range(_WARM_UPS):
                 self._step()
@@ -152,6 +153,7 @@ class GraphTrainer(Trainer):
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=self._stream):
             self._step()
+        torch.backends.cudnn.benchmark = benchmark
         # Buffers and moments of zeros begin as those that are not there yet.
         with self.on_its_stream(), torch.no_grad():
             for name, t in self.problem.model.state_dict().items():
@@ -191,6 +193,8 @@ class GraphTrainer(Trainer):
                 x = shifted(x, self._of_step(self._shifts))
             else:
                 x = flipped(x, self._of_step(self._flips))
+        if self._stream is not None and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)  # as its convolutions compute
         self.problem.model.train()
         self.optimizer.zero_grad()
         loss = self._loss((x, self._targets[self._images.train_labels[chosen]]))
