@@ -92,6 +92,12 @@ def pairs(held):
                     yield table, entry
 
 
+def named(table):
+    """A recipe and its row; with the scale, where that is not the small one."""
+    scale = "" if table.scale == "small" else f" ({table.scale})"
+    return f"{table.recipe.id}: {table.row}{scale}"
+
+
 def pair_lines(held):
     """The table of all pairs."""
     yield f"| {' | '.join(PAIRS_HEAD)} |"
@@ -100,7 +106,7 @@ def pair_lines(held):
         metric = table.metric.name.replace("_", " ").replace("ap", "AP")
         width = "" if e.half_width is None else f" ± {e.half_width:.2f}"
         cells = (
-            f"{table.recipe.id}: {table.row}",
+            named(table),
             metric,
             f"{PROJECTED[e.method]} to {e.compared_with}",
             str(len(e.values)),
@@ -152,7 +158,7 @@ def projection(held):
         f"95% intervals, cut at ±{cut:.0f}. An interval that holds both 0 and 1 cannot tell.",
         Axis("0: no difference; 1: as claimed", holds=(-cut, cut)),
         tuple(
-            f"{t.recipe.id.removeprefix('adamp-')}: {t.row}, {PROJECTED[e.method]}"
+            f"{named(t).removeprefix('adamp-')}, {PROJECTED[e.method]}".replace("resnet18-", "")
             for t, e in found
         ),
         (
@@ -165,6 +171,44 @@ def projection(held):
         ),
         reference=0.0,
         band=(0.0, 1.0),
+    )
+
+
+def without_decay(held):
+    """How norms and the training loss go at medium scale without decay, seeds averaged."""
+    (table,) = (t for t in held["adamp-imagenet"] if t.scale == "medium" and "no-decay" in t.row)
+    looks = {
+        "sgd": ("SGD", "blue", ()),
+        "sgdp": ("SGDP", "blue", (4.0, 2.0)),
+        "adamw": ("AdamW", "orange", ()),
+        "adamp": ("AdamP", "orange", (4.0, 2.0)),
+    }
+
+    def drawn(quantity):
+        lines = []
+        for method, (label, colour, dash) in looks.items():
+            cells = [c.records for c in table.cells if c.config["method"] == method]
+            steps = [at for at in zip(*cells, strict=True) if at[0][quantity] is not None]
+            x = tuple(float(at[0]["epoch"]) for at in steps)
+            y = tuple(sum(r[quantity] for r in at) / len(at) for at in steps)
+            lines.append(Line(method, label, x, y, colour=colour, dash=dash))
+        return tuple(lines)
+
+    return (
+        Lines(
+            "Without weight decay norms grow, less under the projection",
+            "ResNet-20, CIFAR-100, each at its own best learning rate; means of four seeds.",
+            Axis("epoch"),
+            Axis("norm over that at the start", holds=(1.0,)),
+            drawn("norm_growth"),
+        ),
+        Lines(
+            "and the projected ones learn for longer",
+            "The same runs. SGDP and AdamP begin slower, at larger learning rates.",
+            Axis("epoch"),
+            Axis("training loss, nats"),
+            drawn("train_loss"),
+        ),
     )
 
 
@@ -291,14 +335,15 @@ def growth(table, method):
 def figures(held):
     """The figures, by the names of their files."""
     made = {
-        "projection": projection(held),
-        "plain-decay": plain_decay(held),
-        "when-decay": when_decay(held),
-        "only-a-rate": only_a_rate(),
+        "projection": (projection(held),),
+        "without-decay": without_decay(held),
+        "plain-decay": (plain_decay(held),),
+        "when-decay": (when_decay(held),),
+        "only-a-rate": (only_a_rate(),),
     }
     if SWEEP in held:
-        made[SWEEP] = growth_gain(held)
-    return {f"{name}.svg": document(Figure("", (chart,))) for name, chart in made.items()}
+        made[SWEEP] = (growth_gain(held),)
+    return {f"{name}.svg": document(Figure("", charts)) for name, charts in made.items()}
 
 
 def main():
