@@ -19,7 +19,11 @@ from normwise.lab.running.export import as_json, as_markdown, read_json
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
-PAGES = (DOCS / "results.md", DOCS / "answers" / "projection.md")
+PAGES = (
+    DOCS / "results.md",
+    DOCS / "answers" / "projection.md",
+    DOCS / "answers" / "claims.md",
+)
 PICTURES = DOCS / "images" / "answers"
 
 PROJECTED = {"adamp": "AdamP", "sgdp": "SGDP"}
@@ -35,6 +39,32 @@ VERDICTS = {
     "no difference": "no difference of the claimed size",
     "cannot tell at this size": "too wide an interval to tell",
     "within chance": "within chance, and no claim known",
+}
+CLAIMS = re.compile(r"(<!-- claims -->\n)(?:\|[^\n]*\n)+")
+CLAIMS_HEAD = (
+    *("claim of", "difference", "claimed", "here (95%)", "says", "seeds", "steps"),
+    "reached, of the paper's",
+)
+# Of each training, where the recipe's settings do not say how many examples there are.
+STEPS = {
+    "adamp-adversarial": 248,
+    "adamp-audio: dcase": 150,
+    "adamp-audio: speech-commands": 504,
+    "adamp-biased-mnist": 780,
+    "adamp-detection": 200,
+    "adamp-imagenet": 468,
+    "adamp-imagenet: resnet18-no-decay": 7800,
+    "adamp-language": 292,
+    "adamp-norm-growth": 780,
+    "adamp-retrieval: omniglot-proxy-anchor": 350,
+    "adamp-retrieval: omniglot-triplet": 400,
+    "awp-slices": 496,
+    "epsilon-cifar100": 468,
+    "epsilon-table-1": 468,
+    "epsilon-table-2-3": 6250,
+    "epsilon-table-4": 468,
+    "epsilon-table-9": 468,
+    "long-tail": 1680,
 }
 PAIRS_HEAD = (
     *("recipe, row", "metric", "pair", "seeds", "difference (95%)"),
@@ -64,6 +94,7 @@ def page(text, held):
         made |= {m["title"]: m["table"] for m in TABLE.finditer(as_markdown(of_recipe))}
     text = COUNTS.sub(counts(held), text)
     text = INSERTED.sub(lambda m: m[1] + inserted(held.get(m["recipe"])), text)
+    text = CLAIMS.sub(lambda m: m[1] + "\n".join(claim_lines(held)) + "\n", text)
     text = PAIRS.sub("\n".join(pair_lines(held)) + "\n", text)
     return TABLE.sub(
         lambda m: f"**{m['title']}**\n\n{made.get(m['title'], m['table'])}",
@@ -116,6 +147,50 @@ def pair_lines(held):
             "" if e.claimed is None else many(e.seeds_needed),
         )
         yield f"| {' | '.join(cells)} |"
+
+
+def claim_lines(held):
+    """Every difference that a paper states beside ours, and what that says of it."""
+    yield f"| {' | '.join(CLAIMS_HEAD)} |"
+    yield "|---" * len(CLAIMS_HEAD) + "|"
+    for name, of_recipe in held.items():
+        if name == SWEEP:
+            continue
+        firsts = {}
+        for table in of_recipe:
+            firsts.setdefault((table.scale, table.row), table)
+        for table in firsts.values():
+            for e in table.fixed:
+                if e.claimed is None or e.difference is None or e.spread is None:
+                    continue
+                width = "" if e.half_width is None else f" ± {e.half_width:.2f}"
+                steps = STEPS.get(f"{name}: {table.row}", STEPS.get(name))
+                paper = table.recipe.paper.rows.get(table.row, {}).get(e.method)
+                reached = f"{e.spread.mean:.1f}" + ("" if paper is None else f" of {paper:g}")
+                cells = (
+                    named(table),
+                    f"{e.label} to {e.compared_with}",
+                    signed(e.claimed),
+                    signed(e.difference) + width,
+                    said(e, table.metric),
+                    str(len(e.values)),
+                    f"{steps:,}",
+                    reached,
+                )
+                yield f"| {' | '.join(cells)} |"
+
+
+def said(entry, metric):
+    """What a difference says of the claim; one seed has no interval."""
+    if entry.half_width is None:
+        return "one seed"
+    verdict = entry.verdict(metric)
+    if verdict in ("better", "worse"):
+        if entry.difference * entry.claimed < 0:
+            return "**contradicted**"
+        reaches = abs(entry.difference) + entry.half_width >= abs(entry.claimed)
+        return "**supported**" if reaches else "supported, but smaller"
+    return {"no difference": "not at this size"}.get(verdict, "not answerable here")
 
 
 def counts(held):
