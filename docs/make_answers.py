@@ -33,6 +33,7 @@ INSERTED = re.compile(r"(<!-- tables: (?P<recipe>[\w-]+) -->\n)(?:(?!\n## ).)*",
 TABLE = re.compile(r"^\*\*(?P<title>[^\n]+)\*\*\n\n(?P<table>(?:\|[^\n]*\n)+)", re.MULTILINE)
 PAIRS = re.compile(r"^\| recipe, row \|[^\n]*\n(?:\|[^\n]*\n)+", re.MULTILINE)
 COUNTS = re.compile(r"^Of \d+ pairs\b[^\n]*$", re.MULTILINE)
+NARROW = "\u00a0"  # a space at which no line is broken
 VERDICTS = {
     "better": "better",
     "worse": "worse",
@@ -163,7 +164,7 @@ def claim_lines(held):
             for e in table.fixed:
                 if e.claimed is None or e.difference is None or e.spread is None:
                     continue
-                width = "" if e.half_width is None else f" ± {e.half_width:.2f}"
+                width = "" if e.half_width is None else f"{NARROW}±{NARROW}{e.half_width:.2f}"
                 steps = STEPS.get(f"{name}: {table.row}", STEPS.get(name))
                 paper = table.recipe.paper.rows.get(table.row, {}).get(e.method)
                 reached = f"{e.spread.mean:.1f}" + ("" if paper is None else f" of {paper:g}")
@@ -233,7 +234,9 @@ def projection(held):
         f"95% intervals, cut at ±{cut:.0f}. An interval that holds both 0 and 1 cannot tell.",
         Axis("0: no difference; 1: as claimed", holds=(-cut, cut)),
         tuple(
-            f"{named(t).removeprefix('adamp-')}, {PROJECTED[e.method]}".replace("resnet18-", "")
+            f"{t.recipe.id}: {t.row}, {PROJECTED[e.method]}".removeprefix("adamp-").replace(
+                "resnet18-", ""
+            )
             for t, e in found
         ),
         (
