@@ -64,6 +64,7 @@ def tests(workers: int) -> Record:
     """Run what only a device can test, in several processes that share Triton's cache."""
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=40", "-rfE", "--tb=short"]
     command += ["-p", "no:cacheprovider", "tests/optim/test_device.py"]
+    command += ["tests/lab/running/test_graphs.py"]
     if workers > 1:
         command += ["-n", str(workers)]
     begin = time.monotonic()

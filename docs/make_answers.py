@@ -19,7 +19,11 @@ from normwise.lab.running.export import as_json, as_markdown, read_json
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
-PAGES = (DOCS / "results.md", DOCS / "answers" / "projection.md")
+PAGES = (
+    DOCS / "results.md",
+    DOCS / "answers" / "projection.md",
+    DOCS / "answers" / "claims.md",
+)
 PICTURES = DOCS / "images" / "answers"
 
 PROJECTED = {"adamp": "AdamP", "sgdp": "SGDP"}
@@ -29,12 +33,39 @@ INSERTED = re.compile(r"(<!-- tables: (?P<recipe>[\w-]+) -->\n)(?:(?!\n## ).)*",
 TABLE = re.compile(r"^\*\*(?P<title>[^\n]+)\*\*\n\n(?P<table>(?:\|[^\n]*\n)+)", re.MULTILINE)
 PAIRS = re.compile(r"^\| recipe, row \|[^\n]*\n(?:\|[^\n]*\n)+", re.MULTILINE)
 COUNTS = re.compile(r"^Of \d+ pairs\b[^\n]*$", re.MULTILINE)
+NARROW = "\u00a0"  # a space at which no line is broken
 VERDICTS = {
     "better": "better",
     "worse": "worse",
     "no difference": "no difference of the claimed size",
     "cannot tell at this size": "too wide an interval to tell",
     "within chance": "within chance, and no claim known",
+}
+CLAIMS = re.compile(r"(<!-- claims -->\n)(?:\|[^\n]*\n)+")
+CLAIMS_HEAD = (
+    *("claim of", "difference", "claimed", "here (95%)", "says", "seeds", "steps"),
+    "reached, of the paper's",
+)
+# Of each training, where the recipe's settings do not say how many examples there are.
+STEPS = {
+    "adamp-adversarial": 248,
+    "adamp-audio: dcase": 150,
+    "adamp-audio: speech-commands": 504,
+    "adamp-biased-mnist": 780,
+    "adamp-detection": 200,
+    "adamp-imagenet": 468,
+    "adamp-imagenet: resnet18-no-decay": 7800,
+    "adamp-language": 292,
+    "adamp-norm-growth": 780,
+    "adamp-retrieval: omniglot-proxy-anchor": 350,
+    "adamp-retrieval: omniglot-triplet": 400,
+    "awp-slices": 496,
+    "epsilon-cifar100": 468,
+    "epsilon-table-1": 468,
+    "epsilon-table-2-3": 6250,
+    "epsilon-table-4": 468,
+    "epsilon-table-9": 468,
+    "long-tail": 1680,
 }
 PAIRS_HEAD = (
     *("recipe, row", "metric", "pair", "seeds", "difference (95%)"),
@@ -64,6 +95,7 @@ def page(text, held):
         made |= {m["title"]: m["table"] for m in TABLE.finditer(as_markdown(of_recipe))}
     text = COUNTS.sub(counts(held), text)
     text = INSERTED.sub(lambda m: m[1] + inserted(held.get(m["recipe"])), text)
+    text = CLAIMS.sub(lambda m: m[1] + "\n".join(claim_lines(held)) + "\n", text)
     text = PAIRS.sub("\n".join(pair_lines(held)) + "\n", text)
     return TABLE.sub(
         lambda m: f"**{m['title']}**\n\n{made.get(m['title'], m['table'])}",
@@ -92,6 +124,12 @@ def pairs(held):
                     yield table, entry
 
 
+def named(table):
+    """A recipe and its row; with the scale, where that is not the small one."""
+    scale = "" if table.scale == "small" else f" ({table.scale})"
+    return f"{table.recipe.id}: {table.row}{scale}"
+
+
 def pair_lines(held):
     """The table of all pairs."""
     yield f"| {' | '.join(PAIRS_HEAD)} |"
@@ -100,7 +138,7 @@ def pair_lines(held):
         metric = table.metric.name.replace("_", " ").replace("ap", "AP")
         width = "" if e.half_width is None else f" ± {e.half_width:.2f}"
         cells = (
-            f"{table.recipe.id}: {table.row}",
+            named(table),
             metric,
             f"{PROJECTED[e.method]} to {e.compared_with}",
             str(len(e.values)),
@@ -110,6 +148,50 @@ def pair_lines(held):
             "" if e.claimed is None else many(e.seeds_needed),
         )
         yield f"| {' | '.join(cells)} |"
+
+
+def claim_lines(held):
+    """Every difference that a paper states beside ours, and what that says of it."""
+    yield f"| {' | '.join(CLAIMS_HEAD)} |"
+    yield "|---" * len(CLAIMS_HEAD) + "|"
+    for name, of_recipe in held.items():
+        if name == SWEEP:
+            continue
+        firsts = {}
+        for table in of_recipe:
+            firsts.setdefault((table.scale, table.row), table)
+        for table in firsts.values():
+            for e in table.fixed:
+                if e.claimed is None or e.difference is None or e.spread is None:
+                    continue
+                width = "" if e.half_width is None else f"{NARROW}±{NARROW}{e.half_width:.2f}"
+                steps = STEPS.get(f"{name}: {table.row}", STEPS.get(name))
+                paper = table.recipe.paper.rows.get(table.row, {}).get(e.method)
+                reached = f"{e.spread.mean:.1f}" + ("" if paper is None else f" of {paper:g}")
+                cells = (
+                    named(table),
+                    f"{e.label} to {e.compared_with}",
+                    signed(e.claimed),
+                    signed(e.difference) + width,
+                    said(e, table.metric),
+                    str(len(e.values)),
+                    f"{steps:,}",
+                    reached,
+                )
+                yield f"| {' | '.join(cells)} |"
+
+
+def said(entry, metric):
+    """What a difference says of the claim; one seed has no interval."""
+    if entry.half_width is None:
+        return "one seed"
+    verdict = entry.verdict(metric)
+    if verdict in ("better", "worse"):
+        if entry.difference * entry.claimed < 0:
+            return "**contradicted**"
+        reaches = abs(entry.difference) + entry.half_width >= abs(entry.claimed)
+        return "**supported**" if reaches else "supported, but smaller"
+    return {"no difference": "not at this size"}.get(verdict, "not answerable here")
 
 
 def counts(held):
@@ -152,7 +234,9 @@ def projection(held):
         f"95% intervals, cut at ±{cut:.0f}. An interval that holds both 0 and 1 cannot tell.",
         Axis("0: no difference; 1: as claimed", holds=(-cut, cut)),
         tuple(
-            f"{t.recipe.id.removeprefix('adamp-')}: {t.row}, {PROJECTED[e.method]}"
+            f"{t.recipe.id}: {t.row}, {PROJECTED[e.method]}".removeprefix("adamp-").replace(
+                "resnet18-", ""
+            )
             for t, e in found
         ),
         (
@@ -165,6 +249,44 @@ def projection(held):
         ),
         reference=0.0,
         band=(0.0, 1.0),
+    )
+
+
+def without_decay(held):
+    """How norms and the training loss go at medium scale without decay, seeds averaged."""
+    (table,) = (t for t in held["adamp-imagenet"] if t.scale == "medium" and "no-decay" in t.row)
+    looks = {
+        "sgd": ("SGD", "blue", ()),
+        "sgdp": ("SGDP", "blue", (4.0, 2.0)),
+        "adamw": ("AdamW", "orange", ()),
+        "adamp": ("AdamP", "orange", (4.0, 2.0)),
+    }
+
+    def drawn(quantity):
+        lines = []
+        for method, (label, colour, dash) in looks.items():
+            cells = [c.records for c in table.cells if c.config["method"] == method]
+            steps = [at for at in zip(*cells, strict=True) if at[0][quantity] is not None]
+            x = tuple(float(at[0]["epoch"]) for at in steps)
+            y = tuple(sum(r[quantity] for r in at) / len(at) for at in steps)
+            lines.append(Line(method, label, x, y, colour=colour, dash=dash))
+        return tuple(lines)
+
+    return (
+        Lines(
+            "Without weight decay norms grow, less under the projection",
+            "ResNet-20, CIFAR-100, each at its own best learning rate; means of four seeds.",
+            Axis("epoch"),
+            Axis("norm over that at the start", holds=(1.0,)),
+            drawn("norm_growth"),
+        ),
+        Lines(
+            "and the projected ones learn for longer",
+            "The same runs. SGDP and AdamP begin slower, at larger learning rates.",
+            Axis("epoch"),
+            Axis("training loss, nats"),
+            drawn("train_loss"),
+        ),
     )
 
 
@@ -291,14 +413,15 @@ def growth(table, method):
 def figures(held):
     """The figures, by the names of their files."""
     made = {
-        "projection": projection(held),
-        "plain-decay": plain_decay(held),
-        "when-decay": when_decay(held),
-        "only-a-rate": only_a_rate(),
+        "projection": (projection(held),),
+        "without-decay": without_decay(held),
+        "plain-decay": (plain_decay(held),),
+        "when-decay": (when_decay(held),),
+        "only-a-rate": (only_a_rate(),),
     }
     if SWEEP in held:
-        made[SWEEP] = growth_gain(held)
-    return {f"{name}.svg": document(Figure("", (chart,))) for name, chart in made.items()}
+        made[SWEEP] = (growth_gain(held),)
+    return {f"{name}.svg": document(Figure("", charts)) for name, charts in made.items()}
 
 
 def main():

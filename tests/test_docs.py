@@ -353,8 +353,10 @@ def pairs():
                 metric = row["metric"].replace("_", " ").replace("ap", "AP")
                 claim, seeds = row["claimed"], row["seeds_needed"]
                 claimed = "not known | " if claim is None else f"{claim:+.2f} | {seeds}"
+                scale = "" if row["scale"] == "small" else f" ({row['scale']})"
+                pair = f"{name} to {row['compared_with']}"
                 yield (
-                    f"| {recipe}: {row['row']} | {metric} | {name} to {row['compared_with']} "
+                    f"| {recipe}: {row['row']}{scale} | {metric} | {pair} "
                     f"| {row['seeds']} | {differs} | {row['verdict']} "
                     f"| {claimed.replace('-', '−')} |"
                 )

@@ -395,6 +395,25 @@ def test_storage_that_moves_is_followed(compiler):
     assert_close(moved, still)
 
 
+def test_a_gradient_that_lies_otherwise_only_along_a_dimension_of_one_is_taken(
+    compiler, monkeypatch
+):
+    """As that of a 1×1 convolution often does: obeying autograd's contract of layouts."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(8, 4, 1, 1, generator=generator, dtype=torch.float64)
+    g = torch.randn(8, 4, 1, 1, generator=generator, dtype=torch.float64)
+    strided = g.as_strided((8, 4, 1, 1), (4, 1, 4, 4))
+    ours, theirs = w.clone().requires_grad_(), w.clone().requires_grad_()
+    plain = normwise.AdamP([theirs], view="channel", foreach=False)
+    theirs.grad = g
+    plain.step()
+    monkeypatch.setattr(normwise.AdamP, "_functional", None)  # no way but the kernels
+    optimizer = normwise.AdamP([ours], view="channel", fused=True)
+    ours.grad = strided
+    optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+
+
 def test_a_weight_that_shrinks_is_not_written_beyond_its_end(compiler):
     storage = torch.ones(8, 4)
     w = torch.nn.Parameter(storage)

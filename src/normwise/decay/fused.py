@@ -15,7 +15,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from normwise.geometry import View, memory_layout
+from normwise.geometry import View, lie_alike, memory_layout
 
 __all__ = ["Shift", "Spare", "take_", "takes"]
 
@@ -98,7 +98,7 @@ def takes(work: Sequence[Shift | Spare]) -> bool:
         plain
         and dtype in _DTYPES
         and sum(x.source.numel() for x in work) >= _WORTHWHILE
-        and all(x.source.stride() == x.target.stride() and x.run is not None for x in work)
+        and all(lie_alike(x.source, x.target) and x.run is not None for x in work)
         and all(x.source.numel() > 0 for x in work)
         and _is_installed()
     )

@@ -11,19 +11,50 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["GEOMETRIC", "MIXING", "crop", "cutmix", "cutout", "flip", "mixup"]
+__all__ = [
+    "GEOMETRIC",
+    "MIXING",
+    "crop",
+    "cutmix",
+    "cutout",
+    "draw_flips",
+    "draw_shifts",
+    "flip",
+    "flipped",
+    "mixup",
+    "shifted",
+]
 
 
 def flip(x: Tensor, draw: Generator) -> Tensor:
     """Mirror each image of ``x``, shape ``(N, C, H, W)``, with probability ½."""
-    chosen = (torch.rand(len(x), generator=draw) < 0.5).to(x.device)
+    return flipped(x, draw_flips(len(x), draw).to(x.device))
+
+
+def draw_flips(n: int, draw: Generator) -> Tensor:
+    """Which of ``n`` images are mirrored."""
+    return torch.rand(n, generator=draw) < 0.5
+
+
+def flipped(x: Tensor, chosen: Tensor) -> Tensor:
+    """Mirror the chosen ones of the images ``x``."""
     return torch.where(chosen[:, None, None, None], x.flip(3), x)
 
 
 def crop(x: Tensor, draw: Generator, padding: int = 4) -> Tensor:
     """Shift each image by up to ``padding`` pixels each way; zeros come in at the edges."""
+    return shifted(x, draw_shifts(len(x), draw, padding).to(x.device), padding)
+
+
+def draw_shifts(n: int, draw: Generator, padding: int = 4) -> Tensor:
+    """Where each of ``n`` images begins in its padded one: from the top, and from the left."""
+    return torch.randint(0, 2 * padding + 1, (2, n), generator=draw)
+
+
+def shifted(x: Tensor, shifts: Tensor, padding: int = 4) -> Tensor:
+    """The images ``x``, shifted as :func:`draw_shifts` has drawn."""
     n, channels, height, width = x.shape
-    top, left = torch.randint(0, 2 * padding + 1, (2, n), generator=draw).to(x.device)
+    top, left = shifts
     padded = torch.nn.functional.pad(x, [padding] * 4)
     rows = (top[:, None] + torch.arange(height, device=x.device))[:, None, :, None]
     columns = (left[:, None] + torch.arange(width, device=x.device))[:, None, None, :]

@@ -108,7 +108,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     option("--methods", default="", metavar="A,B,…", help="only these methods")
     option("--seeds", type=seeds, metavar="N", help="(default: the recipe's)")
     option("--jobs", type=whole, default=1, metavar="N", help="trainings at once (default: 1)")
-    option("--executor", default="local", metavar="NAME", help="local or ray (default: local)")
+    option(
+        "--executor", default="local", metavar="NAME", help="local, ray, or graphs (default: local)"
+    )
     option(
         "--parallel",
         choices=("ddp", "fsdp"),
@@ -297,7 +299,7 @@ def _trained(
         [cell.training.batch_size for cell in cells],
         device=arguments.device,
     ) as together:
-        if arguments.executor == "local":
+        if arguments.executor != "ray":
             check_device(arguments.device)
         if together.rank > 0:
             run_cells(

@@ -15,9 +15,10 @@ import torch
 from normwise.lab.data import folders
 from normwise.lab.data.files import DataError
 from normwise.lab.data.matlab import read_records
-from normwise.lab.data.retrieval import cars, cub, inshop, sop
+from normwise.lab.data.retrieval import Items, Split, cars, cub, inshop, sop
 from normwise.lab.errors import UsageError
 from normwise.lab.recipes import find
+from normwise.lab.tasks import retrieval
 from normwise.lab.tasks.retrieval import Retrieval, RetrievalOptions, hits
 
 CPU = torch.device("cpu")
@@ -337,6 +338,33 @@ def test_inshop_is_judged_by_its_queries(root):
     assert evaluation.wrong == [0, 1, 2]
     fewer = Retrieval(options(data="inshop", test_classes=2), root, CPU)
     assert (fewer.facts["test_examples"], fewer.facts["gallery_examples"]) == (2, 4)
+
+
+def test_classes_held_out_are_the_last_of_those_to_learn_on(root, monkeypatch):
+    """And not in the test set, nor in a gallery."""
+    pytest.importorskip("pytorch_metric_learning", reason="the losses come from it")
+    files = Retrieval(options(), root, CPU).data.train[:5]
+    learned = Items(files, np.array([2, 0, 3, 1, 3]))
+    split = Split(learned, test=Items(files[:2], np.array([0, 1])), gallery=learned)
+    monkeypatch.setattr(retrieval, "_list", lambda *_: split)
+    problem = Retrieval(options(held_out=0.5), root, CPU)
+    assert (problem.data.train, problem.labels.tolist()) == ((files[1], files[3]), [0, 1])
+    assert problem.data.test == (files[0], files[2], files[4])
+    assert problem.test_labels.tolist() == [0, 1, 1]
+    assert problem.queries is None
+    with pytest.raises(UsageError, match=r"held_out 0\.25 is not allowed: of 4 classes 3 are left"):
+        Retrieval(options(held_out=0.25), root, CPU)
+
+
+def test_held_drawings_are_held_out_by_their_classes(monkeypatch):
+    pytest.importorskip("pytorch_metric_learning", reason="the losses come from it")
+    images = torch.arange(10.0)[:, None, None, None].expand(10, 1, 8, 8).repeat_interleave(2, 0)
+    labels = torch.arange(10).repeat_interleave(2)
+    monkeypatch.setattr(retrieval, "_load", lambda *_: (images, labels, images[:2], labels[:2]))
+    problem = Retrieval(options(data="omniglot", held_out=0.3), None, CPU)
+    assert problem.labels.unique().tolist() == list(range(7))
+    assert problem.test_labels.unique().tolist() == [7, 8, 9]
+    assert problem.data.test[:, 0, 0, 0].unique().tolist() == [7, 8, 9]
 
 
 def test_small_classes_are_drawn_from_with_replacement():

@@ -191,7 +191,7 @@ def test_a_finished_cell_is_not_run_again(tmp_path, whole, monkeypatch):
     folder.mkdir(parents=True)
     for name, content in whole.items():
         (folder / name).write_bytes(content)
-    monkeypatch.setattr(module, "_CellStart", None)
+    monkeypatch.setattr(module, "CellStart", None)
     assert run_cell(tiny(), tmp_path, ROOT) == json.loads(whole["result.json"])
 
 

@@ -313,7 +313,7 @@ def test_paper_run_trains_once_and_shows_the_table(tmp_path, capsys, monkeypatch
     first = capsys.readouterr()
     assert "2/2 digits sgdp seed 0" in first.err
     assert "| Mine |" in first.out
-    monkeypatch.setattr(cell, "_CellStart", None)
+    monkeypatch.setattr(cell, "CellStart", None)
     assert cli.main([*command, "--json"]) == 0
     assert [row["method"] for row in json.loads(capsys.readouterr().out)] == ["sgd", "sgdp"]
     assert cli.main(["report", str(tmp_path / "runs")]) == 0

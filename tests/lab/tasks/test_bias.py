@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from normwise.lab.dependence import hsic
 from normwise.lab.errors import UsageError
+from normwise.lab.tasks import bias
 from normwise.lab.tasks.bias import COLOURS, Bias, BiasOptions, coloured, colours
 
 
@@ -152,3 +155,26 @@ def test_a_mistake_in_the_options_is_shown() -> None:
         BiasOptions(penalty=-1)
     with pytest.raises(UsageError, match=r"shrink 3 is not allowed: must divide 28"):
         BiasOptions(shrink=3)
+
+
+def test_held_out_digits_are_of_the_training_ones_and_unbiased(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Told apart by their ink: no digit is both trained on and tested on, and none is lost."""
+    ink = torch.arange(1, 401)
+    images = (torch.arange(28 * 28) < ink[:, None]).view(-1, 1, 28, 28).byte()
+    labels = torch.arange(400) % 10
+    data = SimpleNamespace(
+        train=images.numpy(), train_labels=labels.numpy(), test=None, test_labels=None
+    )
+    data.test, data.test_labels = data.train[:10], data.train_labels[:10]
+    monkeypatch.setattr(bias, "load", lambda *_: data)
+    problem = Bias(BiasOptions(width=1, held_out=0.25), Path(), torch.device("cpu"))
+
+    def inks(x: Tensor) -> list[int]:
+        return [int(n) for n in (x == 1).all(1).flatten(1).sum(1)]
+
+    assert (problem.examples, len(problem.test_labels)) == (300, 100)
+    assert sorted(inks(problem.train) + inks(problem.unbiased)) == ink.tolist()
+    of_own_colour = (problem.unbiased == problem.biased).flatten(1).all(1)
+    assert of_own_colour.float().mean() == pytest.approx(0.1, abs=0.1)

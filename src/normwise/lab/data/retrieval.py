@@ -34,9 +34,14 @@ class Items:
 
     def first(self, classes: int | None) -> Items:
         """Those whose labels are below ``classes``; all for None."""
-        if classes is None:
-            return self
-        kept = self.labels < classes
+        return self if classes is None else self._chosen(self.labels < classes)
+
+    def without_first(self, classes: int) -> Items:
+        """The others, labelled from 0."""
+        others = self._chosen(self.labels >= classes)
+        return Items(others.paths, others.labels - classes)
+
+    def _chosen(self, kept: npt.NDArray[np.bool_]) -> Items:
         paths = tuple(path for path, keep in zip(self.paths, kept, strict=True) if keep)
         return Items(paths, self.labels[kept])
 

@@ -15,11 +15,12 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,10 +51,12 @@ from normwise.lab.trust import is_code, source_hash, trusting
 __all__ = [
     "CONFIG",
     "RESULT",
+    "CellStart",
     "DiskFull",
     "OutOfTime",
     "check_device",
     "config_of",
+    "entered",
     "now",
     "one_thread",
     "run_cell",
@@ -159,12 +162,37 @@ def run_cell(
     if until <= time.time() and not (out / cell.folder / RESULT).exists():
         raise OutOfTime
     _check_divisible(cell, processes)
+    with entered(cell, out, root, device, processes=processes, trust=trust) as result:
+        if result is not None:
+            return result
+        start = None if cell.start_folder is None else out / cell.start_folder
+        run = CellStart(cell, out / cell.folder, processes, checkpoint_seconds, observe, until)
+        return run.train(root, device, start)
+
+
+@contextmanager
+def entered(
+    cell: RecipeCell,
+    out: Path,
+    root: Path,
+    device: str,
+    *,
+    processes: Processes = ALONE,
+    trust: Sequence[str] = (),
+    how: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[dict[str, Any] | None]:
+    """Inside, the folder of a cell is this process's; gives its result if it is finished.
+
+    Args:
+        cell, out, root, device, processes, trust: as of :func:`run_cell`.
+        how: what else decides its outcome (default: nothing).
+    """
     folder = out / cell.folder
     with ExitStack() as held:
         held.enter_context(trusting(trust))
         held.enter_context(one_thread())
         held.enter_context(_room_in(folder))
-        config = config_of(cell, device, processes)
+        config = {**config_of(cell, device, processes), **how}
         if cell.start is None and (weights := weights_hash(cell.training, root)):
             config["pretrained_sha256"] = weights
 
@@ -177,12 +205,7 @@ def run_cell(
             _same_config(folder, config)
             return read_sealed_json(folder / RESULT) if (folder / RESULT).exists() else None
 
-        result = processes.first(begin)
-        if result is None:
-            start = None if cell.start_folder is None else out / cell.start_folder
-            run = _CellStart(cell, folder, processes, checkpoint_seconds, observe, until)
-            result = run.train(root, device, start)
-        return result
+        yield processes.first(begin)
 
 
 def _check_divisible(cell: RecipeCell, processes: Processes) -> None:
@@ -346,7 +369,7 @@ def _interrupts_deferred(processes: Processes) -> Iterator[Callable[[], bool]]:
         raise KeyboardInterrupt
 
 
-class _CellStart:
+class CellStart:
     """One start of a cell, in a folder that it holds.
 
     Args:
@@ -383,7 +406,7 @@ class _CellStart:
             start: the folder of the finished training whose weights it begins with, if any.
         """
         weights = None if start is None else _final_weights(start)
-        self.processes.first(lambda: self._note_start(device))
+        self.processes.first(lambda: self.note_start(device))
         with torch.random.fork_rng():
             try:
                 trainer = Trainer(
@@ -395,11 +418,20 @@ class _CellStart:
                     if trainer.monitor is not None:
                         trainer.monitor.close()
             except OutOfTime:
-                self._log("out of time")
+                self.log("out of time")
                 raise
             except Exception:
-                self._log(traceback.format_exc())
+                self.log(traceback.format_exc())
                 raise
+        return self.finish(trainer, ending)
+
+    def finish(self, trainer: Trainer, ending: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the result, and say what is in it.
+
+        Args:
+            trainer: at its end.
+            ending: how that ended, see :meth:`ending`.
+        """
         problem = trainer.problem
         facts = {**problem.facts, "steps_per_epoch": trainer.steps}
         if trainer.not_analyzed is not None:
@@ -414,30 +446,38 @@ class _CellStart:
             "metrics_sha256": trainer.metrics_digest,
         }
 
-        def finish() -> dict[str, Any]:
+        def write() -> dict[str, Any]:
             _write_json(self.folder / RESULT, seal_json(result))
-            self._log(f"finished: {result['status']}")
+            self.log(f"finished: {result['status']}")
             return read_sealed_json(self.folder / RESULT)
 
-        return self.processes.first(finish)
+        return self.processes.first(write)
 
     def _ending(self, trainer: Trainer) -> dict[str, Any]:
         """Train, and say how that ended."""
         resumed = trainer.restore()
         where = f"epoch {trainer.epoch}, step {trainer.step}"
-        self._log(f"resumed after {where}" if resumed else "started")
+        self.log(f"resumed after {where}" if resumed else "started")
         self.observe(Started(self.cell, trainer.monitor))
         try:
             self._epochs(trainer)
             if not self.metrics:  # it was killed between the last checkpoint and the result
                 self._test(trainer)
         except Diverged as error:
-            return {
-                "status": "failed",
-                "error": str(error),
-                "epoch": trainer.epoch + (trainer.step > 0),
-                "step": trainer.done,
-            }
+            return self.failed(trainer, error)
+        return self.ended()
+
+    def failed(self, trainer: Trainer, error: Diverged) -> dict[str, Any]:
+        """The ending of a training that diverged."""
+        return {
+            "status": "failed",
+            "error": str(error),
+            "epoch": trainer.epoch + (trainer.step > 0),
+            "step": trainer.done,
+        }
+
+    def ended(self) -> dict[str, Any]:
+        """The ending of a training that came to its end, by its last test."""
         ending: dict[str, Any] = {"status": "ok", "metrics": self.metrics}
         if self.wrong is not None:
             ending["wrong"] = self.wrong
@@ -451,7 +491,7 @@ class _CellStart:
     def _steps(self, trainer: Trainer, interrupted: Callable[[], bool]) -> None:
         training = trainer.training
         if trainer.written == 0:
-            self._record(trainer, tested=True)
+            self.record(trainer, tested=True)
         begin = shown = saved = time.monotonic()
         first = trainer.done
         while trainer.epoch < training.epochs:
@@ -477,7 +517,7 @@ class _CellStart:
                         raise OutOfTime
             trainer.end_epoch()
             last = trainer.epoch == training.epochs
-            self._record(trainer, tested=last or trainer.epoch % training.evaluate_every == 0)
+            self.record(trainer, tested=last or trainer.epoch % training.evaluate_every == 0)
             trainer.start_epoch()
             if last or self._due(saved):
                 trainer.save()
@@ -496,7 +536,7 @@ class _CellStart:
         if not all(map(math.isfinite, self.metrics.values())):
             raise Diverged(f"the test gave {self.metrics}")
 
-    def _record(self, trainer: Trainer, tested: bool) -> None:
+    def record(self, trainer: Trainer, tested: bool) -> None:
         """Write down what is known after an epoch."""
         if tested:
             self._test(trainer)
@@ -513,7 +553,7 @@ class _CellStart:
         with named(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _note_start(self, device: str) -> None:
+    def note_start(self, device: str) -> None:
         starts = self.folder / "environment.json"
         try:
             begun = json.loads(starts.read_text(encoding="utf-8")) if starts.exists() else []
@@ -522,7 +562,7 @@ class _CellStart:
         with_what = {**environment(torch.device(device).type), "processes": self.processes.size}
         _write_json(starts, [*begun, {"started": now(), **with_what}])
 
-    def _log(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line with the time, for a person; the first process writes them."""
         path = self.folder / "log.txt"
         if self.processes.rank == 0:

@@ -29,11 +29,12 @@ from normwise.lab.running.cell import (
     run_cell,
 )
 from normwise.lab.running.events import Event, Finished, Observer, Started, ignore
+from normwise.lab.running.graphs import check_graphs, run_as_graphs
 from normwise.lab.trust import trusting
 
 __all__ = ["EXECUTORS", "check_parallel", "check_trust", "run_cells"]
 
-EXECUTORS = ("local", "ray")
+EXECUTORS = ("local", "ray", "graphs")
 _RAY_SECONDS = 25
 
 
@@ -100,7 +101,9 @@ def run_cells(
         out: the output folder, which on a cluster all machines must see under this name.
         root: where the data sets are.
         jobs: how many at once on this machine (default: 1).
-        executor: ``local``, or ``ray`` for an existing Ray cluster (default: local).
+        executor: ``local``; ``ray`` for an existing Ray cluster; or ``graphs``, which trains
+            ``jobs`` cells in this process, their steps as CUDA graphs side by side (default:
+            local).
         device: where to compute (default: ``"cpu"``).
         checkpoint_seconds: the most time between checkpoints, in seconds (default: 60).
         observe: called with what happens (default: nothing is); with several jobs not with
@@ -120,8 +123,10 @@ def run_cells(
             when the same is run again.
     """
     check_parallel(processes.kind, jobs, executor)
-    if executor == "local":
+    if executor != "ray":
         check_device(device)
+    if executor == "graphs":
+        check_graphs(cells)
     check_trust(cells, trust)
     # Those that start from another training come when all others are finished.
     waves = [[c for c in cells if (c.start is None) == first] for first in (True, False)]
@@ -131,6 +136,10 @@ def run_cells(
     for wave in filter(None, waves):
         if executor == "ray":
             made = _on_ray(wave, _Work(*where, ignore), observe)
+        elif executor == "graphs":
+            made = run_as_graphs(
+                wave, out, root, jobs=jobs, device=device, observe=observe, until=until
+            )
         elif jobs > 1:
             made = _in_processes(wave, _Work(*where, _relay), jobs, observe)
         else:

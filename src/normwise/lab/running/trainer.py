@@ -21,14 +21,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from normwise.geometry import View, norms
 from normwise.lab.correction import correct_for_norms
 from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.parallel import Processes, whole
 from normwise.lab.recipes.schema import RecipeCell
-from normwise.lab.running.invariant import invariant_views
+from normwise.lab.running.invariant import Analyzed, invariant_views
 from normwise.lab.running.prepare import (
     decay_within_window,
     decayed_lrs,
@@ -97,8 +97,11 @@ class Trainer:
         device: where to compute.
         processes: those that train it together.
         start: weights and buffers to begin with (default: drawn ones).
+        analyzed: which weights are scale-invariant, where that is known of such a network
+            (default: it is analyzed).
 
     Attributes:
+        analyzed: which weights are scale-invariant.
         steps: of an epoch.
         epoch, step: how many epochs are finished, and how many steps of the next.
         monitor: of the scale-invariant weights; none where there are none, or where weights are
@@ -113,6 +116,7 @@ class Trainer:
         device: torch.device,
         processes: Processes,
         start: Mapping[str, Tensor] | None = None,
+        analyzed: Analyzed | None = None,
     ) -> None:
         self.cell, self.folder, self.training = cell, folder, cell.training
         self.processes, self.device = processes, device
@@ -133,9 +137,11 @@ class Trainer:
                 f"batch_size {self.training.batch_size} is not allowed: there are "
                 f"{self.problem.examples} training examples"
             )
-        self.steps = len(self._batches(1))
-        with torch.random.fork_rng():
-            analyzed = invariant_views(self.problem, self.training.batch_size)
+        self.steps = len(self.batches(1))
+        if analyzed is None:
+            with torch.random.fork_rng():
+                analyzed = invariant_views(self.problem, self.training.batch_size)
+        self.analyzed = analyzed
         self.views, self.not_analyzed, _ = analyzed
         model = self.problem.model
         if self.training.initial_scale != 1:
@@ -223,18 +229,20 @@ class Trainer:
         self._angles[0] += float(measured.of_slices("angular_update").double().nanmean())
         self._angles[1] += 1
 
-    def _batches(self, epoch: int) -> Tensor:
+    def batches(self, epoch: int) -> Tensor:
+        """The examples of each step of an epoch, shape ``(steps, batch_size)``, on the host."""
         draw = torch.Generator().manual_seed(_seed("order", self.cell.seed, epoch))
         return self.problem.batches(self.training.batch_size, draw)
 
     def stream(self) -> Iterator[Any]:
         """The batches of what is left of this epoch, each drawn from its step's own generator."""
-        first = self.epoch * self.steps
-        draws = (
-            torch.Generator().manual_seed(_seed("batch", self.cell.seed, number))
-            for number in range(first + self.step, first + self.steps)
-        )
-        return self.problem.stream(self._batches(self.epoch)[self.step :], draws)
+        draws = self.draws(self.done, (self.epoch + 1) * self.steps)
+        return self.problem.stream(self.batches(self.epoch)[self.step :], draws)
+
+    def draws(self, start: int, stop: int) -> Iterator[Generator]:
+        """For each of these steps, counted from the first of the training, what it draws from."""
+        for number in range(start, stop):
+            yield torch.Generator().manual_seed(_seed("batch", self.cell.seed, number))
 
     def take(self, batches: Iterator[Any]) -> None:
         """One step."""

@@ -10,10 +10,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from normwise.lab.checks import within
+from normwise.lab.checks import later, within
 from normwise.lab.dependence import rebias_loss
 from normwise.lab.errors import UsageError
-from normwise.lab.tasks.classification import load, part
+from normwise.lab.tasks.classification import divided, load, part
 from normwise.lab.tasks.problem import Evaluation, Metric, Problem
 
 __all__ = ["COLOURS", "Bias", "BiasOptions", "coloured", "colours"]
@@ -52,6 +52,8 @@ class BiasOptions:
         shrink: the factor by which images get smaller, a divisor of 28 (default: 1).
         train_examples: how many are used (default: all 60,000).
         test_examples: the same for testing (default: all 10,000).
+        held_out: share of the training images that is tested on instead of the test images, drawn
+            once and for all, by which settings are chosen (default: 0).
     """
 
     correlation: float = 0.99
@@ -60,9 +62,11 @@ class BiasOptions:
     shrink: int = 1
     train_examples: int | None = None
     test_examples: int | None = None
+    held_out: float = later(0.0)
 
     def __post_init__(self) -> None:
         within(self, "correlation", 0, 1)
+        within(self, "held_out", 0, 1, below=True)
         within(self, "penalty", 0)
         for name in ("width", "train_examples", "test_examples"):
             within(self, name, 1)
@@ -151,14 +155,17 @@ class Bias(Problem):
         draw = torch.Generator().manual_seed(0)
         cpu = torch.device("cpu")
         x, y = part(data.train, data.train_labels, options.train_examples, cpu)
+        test, test_y = part(data.test, data.test_labels, options.test_examples, cpu)
+        if options.held_out:
+            kept, held = divided(len(x), options.held_out)
+            x, y, test, test_y = x[kept], y[kept], x[held], y[held]
         given = colours(y, options.correlation, draw)
         self.train = coloured(x, given, options.shrink).to(device)
         self.train_labels = y.to(device)
-        x, y = part(data.test, data.test_labels, options.test_examples, cpu)
-        unbiased = colours(y, 1 / CLASSES, draw)
-        self.unbiased = coloured(x, unbiased, options.shrink).to(device)
-        self.biased = coloured(x, y, options.shrink).to(device)
-        self.test_labels = y.to(device)
+        unbiased = colours(test_y, 1 / CLASSES, draw)
+        self.unbiased = coloured(test, unbiased, options.shrink).to(device)
+        self.biased = coloured(test, test_y, options.shrink).to(device)
+        self.test_labels = test_y.to(device)
         self.examples = len(given)
         nets = {"f": _Net(options.width, 7)}
         if options.penalty:
@@ -169,11 +176,11 @@ class Bias(Problem):
             "correlation": options.correlation,
             "train_examples": len(given),
             "of_another_colour": int((given.to(device) != self.train_labels).sum()),
-            "test_examples": len(y),
+            "test_examples": len(test_y),
         }
         # The digit whose colour it is.
         self.baseline = {
-            "unbiased_accuracy": float((unbiased == y).double().mean()),
+            "unbiased_accuracy": float((unbiased == test_y).double().mean()),
             "biased_accuracy": 1.0,
         }
 

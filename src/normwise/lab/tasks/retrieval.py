@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from normwise.lab.augment import flip
-from normwise.lab.checks import within
+from normwise.lab.checks import later, within
 from normwise.lab.data.drawings import omniglot
 from normwise.lab.data.images import cifar100
 from normwise.lab.data.retrieval import LISTS, Split
@@ -46,6 +46,8 @@ class RetrievalOptions:
         train_classes: how many are used (default: all).
         test_classes: the same for testing (default: all).
         image_size: pixels a side, of the four sets that are split as published (default: 224).
+        held_out: share of the classes to learn on, the last ones, that is tested on instead of the
+            test classes, by which settings are chosen (default: 0).
     """
 
     data: str
@@ -57,8 +59,10 @@ class RetrievalOptions:
     train_classes: int | None = None
     test_classes: int | None = None
     image_size: int = 224
+    held_out: float = later(0.0)
 
     def __post_init__(self) -> None:
+        within(self, "held_out", 0, 1, below=True)
         for name, allowed in (("data", (*READERS, *LISTS)), ("loss", LOSSES)):
             value = getattr(self, name)
             if value not in allowed:
@@ -182,12 +186,30 @@ def _list(name: str, root: Path) -> Split:
     return LISTS[name](root)
 
 
+def _kept(classes: int, held_out: float) -> int:
+    """How many classes are left to learn on.
+
+    Raises:
+        UsageError: if fewer than two are left, or held out.
+    """
+    kept = classes - round(held_out * classes)
+    if min(kept, classes - kept) < 2:
+        raise UsageError(
+            f"held_out {held_out} is not allowed: of {classes} classes {kept} are left to learn "
+            f"on and {classes - kept} to test on; both must be two or more"
+        )
+    return kept
+
+
 def _held(options: RetrievalOptions, root: Path, device: torch.device) -> HeldImages:
     """A set on the device whole, standardized by mean and deviation of all pixels."""
     x, y, test, test_y = (
         part.to(device)
         for part in _load(options.data, root, options.train_classes, options.test_classes)
     )
+    if options.held_out:
+        kept = y < _kept(int(y.max()) + 1, options.held_out)
+        x, y, test, test_y = x[kept], y[kept], x[~kept], y[~kept]
     mean, std = float(x.float().mean()), float(x.float().std())
     return HeldImages((x, y), (test, test_y), mean, std, pixels=False)
 
@@ -201,6 +223,10 @@ def _decoded(
     """
     split = _list(options.data, root)
     train = split.train.first(options.train_classes)
+    if options.held_out:
+        kept = _kept(int(train.labels.max()) + 1, options.held_out)
+        split = Split(train.first(kept), train.without_first(kept))
+        train = split.train
     tested = [p.first(options.test_classes) for p in (split.test, split.gallery) if p is not None]
     labels = torch.cat([torch.tensor(part.labels) for part in tested])
     source = DecodedImages(

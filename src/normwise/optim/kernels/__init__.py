@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.geometry import computing_dtype
+from normwise.geometry import computing_dtype, lie_alike
 from normwise.optim.kernels._layout import memory_layout, slicing
 from normwise.optim.motion import Form
 from normwise.optim.step import AT_ONCE, AdamRule, Part, SGDRule, Step
@@ -464,7 +464,7 @@ def _takes(p: Tensor, grad: Tensor, states: Sequence[Tensor | None], part: Part)
             return False
         if count.device != p.device:
             count.data = count.data.to(p.device)  # once: in place, as Module.to does it
-    alike = all(t.stride() == p.stride() and t.shape == p.shape for t in (grad, *moments))
+    alike = all(lie_alike(t, p) for t in (grad, *moments))
     dtypes = grad.dtype == p.dtype and all(m.dtype == computing_dtype(p.dtype) for m in moments)
     if p.numel() == 0:
         return True

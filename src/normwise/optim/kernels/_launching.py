@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from itertools import chain
+from operator import or_
 from typing import Any
 
 import torch
@@ -114,4 +117,4 @@ class Launcher:
 
 def are_aligned(*addresses: Sequence[int]) -> bool:
     """Whether all addresses are multiples of 16 bytes, as kernels for aligned rows need."""
-    return not any(address % 16 for column in addresses for address in column)
+    return reduce(or_, chain.from_iterable(addresses), 0) % 16 == 0
