@@ -393,11 +393,51 @@ def growth_gain(held):
         lines.append(Line(method, label, x, y, low, high, colour))
     return Lines(
         "Gain of the projection against the growth of norms without it",
-        "Test accuracy, percentage points, with 95% intervals; one point per initial scale.",
-        Axis("factor on the norm of scale-invariant weights, without projection", Spacing.LOG),
+        "Test accuracy, points, with 95% intervals; a point for each initial scale.",
+        Axis("growth of norms without the projection, ×", Spacing.LOG),
         Axis("gain of the projection", holds=(0.0,)),
         tuple(lines),
     )
+
+
+def hidden_schedule(held):
+    """What is left of the projection's effect when learning rates undo the growth of norms."""
+    charts = []
+    for baseline, projected, title in (
+        ("sgd", "sgdp", "SGDP beside SGD at corrected rates"),
+        ("adamw", "adamp", "AdamP beside AdamW at corrected rates"),
+    ):
+        lines = []
+        for method, label, colour, sign in (
+            (projected, "as it is", "grey", -1),
+            (f"{baseline}-corrected", "rate corrected", "orange", 1),
+            (
+                f"{baseline}-rescaled",
+                "moments too" if baseline == "adamw" else "buffer too",
+                "blue",
+                1,
+            ),
+        ):
+            points = sorted(
+                (growth(table, baseline), sign * e.difference, e.half_width)
+                for table in held[SWEEP]
+                for e in table.fixed
+                if e.method == method and e.difference is not None
+            )
+            x, y, w = zip(*points, strict=True)
+            low, high = (tuple(v + s * h for v, h in zip(y, w, strict=True)) for s in (-1, 1))
+            lines.append(Line(method, label, x, y, low, high, colour))
+        charts.append(
+            Lines(
+                title,
+                f"Test accuracy of {'SGD' if baseline == 'sgd' else 'AdamW'} less that of "
+                f"{'SGDP' if baseline == 'sgd' else 'AdamP'}, points, with 95% intervals.",
+                Axis("growth of norms without correction, ×", Spacing.LOG),
+                Axis("difference", holds=(0.0,)),
+                tuple(lines),
+            )
+        )
+    return tuple(charts)
 
 
 def growth(table, method):
@@ -421,6 +461,7 @@ def figures(held):
     }
     if SWEEP in held:
         made[SWEEP] = (growth_gain(held),)
+        made["hidden-schedule"] = hidden_schedule(held)
     return {f"{name}.svg": document(Figure("", charts)) for name, charts in made.items()}
 
 

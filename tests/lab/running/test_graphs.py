@@ -32,8 +32,16 @@ def as_graphs(wanted, out, **options):
     return run_cells(wanted, out, ROOT, executor="graphs", **options)
 
 
-def test_side_by_side_they_are_what_they_are_one_by_one(tmp_path):
-    wanted, seen = cells(autocast="bfloat16", clip=1.0, schedule="cosine"), []
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"autocast": "bfloat16", "clip": 1.0, "schedule": "cosine"},
+        {"normalization": "WS", "epsilon_shift": 0.1, "weight_decay": 0.1},
+    ],
+    ids=["autocast, clipped", "standardized, shifted"],
+)
+def test_side_by_side_they_are_what_they_are_one_by_one(training, tmp_path):
+    wanted, seen = cells(**training), []
     beside = as_graphs(wanted, tmp_path / "graphs", jobs=3, observe=seen.append)
     for cell, result in zip(wanted, beside, strict=True):
         alone = run_cell(cell, tmp_path / "local", ROOT)
@@ -76,7 +84,7 @@ def test_one_that_diverges_leaves_the_others(tmp_path):
         ({"norm_correction": "fixed", "weight_decay": 0.0}, {}, "norm_correction 'fixed'"),
         ({"decay_window": (0.0, 0.5)}, {}, "decay_window"),
         ({"awp_gamma": 0.01}, {}, "awp_gamma 0.01"),
-        ({"epsilon_shift": 0.1}, {}, "epsilon_shift 0.1"),
+        ({"coupling": "schedule", "weight_decay": 0.1}, {}, "coupling 'schedule'"),
         ({}, {"augment": ("cutout",)}, "augment ['cutout']"),
     ],
 )

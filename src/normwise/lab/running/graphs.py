@@ -54,7 +54,6 @@ def check_graphs(cells: Sequence[RecipeCell]) -> None:
             f"optimizer {training.optimizer!r}": bool(parse(training.optimizer).decays),
             f"coupling {training.coupling!r}": training.coupling != "own",
             f"decay_window {list(training.decay_window)}": training.decay_window != (0.0, 1.0),
-            f"epsilon_shift {training.epsilon_shift}": training.epsilon_shift is not None,
             f"norm_correction {training.norm_correction!r}": training.norm_correction != "none",
             f"awp_gamma {training.awp_gamma}": training.awp_gamma != 0,
             "a method that starts from another": cell.start is not None,
