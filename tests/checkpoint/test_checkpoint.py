@@ -1,9 +1,10 @@
 """What a checkpoint says of its training, on weights whose training is known."""
 
+import io
 import json
 import os
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
@@ -170,6 +171,12 @@ def test_every_layout_and_size_of_block_reads_the_same(tmp_path, monkeypatch):
         for name, (rms, kurtosis, rows) in found.items():
             assert (rms, kurtosis) == pytest.approx(whole[name][:2], rel=1e-12)
             assert rows == pytest.approx(whole[name][2], rel=1e-12)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_that_any_python_pickled_are_read(module):
+    pickled = f"c{module}\nPosixPath\n(Va\nVb\ntR.".encode()
+    assert stored._MetadataUnpickler(io.BytesIO(pickled)).load() == PurePosixPath("a/b")
 
 
 def test_a_block_is_all_that_is_read_at_once(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pickle
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -190,8 +190,10 @@ _RECORDS = {
     "torch.serialization": ("_get_layout",),
     "torch": ("Size",),
     "collections": ("OrderedDict",),
-    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path"),
 }
+# Python 3.13 pickles paths by the module that defines them there.
+_PATH_MODULES = ("pathlib", "pathlib._local")
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -203,8 +205,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if module == "pathlib" and name in _RECORDS["pathlib"]:
-            return importlib.import_module("pathlib").PurePosixPath
+        if module in _PATH_MODULES and name in _PATHS:
+            return PurePosixPath
         if name in _RECORDS.get(module, ()):
             return getattr(importlib.import_module(module), name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no such file needs")
