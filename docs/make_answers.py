@@ -97,7 +97,8 @@ def page(text, held):
     text = COUNTS.sub(counts(held), text)
     text = INSERTED.sub(lambda m: m[1] + inserted(held.get(m["recipe"])), text)
     text = CLAIMS.sub(lambda m: m[1] + "\n".join(claim_lines(held)) + "\n", text)
-    text = BY_DECAY.sub(lambda m: m[1] + "\n".join(by_decay(held)) + "\n", text)
+    if "epsilon-table-2-3" in held:
+        text = BY_DECAY.sub(lambda m: m[1] + "\n".join(by_decay(held)) + "\n", text)
     text = PAIRS.sub("\n".join(pair_lines(held)) + "\n", text)
     return TABLE.sub(
         lambda m: f"**{m['title']}**\n\n{made.get(m['title'], m['table'])}",
