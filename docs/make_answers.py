@@ -41,6 +41,7 @@ VERDICTS = {
     "cannot tell at this size": "too wide an interval to tell",
     "within chance": "within chance, and no claim known",
 }
+BY_DECAY = re.compile(r"(<!-- by decay -->\n)(?:\|[^\n]*\n)+")
 CLAIMS = re.compile(r"(<!-- claims -->\n)(?:\|[^\n]*\n)+")
 CLAIMS_HEAD = (
     *("claim of", "difference", "claimed", "here (95%)", "says", "seeds", "steps"),
@@ -96,6 +97,8 @@ def page(text, held):
     text = COUNTS.sub(counts(held), text)
     text = INSERTED.sub(lambda m: m[1] + inserted(held.get(m["recipe"])), text)
     text = CLAIMS.sub(lambda m: m[1] + "\n".join(claim_lines(held)) + "\n", text)
+    if "epsilon-table-2-3" in held:
+        text = BY_DECAY.sub(lambda m: m[1] + "\n".join(by_decay(held)) + "\n", text)
     text = PAIRS.sub("\n".join(pair_lines(held)) + "\n", text)
     return TABLE.sub(
         lambda m: f"**{m['title']}**\n\n{made.get(m['title'], m['table'])}",
@@ -179,6 +182,32 @@ def claim_lines(held):
                     reached,
                 )
                 yield f"| {' | '.join(cells)} |"
+
+
+def by_decay(held):
+    """Tables II and III of the ε-shift's paper: methods by λ, ours and the paper's."""
+    tables_of = {t.row.removeprefix("decay-"): t for t in held["epsilon-table-2-3"]}
+    rows = [row for row in ("1e-2", "1e-3", "1e-4", "1e-5", "0") if row in tables_of]
+    yield f"| method | λ = {' | '.join(rows)} |"
+    yield "|---" * (len(rows) + 1) + "|"
+    for method, settings in next(iter(tables_of.values())).recipe.methods.items():
+        cells = [settings.label]
+        for row in rows:
+            table = tables_of[row]
+            (e,) = (e for e in table.fixed if e.method == method)
+            ours = "failed"
+            if e.spread is not None:
+                ours = f"{e.spread.mean:.2f}"
+                ours += "" if e.spread.sd is None else f" ± {e.spread.sd:.2f}"
+            paper = table.recipe.paper.rows[table.row].get(method)
+            # Plain decay of normalized weights without a number failed.
+            failed = row != "0" and "-" in method and "epsilon" not in method
+            cells.append(
+                f"{ours} / {'failed' if failed else '–'}"
+                if paper is None
+                else f"{ours} / {paper:g}"
+            )
+        yield f"| {' | '.join(cells)} |"
 
 
 def said(entry, metric):

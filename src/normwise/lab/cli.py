@@ -285,6 +285,7 @@ def _trained(
     from normwise.lab.parallel import processes
     from normwise.lab.running.cell import check_device
     from normwise.lab.running.executors import EXECUTORS, check_parallel, run_cells
+    from normwise.lab.running.graphs import check_graphs
 
     if arguments.executor not in EXECUTORS:
         raise UsageError(
@@ -301,6 +302,8 @@ def _trained(
     ) as together:
         if arguments.executor != "ray":
             check_device(arguments.device)
+        if arguments.executor == "graphs":
+            check_graphs(cells)
         if together.rank > 0:
             run_cells(
                 cells,
