@@ -70,6 +70,15 @@ def test_a_folder_of_graphs_is_not_one_of_another_executor(tmp_path):
         run_cell(cell, tmp_path, ROOT)
 
 
+def test_one_that_is_damaged_is_skipped_and_the_others_go_on(tmp_path):
+    bad, good = cells()[:2]
+    as_graphs([bad], tmp_path)
+    (tmp_path / bad.folder / "result.json").write_text("{}")
+    results = as_graphs([bad, good], tmp_path, jobs=2)
+    assert [r["status"] for r in results] == ["skipped", "ok"]
+    assert "result.json" in results[0]["error"]
+
+
 def test_one_that_diverges_leaves_the_others(tmp_path):
     well, ill = cells()[:2]
     ill = replace(ill, training=replace(ill.training, lr=1e30))

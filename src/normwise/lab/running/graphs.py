@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from normwise.lab.augment import draw_flips, draw_shifts, flipped, shifted
 from normwise.lab.data.sources import HeldImages
-from normwise.lab.errors import UsageError
+from normwise.lab.errors import Damaged, UsageError
 from normwise.lab.optimizers import parse
 from normwise.lab.parallel import ALONE
 from normwise.lab.recipes.schema import RecipeCell
@@ -102,7 +102,7 @@ class GraphTrainer(Trainer):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # untyped
             self._lr = torch.tensor(self.training.lr, device=device)
             for group in self.optimizer.param_groups:
                 group |= {"lr": self._lr, "fused": True, "foreach": None, "capturable": True}
@@ -322,9 +322,12 @@ def run_as_graphs(
         with ExitStack() as held:
             runs: list[_Run] = []
             for cell in cells[first : first + jobs]:
-                result = held.enter_context(
-                    entered(cell, out, root, device, how={"executor": "graphs"})
-                )
+                how = {"executor": "graphs"}
+                try:
+                    result = held.enter_context(entered(cell, out, root, device, how=how))
+                except Damaged as error:
+                    results[cell.folder] = {"status": "skipped", "error": str(error)}
+                    continue
                 if result is not None:
                     results[cell.folder] = result
                 elif time.time() >= until:
